@@ -1,0 +1,37 @@
+"""What a user's object is, told from the names of its classes: no framework is imported to find out."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Dialect = Literal["torch", "flax"]
+Role = Literal["model", "optimizer", "scheduler", "loader", "loss"]
+
+# A class name (module, qualified name) in the object's MRO -> what it is. The module is matched by its first part or exactly.
+_KNOWN: dict[tuple[str, str], tuple[Dialect, Role]] = {
+    ("torch", "Module"): ("torch", "model"),
+    ("torch", "Optimizer"): ("torch", "optimizer"),
+    ("torch", "LRScheduler"): ("torch", "scheduler"),
+    ("torch", "ReduceLROnPlateau"): ("torch", "scheduler"),
+    ("torch", "DataLoader"): ("torch", "loader"),
+    ("torch", "Tensor"): ("torch", "loss"),
+    ("flax", "Module"): ("flax", "model"),
+    ("flax", "Optimizer"): ("flax", "optimizer"),
+    ("optax", "GradientTransformation"): ("flax", "optimizer"),
+    ("optax", "GradientTransformationExtraArgs"): ("flax", "optimizer"),
+    ("grain", "DataLoader"): ("flax", "loader"),
+    ("grain", "IterDataset"): ("flax", "loader"),
+    ("grain", "MapDataset"): ("flax", "loader"),
+    ("jax", "Array"): ("flax", "loss"),
+    ("jaxlib", "ArrayImpl"): ("flax", "loss"),
+    ("jax", "Tracer"): ("flax", "loss"),
+}
+
+
+def identify(value: Any) -> tuple[Dialect, Role] | None:
+    """The dialect and role of a user's object, or None for one that no engine needs to know (it passes through prepare)."""
+    for kind in type(value).__mro__:
+        found = _KNOWN.get((kind.__module__.partition(".")[0], kind.__name__))
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,79 @@
+"""Every exception that polyaccel raises on purpose.
+
+PolyaccelError
+├── ConfigError             a value of the configuration is unknown or impossible
+├── PlanError               the configuration does not fit the devices that are here
+├── BackendNotFoundError    no backend of that name
+├── BackendUnavailableError the backend exists, but what it needs is not installed or not here
+├── UnsupportedError        the chosen backend cannot do this; the hint names the alternative
+├── PrepareError            an object cannot be prepared or captured as it is
+├── CheckpointError         a checkpoint cannot be written or read
+├── LaunchError             processes could not be started or could not find each other
+└── TrackerError            a tracker cannot be used
+
+Each says the user's own name and value, why it cannot be, and after `hint:` the way out. Exceptions of the frameworks pass
+through untouched, with `add_note` where there is something to add.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PolyaccelError(Exception):
+    """The base of all of them: `message` says what and why, `hint` says what to do next."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[type[PolyaccelError], tuple[str, str | None]]:
+        return type(self), (self.message, self.hint)  # crosses process boundaries with its hint
+
+
+class ConfigError(PolyaccelError):
+    """A value of the configuration is unknown or impossible."""
+
+
+class PlanError(PolyaccelError):
+    """The configuration does not fit the devices that are here."""
+
+
+class BackendNotFoundError(PolyaccelError):
+    """No installed backend has that name."""
+
+
+class BackendUnavailableError(PolyaccelError):
+    """The backend exists, but what it needs is not installed or not here."""
+
+
+class UnsupportedError(PolyaccelError):
+    """The chosen backend cannot do this."""
+
+
+class PrepareError(PolyaccelError):
+    """An object cannot be prepared or captured as it is."""
+
+
+class CheckpointError(PolyaccelError):
+    """A checkpoint cannot be written or read."""
+
+
+class LaunchError(PolyaccelError):
+    """Processes could not be started or could not find each other."""
+
+
+class TrackerError(PolyaccelError):
+    """A tracker cannot be used."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the known name closest to `name`, else the list of all known names."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"

@@ -1,0 +1,1 @@
+"""Process starters, and what a started process finds out about its job."""

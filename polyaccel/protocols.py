@@ -1,0 +1,406 @@
+"""THE SEAM: what the core asks of a backend, an engine and a bridge, and the values that cross it.
+
+Nothing here imports a framework, and nothing in the core reaches behind these interfaces. `docs/writing_a_backend.md` builds a
+backend against this page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+from polyaccel.config import Config
+from polyaccel.dialects import Dialect, Role
+from polyaccel.launch.rendezvous import Rendezvous
+from polyaccel.plan import Plan
+from polyaccel.topology import Topology
+
+Array = Any  # an array of the engine's framework
+T = TypeVar("T")
+
+Feature = Literal["backward_value", "gradient_sync", "compile", "multi_process"]
+# backward_value: a loss value can be differentiated after it was computed (form one of a step)
+# gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication
+# compile:        the engine compiles a prepared model when the configuration asks for it
+# multi_process:  more than one process can join a job here
+
+
+# -- before any framework is imported ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend declares; the conformance suite runs exactly this, and the core refuses the rest by name."""
+
+    dialect: Dialect  # what its engine speaks natively
+    mesh_axes: frozenset[str]
+    mixed_precision: frozenset[str]
+    accepts_bridges: bool  # True: a model of the other dialect may be lowered to it
+    features: frozenset[Feature]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether a backend can be used on this machine; if not, why, and the command that cures it."""
+
+    is_usable: bool
+    version: str | None = None
+    reason: str | None = None
+    cure: str | None = None
+    is_loaded: bool = False  # its framework is already imported: the user's script speaks it
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSlot:
+    """One process that the launcher starts on this machine: the environment that pins it to its devices."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """An adapter before its framework is imported. Touching it is cheap and never raises."""
+
+    name: str
+    capabilities: Capabilities
+
+    def probe(self) -> Probe:
+        """Whether it can be used here. Never raises, imports no framework."""
+        ...
+
+    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+        """The processes to start on this machine. None: as many as the machine has devices for (torch: one per device; xla
+        and jax: one). Raises LaunchError for more processes than devices can serve."""
+        ...
+
+    def seed(self, value: int) -> None:
+        """Seed the framework's global generators, if it is loaded."""
+        ...
+
+    def open(self, config: Config, rendezvous: Rendezvous) -> Engine:
+        """Import the framework and join the job. Every process of the job must call it."""
+        ...
+
+
+# -- the live connection of one process ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A named piece of a global array: `data` is a host (numpy) array that starts at `offset` within `global_shape`."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    dtype: str
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class LossCall:
+    """A loss to be computed and differentiated: `function(*args, **kwargs)` gives the loss, or (loss, auxiliary values)."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    """How a loader is cut over data shards. `lift(host_batch, placed_batch)` makes what user code sees of a batch."""
+
+    split_batches: bool = False
+    even_batches: bool = True
+    seed: int = 0
+    lift: Callable[[Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepSpec:
+    """A fused training step: `loss_fn(model, batch)`, then the update of `optimizer` with an optional clip by global norm.
+
+    All handles are engine handles; the scheduler is stepped by the core, after the update.
+    """
+
+    loss_fn: Callable[..., Any]
+    model: Any
+    optimizer: Any
+    max_grad_norm: float | None = None
+    bridge: Bridge | None = None
+
+
+class Collectives(Protocol):
+    """Between processes. Every process must call each of them, in the same order. Arrays are the engine's own."""
+
+    def all_gather(self, array: Array) -> Array:
+        """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,). Shapes must be equal."""
+        ...
+
+    def all_reduce(self, array: Array, operation: Literal["sum", "mean", "max", "min"]) -> Array:
+        """Reduce elementwise over processes; a new array."""
+        ...
+
+    def broadcast(self, array: Array, from_process: int) -> Array:
+        """The array of one process, on all of them."""
+        ...
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """JSON-like or array values (see `polyaccel.wire`) of all processes, in process order."""
+        ...
+
+    def barrier(self, tag: str) -> None:
+        """Return when every process has arrived at the barrier of this name."""
+        ...
+
+
+class Engine(Protocol):
+    """One per process. Handles that it returns are opaque to the core."""
+
+    topology: Topology
+    collectives: Collectives
+
+    @property
+    def device(self) -> Any:
+        """What `accelerator.device` gives in a script of the engine's own dialect."""
+        ...
+
+    def bind(self, plan: Plan) -> None:
+        """Build the mesh and fix precision and accumulation; called once, before anything is prepared."""
+        ...
+
+    def seed(self, value: int) -> None:
+        """Restart the engine's own random stream."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when the device has finished all work given to it."""
+        ...
+
+    def close(self) -> None:
+        """Leave the job. Idempotent."""
+        ...
+
+    def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
+        """Native model (or a bridge's ModelSource) in, handle out: placed, wrapped, sharded. Values are copied, never lost."""
+        ...
+
+    def prepare_optimizer(self, optimizer: Any, model: Any | None) -> Any:
+        """A handle with step(), zero_grad(set_to_none=True), param_groups (torch dialect), step_was_skipped."""
+        ...
+
+    def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
+        """A handle with step(), get_last_lr(), state_dict(), load_state_dict()."""
+        ...
+
+    def prepare_loader(self, loader: Any, spec: LoaderSpec) -> Any:
+        """A `polyaccel.data.PreparedLoader` that yields this process's share of every global batch, placed."""
+        ...
+
+    def unwrap(self, handle: Any) -> Any:
+        """The user's own object, with current values."""
+        ...
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass inside computes in the plan's precision."""
+        ...
+
+    def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
+        """Inside with enabled=False, backward does not exchange gradients between processes."""
+        ...
+
+    def backward(self, loss: Any, *, scale: float) -> Any:
+        """Add scale * d(loss) to the gradients; `loss` is a value, a LossCall or a bridge's ProgramCall.
+
+        For a call, returns what the function returned (loss, or (loss, aux)) with the loss as its mean over the global batch.
+        """
+        ...
+
+    def clip_grad_norm(self, model: Any, max_norm: float, norm_type: float) -> Any:
+        """Scale gradients so that their total norm is at most max_norm; returns the norm before (a value of the engine)."""
+        ...
+
+    def clip_grad_value(self, model: Any, clip_value: float) -> None:
+        """Clamp every gradient element to [-clip_value, clip_value]."""
+        ...
+
+    def train_step(self, spec: StepSpec) -> Callable[..., Any] | None:
+        """A fused `step(batch, sync=bool)`: computes, accumulates, and when `sync` updates. None: the core's own composition
+        of backward, clip and optimizer.step is used."""
+        ...
+
+    def read_state(self, handle: Any) -> Iterator[Shard]:
+        """Every global element of a handle's state exactly once over all processes."""
+        ...
+
+    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Load shards of any mesh; every process gives all shards it needs."""
+        ...
+
+
+# -- bridges and the programs they make ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """Shape and numpy dtype name (`bfloat16` included) of one array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(slots=True)
+class ProgramResult:
+    """What a program returns: gradients and mutated buffers by name; `grads` are of `loss_scale * loss`, `loss` is not scaled."""
+
+    loss: Array | None
+    outputs: list[Array]
+    grads: dict[str, Array]
+    buffers: dict[str, Array]
+
+
+class Program(Protocol):
+    """A pure function, traceable by jax.jit, made for one input signature (shapes of one data shard, or of the global batch).
+
+    `params` and `buffers` are flat: `<model name>.<name in the model>`.
+    """
+
+    grad_names: tuple[str, ...]  # parameters that receive a gradient (empty for a forward program)
+    output_axes: tuple[int | None, ...]  # per output: the dim that carries the batch; None: one value per shard
+
+    def __call__(
+        self, params: dict[str, Array], buffers: dict[str, Array], key: Array, inputs: Sequence[Array], loss_scale: Array | None
+    ) -> ProgramResult: ...
+
+
+Partitioning = Literal["pmap", "sharding"]
+
+
+@runtime_checkable
+class ProgramCall(Protocol):
+    """One piece of work on models, in whatever dialect it was written. The engine jits, shards, accumulates and updates."""
+
+    models: tuple[ProgramModel, ...]
+    inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays
+    signature: Hashable  # equal signatures and equal input specs share one compiled program
+    is_global: bool  # True: the program wants global shapes and cuts its own replica parts with `shard_call` (a recorded loop)
+
+    def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: ShardCall) -> Program:
+        """Make the program for inputs of these specs (per data shard, or global). Raises PrepareError / UnsupportedError."""
+        ...
+
+    def finish(self, loss: Array | None, outputs: list[Array]) -> Any:
+        """What user code gets: the structure it wrote, in its own dialect."""
+        ...
+
+
+class ShardCall(Protocol):
+    """Wraps a per-shard function so that it can be called on global arrays inside a global program (jax.shard_map).
+
+    `in_axes` / `out_axes`: per array the dim that is cut over data shards, None: the same on all shards on the way in, and on
+    the way out the mean over shards ("mean") or their sum ("sum") as `out_axes` says. The function's first argument is its
+    shard index, for per-replica random keys.
+    """
+
+    def __call__(
+        self, function: Callable[..., tuple[Array, ...]], in_axes: Sequence[int | None], out_axes: Sequence[int | None | str]
+    ) -> Callable[..., tuple[Array, ...]]: ...
+
+
+class ModelSource(Protocol):
+    """What a bridge lowers a model to: named host arrays and its mode. Programs come from ProgramCalls that name the model."""
+
+    def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
+        ...
+
+    def attach(self, model: ProgramModel) -> None:
+        """Called by prepare_model with the handle that now owns the values."""
+        ...
+
+
+class ProgramModel(Protocol):
+    """The handle of a model on a program-running engine: it owns the arrays."""
+
+    name: str  # prefix of its arrays in programs, unique per engine
+    params: dict[str, Array]
+    buffers: dict[str, Array]
+    grads: dict[str, Array]  # by name; empty after zero_grad
+    source: Any
+    version: int  # grows with every change of params or buffers
+    engine: ProgramEngine
+
+
+class OptimizerSource(Protocol):
+    """What a bridge lowers an optimizer to: a pure update rule over a model's named parameters (names without model prefix)."""
+
+    model: ProgramModel
+
+    def names(self) -> tuple[str, ...]: ...
+    def init(self, params: dict[str, Array]) -> dict[str, dict[str, Array]]: ...
+    def hyperparameters(self) -> Any:
+        """A pytree of numpy scalars, read from the live optimizer at every step and traced."""
+        ...
+
+    def signature(self) -> Hashable:
+        """Static flags: the engine retraces only when it changes."""
+        ...
+
+    def update(
+        self, params: dict[str, Array], grads: dict[str, Array], state: dict[str, dict[str, Array]], hyper: Any
+    ) -> tuple[dict[str, Array], dict[str, dict[str, Array]]]:
+        """Pure and traceable; parameters without a gradient stay as they are, with their state."""
+        ...
+
+    def attach(self, handle: Any) -> None:
+        """Called by prepare_optimizer with the handle that now owns the state."""
+        ...
+
+
+class HostLoader(Protocol):
+    """A loader that can be cut: `shard` gives this process's share of every global batch as host batches."""
+
+    def shard(self, sharding: Any) -> Any: ...
+
+
+class ProgramEngine(Engine, Protocol):
+    """An engine that runs programs (jax); what bridges may ask of it beside Engine."""
+
+    def run_forward(self, call: ProgramCall) -> Any:
+        """Run the call without gradients, update buffers, and return `call.finish(None, outputs)`."""
+        ...
+
+    def place(self, leaves: Sequence[Any]) -> list[Array]:
+        """Host arrays of this process -> global arrays, batch dim cut over the data shards; asynchronous."""
+        ...
+
+    def to_host(self, array: Array) -> Any:
+        """This process's part of an array as numpy; waits for the device."""
+        ...
+
+    def current_key(self) -> tuple[Array, int]:
+        """(base key, the counter of the next draw): forward passes that belong to one backward share them."""
+        ...
+
+
+class Bridge(Protocol):
+    """Translates a dialect into the dialect that an engine speaks; knows no engine but what ProgramEngine says."""
+
+    source: Dialect
+    target: Dialect
+
+    def lower(self, value: Any, role: Role) -> Any:
+        """User object -> what the engine takes: ModelSource, OptimizerSource, HostLoader, LossCall or loss value -> ProgramCall."""
+        ...
+
+    def lift(self, value: Any) -> Any:
+        """Engine handle or value -> what user code sees: a model, an optimizer, a tensor; containers are mapped."""
+        ...
+
+    def lift_batch(self, host_batch: Any, placed_batch: Any) -> Any:
+        """A batch of the user's dialect that carries its already placed arrays."""
+        ...
+
+    def device(self, engine: Engine) -> Any:
+        """What `accelerator.device` gives in a script of the source dialect."""
+        ...

@@ -1,0 +1,82 @@
+"""Finds backends and bridges by entry point, ours and third parties' alike. Nothing is imported until it is asked for."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from polyaccel.dialects import Dialect
+from polyaccel.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedError, nearest
+from polyaccel.protocols import Backend, Bridge
+
+BACKENDS = "polyaccel.backends"
+BRIDGES = "polyaccel.bridges"
+_PREFERENCE = ("torch", "jax", "xla")  # for "auto", among backends whose framework is equally present
+
+
+@cache
+def _entries(group: str) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=group)}
+
+
+_registered: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Make a backend known to this process only, without packaging: for tests and notebooks."""
+    _registered[backend.name] = backend
+
+
+def backend_names() -> list[str]:
+    """Names that `Accelerator(backend=...)` takes beside "auto"."""
+    return sorted({*_entries(BACKENDS), *_registered})
+
+
+def load_backend(name: str) -> Backend:
+    """The backend of that name, not opened. Raises BackendNotFoundError with the nearest name."""
+    if name in _registered:
+        return _registered[name]
+    entry = _entries(BACKENDS).get(name)
+    if entry is None:
+        raise BackendNotFoundError(f"backend={name!r} is unknown", nearest(name, [*backend_names(), "auto"]))
+    backend: Backend = entry.load()()
+    return backend
+
+
+def choose_backend(name: str) -> Backend:
+    """The backend of that name, or for "auto" the usable one whose framework the script has loaded, else the first usable.
+
+    Raises BackendNotFoundError for an unknown name and BackendUnavailableError, with the command that cures it, for one that
+    cannot be used here.
+    """
+    if name != "auto":
+        backend = load_backend(name)
+        probe = backend.probe()
+        if not probe.is_usable:
+            raise BackendUnavailableError(f"backend={name!r} cannot be used here: {probe.reason}", probe.cure)
+        return backend
+    order = {known: rank for rank, known in enumerate(_PREFERENCE)}
+    candidates = [load_backend(known) for known in sorted(backend_names(), key=lambda n: order.get(n, len(order)))]
+    probes = [(backend, backend.probe()) for backend in candidates]
+    usable = [(backend, probe) for backend, probe in probes if probe.is_usable]
+    if not usable:
+        reasons = "; ".join(f"{backend.name}: {probe.reason}" for backend, probe in probes) or "none is installed"
+        raise BackendUnavailableError(
+            f"no backend can be used here ({reasons})",
+            next((p.cure for _, p in probes if p.cure), "pip install 'polyaccel[torch]'"),
+        )
+    return next((backend for backend, probe in usable if probe.is_loaded), usable[0][0])
+
+
+def load_bridge(source: Dialect, target: Dialect, *, backend: str) -> Bridge:
+    """The bridge between two dialects. Raises UnsupportedError, naming the backend, when none is installed."""
+    for entry in _entries(BRIDGES).values():
+        if entry.name == f"{source}_to_{'jax' if target == 'flax' else target}":
+            loaded: Any = entry.load()
+            bridge: Bridge = loaded()
+            return bridge
+    raise UnsupportedError(
+        f"backend {backend!r} speaks {target}, and no bridge from {source} is installed",
+        "pip install 'polyaccel[bridges]', or choose a backend of the script's own dialect",
+    )

@@ -1,0 +1,88 @@
+"""Nested batches of any container, flattened and rebuilt without a framework.
+
+Containers: list, tuple, namedtuple, any Mapping, dataclass instances. Everything else is a leaf. A rebuilt container has the
+type of the original; a Mapping or dataclass is rebuilt from its items, so a subclass that adds state to them keeps it by copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Structure:
+    """The containers of a flattened tree: hashable, comparable by shape of the tree, able to rebuild it."""
+
+    kind: type | None  # None: a leaf
+    keys: tuple[Hashable, ...] = ()
+    children: tuple[Structure, ...] = ()
+    template: Any = dataclasses.field(default=None, compare=False, hash=False)
+
+    def unflatten(self, leaves: Iterable[Any]) -> Any:
+        """The tree with these leaves, in the order in which `flatten` gave them."""
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Any) -> Any:
+        if self.kind is None:
+            return next(leaves)
+        children = [child._build(leaves) for child in self.children]
+        if self.kind in (list, tuple):
+            return self.kind(children)
+        if self.kind is dict:
+            return dict(zip(self.keys, children, strict=True))
+        if issubclass(self.kind, tuple):  # a namedtuple
+            return self.kind(*children)
+        items = dict(zip(self.keys, children, strict=True))
+        if issubclass(self.kind, Mapping):
+            return _rebuild_mapping(self.template, items)
+        return dataclasses.replace(self.template, **items)
+
+
+_LEAF = Structure(None)
+
+
+def _rebuild_mapping(template: Any, items: dict[Any, Any]) -> Any:
+    if isinstance(template, MutableMapping):
+        rebuilt = copy.copy(template)  # a shallow copy keeps what a subclass holds beside its items
+        if hasattr(template, "data") and isinstance(template.data, dict):
+            rebuilt.data = {}  # a UserDict's shallow copy may share its dict
+        for name, value in items.items():
+            rebuilt[name] = value
+        return rebuilt
+    return type(template)(items)
+
+
+def is_namedtuple(value: Any) -> bool:
+    """True for an instance of a namedtuple class."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def flatten(tree: Any) -> tuple[list[Any], Structure]:
+    """The leaves of a tree, depth first, and the structure that rebuilds it."""
+    leaves: list[Any] = []
+    return leaves, _flatten(tree, leaves)
+
+
+def _flatten(tree: Any, leaves: list[Any]) -> Structure:
+    kind = type(tree)
+    if kind is list or kind is tuple or is_namedtuple(tree):
+        return Structure(kind, (), tuple(_flatten(child, leaves) for child in tree))
+    if isinstance(tree, Mapping):
+        return Structure(
+            kind, tuple(tree), tuple(_flatten(tree[name], leaves) for name in tree), tree if kind is not dict else None
+        )
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = tuple(field.name for field in dataclasses.fields(tree) if field.init)
+        return Structure(kind, names, tuple(_flatten(getattr(tree, name), leaves) for name in names), tree)
+    leaves.append(tree)
+    return _LEAF
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """The tree with `function` applied to every leaf (and to the same leaf of `others`, trees of the same structure)."""
+    leaves, structure = flatten(tree)
+    rest = [flatten(other)[0] for other in others]
+    return structure.unflatten([function(*row) for row in zip(leaves, *rest, strict=True)])
