@@ -1,0 +1,1 @@
+"""The jax adapter: runs programs on a jax device mesh. Importing it imports no framework."""
