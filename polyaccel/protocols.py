@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from polyaccel.config import Config
 from polyaccel.dialects import Dialect, Role
-from polyaccel.launch.rendezvous import Rendezvous
-from polyaccel.plan import Plan
 from polyaccel.topology import Topology
+
+if TYPE_CHECKING:  # both live above the seam and are only named by it
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.plan import Plan
 
 Array = Any  # an array of the engine's framework
 T = TypeVar("T")
@@ -112,7 +114,7 @@ class LoaderSpec:
 
     split_batches: bool = False
     even_batches: bool = True
-    seed: int = 0
+    rng_types: tuple[str, ...] = ("generator",)
     lift: Callable[[Any, Any], Any] | None = None
 
 
@@ -120,13 +122,17 @@ class LoaderSpec:
 class StepSpec:
     """A fused training step: `loss_fn(model, batch)`, then the update of `optimizer` with an optional clip by global norm.
 
-    All handles are engine handles; the scheduler is stepped by the core, after the update.
+    `model` and `optimizer` are engine handles, `public_model` is what `loss_fn` takes in user code; the scheduler is stepped by
+    the core, after the update. `scale` is one over the micro batches per update. With a `bridge`, each batch becomes a
+    ProgramCall by `bridge.lower(LossCall(loss_fn, (public_model, batch), {}), "loss")`.
     """
 
     loss_fn: Callable[..., Any]
     model: Any
+    public_model: Any
     optimizer: Any
     max_grad_norm: float | None = None
+    scale: float = 1.0
     bridge: Bridge | None = None
 
 
@@ -216,12 +222,16 @@ class Engine(Protocol):
         """
         ...
 
-    def clip_grad_norm(self, model: Any, max_norm: float, norm_type: float) -> Any:
-        """Scale gradients so that their total norm is at most max_norm; returns the norm before (a value of the engine)."""
+    def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> Any:
+        """Scale gradients so that their total norm is at most max_norm; returns the norm before (a value of the engine).
+
+        `target` is what user code gave: an iterable of the dialect's parameters or a prepared model; from a bridge a list of
+        (ProgramModel, names or None for all).
+        """
         ...
 
-    def clip_grad_value(self, model: Any, clip_value: float) -> None:
-        """Clamp every gradient element to [-clip_value, clip_value]."""
+    def clip_grad_value(self, target: Any, clip_value: float) -> None:
+        """Clamp every gradient element of `target` (as in clip_grad_norm) to [-clip_value, clip_value]."""
         ...
 
     def train_step(self, spec: StepSpec) -> Callable[..., Any] | None:
@@ -390,7 +400,9 @@ class Bridge(Protocol):
     target: Dialect
 
     def lower(self, value: Any, role: Role) -> Any:
-        """User object -> what the engine takes: ModelSource, OptimizerSource, HostLoader, LossCall or loss value -> ProgramCall."""
+        """User object -> what the engine takes: a model -> ModelSource, an optimizer -> OptimizerSource, a loader -> HostLoader,
+        a LossCall or loss value ("loss") -> ProgramCall, any array ("value") -> an array that the engine's collectives take,
+        an iterable of parameters or a model ("parameters") -> list of (ProgramModel, names or None for all)."""
         ...
 
     def lift(self, value: Any) -> Any:
