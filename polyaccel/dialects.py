@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 Dialect = Literal["torch", "flax"]
-Role = Literal["model", "optimizer", "scheduler", "loader", "loss"]
+Role = Literal["model", "optimizer", "scheduler", "loader", "loss", "value", "parameters"]
 
 # A class name (module, qualified name) in the object's MRO -> what it is. The module is matched by its first part or exactly.
 _KNOWN: dict[tuple[str, str], tuple[Dialect, Role]] = {

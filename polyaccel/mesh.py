@@ -27,7 +27,8 @@ class MeshSpec:
         for name, size in self.sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
                 raise ConfigError(
-                    f"mesh.{name}={size!r} is not an axis size", "use a positive integer, or -1 for all remaining devices"
+                    f"mesh.{name}={size!r} is not an axis size",
+                    "use a positive integer, or -1 for all remaining devices",
                 )
         inferred = [name for name, size in self.sizes.items() if size == -1]
         if len(inferred) > 1:

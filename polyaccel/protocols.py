@@ -279,7 +279,12 @@ class Program(Protocol):
     output_axes: tuple[int | None, ...]  # per output: the dim that carries the batch; None: one value per shard
 
     def __call__(
-        self, params: dict[str, Array], buffers: dict[str, Array], key: Array, inputs: Sequence[Array], loss_scale: Array | None
+        self,
+        params: dict[str, Array],
+        buffers: dict[str, Array],
+        key: Array,
+        inputs: Sequence[Array],
+        loss_scale: Array | None,
     ) -> ProgramResult: ...
 
 
@@ -293,7 +298,9 @@ class ProgramCall(Protocol):
     models: tuple[ProgramModel, ...]
     inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays
     signature: Hashable  # equal signatures and equal input specs share one compiled program
-    is_global: bool  # True: the program wants global shapes and cuts its own replica parts with `shard_call` (a recorded loop)
+    is_global: (
+        bool  # True: the program wants global shapes and cuts its own replica parts with `shard_call` (a recorded loop)
+    )
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: ShardCall) -> Program:
         """Make the program for inputs of these specs (per data shard, or global). Raises PrepareError / UnsupportedError."""
@@ -313,7 +320,10 @@ class ShardCall(Protocol):
     """
 
     def __call__(
-        self, function: Callable[..., tuple[Array, ...]], in_axes: Sequence[int | None], out_axes: Sequence[int | None | str]
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        in_axes: Sequence[int | None],
+        out_axes: Sequence[int | None | str],
     ) -> Callable[..., tuple[Array, ...]]: ...
 
 

@@ -17,7 +17,9 @@ from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS
 
 PREFIX = "POLYACCEL_"
-_LAUNCHED_BACKEND = "POLYACCEL_LAUNCHED_BACKEND"  # set by the launcher, not by users: which engine's processes it started
+_LAUNCHED_BACKEND = (
+    "POLYACCEL_LAUNCHED_BACKEND"  # set by the launcher, not by users: which engine's processes it started
+)
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 _MESH_AXES = tuple(f.name for f in fields(MeshSpec))
 
@@ -54,7 +56,8 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
     if problems:
         raise ConfigError(
             "the configuration has {}:\n{}".format(
-                "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes", "\n".join(f"  - {p}" for p in problems)
+                "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes",
+                "\n".join(f"  - {p}" for p in problems),
             ),
             "correct the values above where they were given",
         )

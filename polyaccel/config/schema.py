@@ -27,11 +27,13 @@ class Config:
         default=False, metadata={"help": "a loader's batch_size is the global batch, cut over the data shards"}
     )
     even_batches: bool = field(
-        default=True, metadata={"help": "complete the last global batch from the first samples, so that all shards agree"}
+        default=True,
+        metadata={"help": "complete the last global batch from the first samples, so that all shards agree"},
     )
     cpu: bool = field(default=False, metadata={"help": "use the CPU even where an accelerator is present"})
     rng_types: tuple[str, ...] = field(
-        default=("generator",), metadata={"help": "random generators that every process takes from process 0 at each epoch"}
+        default=("generator",),
+        metadata={"help": "random generators that every process takes from process 0 at each epoch"},
     )
     step_scheduler_with_optimizer: bool = field(
         default=True, metadata={"help": "scheduler.step() follows optimizer updates; False: every call is one step"}
@@ -45,7 +47,8 @@ class Config:
     compile: bool = field(default=False, metadata={"help": "torch: torch.compile the prepared model"})
     compile_backend: str = field(default="inductor", metadata={"help": "torch: the torch.compile backend"})
     compilation_cache: str = field(
-        default="auto", metadata={"help": "jax: folder of the persistent compilation cache; auto: the user's cache folder; off"}
+        default="auto",
+        metadata={"help": "jax: folder of the persistent compilation cache; auto: the user's cache folder; off"},
     )
     seed: int = field(default=0, metadata={"help": "seed of the engine's random stream until set_seed is called"})
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"help": ""})

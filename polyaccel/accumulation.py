@@ -1,0 +1,127 @@
+"""When gradients are exchanged and optimizers step: Accelerate's accumulation rules, one state per Accelerator."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class GradientState:
+    """Counts micro batches; `sync_gradients` is True on the batch whose step is a real one.
+
+    The window closes every `num_steps` batches and, with `sync_with_dataloader`, on the last batch of the innermost running
+    loader; the next window then starts fresh. Outside `accumulate` every batch is a real one.
+    """
+
+    def __init__(self, num_steps: int, *, sync_with_dataloader: bool = True) -> None:
+        self.num_steps = num_steps
+        self.sync_with_dataloader = sync_with_dataloader
+        self.step = 0
+        self.sync_gradients = True
+        self._running: list[weakref.ref[Any]] = []
+
+    def advance(self) -> bool:
+        """Count one micro batch and decide whether it closes the window."""
+        if self.sync_with_dataloader and self.end_of_dataloader:
+            self.step = 0
+            self.sync_gradients = True
+        else:
+            self.step += 1
+            self.sync_gradients = self.step % self.num_steps == 0
+        return self.sync_gradients
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, no batch is a real one."""
+        before, self.sync_gradients = self.sync_gradients, False
+        try:
+            yield
+        finally:
+            self.sync_gradients = before
+
+    # -- the loaders report here ---------------------------------------------------------------------------------------
+
+    def loader_started(self, loader: Any) -> None:
+        """A prepared loader began an epoch; it is the active one until it finishes or an inner one starts."""
+        self._running.append(weakref.ref(loader))
+
+    def loader_finished(self, loader: Any) -> None:
+        """A prepared loader's epoch ended, by exhaustion or because its loop was left."""
+        self._running = [ref for ref in self._running if ref() is not None and ref() is not loader]
+
+    @property
+    def active_dataloader(self) -> Any:
+        """The innermost running loader, or None."""
+        return self._running[-1]() if self._running else None
+
+    @property
+    def end_of_dataloader(self) -> bool:
+        """True while the active loader's last batch is being used."""
+        loader = self.active_dataloader
+        return loader is not None and loader.end_of_dataloader
+
+    @property
+    def remainder(self) -> int:
+        """How many samples of the active loader's last global batch are real; -1 when all are."""
+        loader = self.active_dataloader
+        return -1 if loader is None else int(loader.remainder)
+
+
+class SchedulerGate:
+    """The scheduler that user code steps: it moves only with real optimizer updates (rules of Accelerate's AcceleratedScheduler).
+
+    One call steps the scheduler `num_data_shards` times, since every update consumes that many of the loader's batches; with
+    `split_batches` once. A skipped update (fp16 overflow) does not step it. A scheduler with `total_steps` never passes it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        optimizers: list[Any],
+        state: GradientState,
+        *,
+        steps_per_update: int,
+        follows_optimizer: bool,
+    ) -> None:
+        self.scheduler = scheduler
+        self.optimizers = optimizers
+        self._state = state
+        self._steps_per_update = steps_per_update
+        self._follows_optimizer = follows_optimizer
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Advance the schedule if the optimizers made a real update; arguments (a metric) are passed on."""
+        if not self._follows_optimizer:
+            self.scheduler.step(*args, **kwargs)
+            return
+        if not self._state.sync_gradients:
+            if hasattr(self.scheduler, "_step_count"):
+                self.scheduler._step_count += (
+                    1  # torch warns when a scheduler has stepped less often than its optimizer
+                )
+            return
+        if any(optimizer.step_was_skipped for optimizer in self.optimizers):
+            return
+        for _ in range(self._steps_per_update):
+            total = getattr(self.scheduler, "total_steps", None)
+            if total is None or self.scheduler._step_count <= total:
+                self.scheduler.step(*args, **kwargs)
+
+    def get_last_lr(self) -> Any:
+        """The learning rates of the last step, one per parameter group."""
+        return self.scheduler.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scheduler's own state."""
+        return dict(self.scheduler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that `state_dict` gave."""
+        self.scheduler.load_state_dict(state)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":  # not there yet while being copied
+            raise AttributeError(name)
+        return getattr(self.scheduler, name)

@@ -1,0 +1,146 @@
+"""Values of all processes brought together: Accelerate's gather family, over trees, on an engine's few collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from polyaccel import trees
+from polyaccel.errors import ConfigError, UnsupportedError, nearest
+from polyaccel.protocols import Engine
+
+REDUCTIONS = ("sum", "mean", "max", "min", "none")
+
+
+class Gathering:
+    """Collectives over nested values of user code. `lower` and `lift` translate one array into the engine's and back.
+
+    With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.lower: Callable[[Any], Any] = _same
+        self.lift: Callable[[Any], Any] = _same
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that take part."""
+        return self._engine.topology.num_processes
+
+    def gather(self, tree: Any) -> Any:
+        """Every array concatenated along dim 0 over processes; a scalar becomes shape (num_processes,)."""
+        return tree if self.num_processes == 1 else self._map(self._engine.collectives.all_gather, tree, "gather")
+
+    def gather_object(self, value: list[Any]) -> list[Any]:
+        """The lists of all processes, joined in process order."""
+        if self.num_processes == 1:
+            return value
+        return [item for part in self._engine.collectives.all_gather_object(value) for item in part]
+
+    def gather_for_metrics(self, tree: Any, num_real: int) -> Any:
+        """`gather`, without the samples that only fill up the last batch: the first `num_real` rows stay (-1: all).
+
+        A tree without arrays is gathered as objects; a dict of plain values as a list of one dict per process.
+        """
+        leaves, _ = trees.flatten(tree)
+        if leaves and not any(is_array(leaf) for leaf in leaves):
+            rows = self.gather_object(list(tree) if isinstance(tree, (list, tuple)) else [tree])
+            return rows[:num_real] if num_real >= 0 and isinstance(tree, (list, tuple)) else rows
+        gathered = self.gather(tree)
+        if num_real < 0:
+            return gathered
+        return trees.map_leaves(lambda leaf: leaf[:num_real] if is_array(leaf) and len(leaf.shape) else leaf, gathered)
+
+    def reduce(self, tree: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Every array reduced elementwise over processes, then multiplied by `scale`; "none" gives the input back."""
+        if reduction not in REDUCTIONS:
+            raise ConfigError(f"reduction={reduction!r} is unknown", nearest(str(reduction), REDUCTIONS))
+        if reduction == "none":
+            return tree
+        operation: Any = reduction
+
+        def one(array: Any) -> Any:
+            reduced = self._engine.collectives.all_reduce(array, operation) if self.num_processes > 1 else array
+            return reduced * scale if scale != 1.0 else reduced
+
+        if self.num_processes == 1 and scale == 1.0:
+            return tree
+        return self._map(one, tree, "reduce")
+
+    def broadcast(self, tree: Any, from_process: int = 0) -> Any:
+        """Every array as process `from_process` has it."""
+        self._check_process(from_process)
+        if self.num_processes == 1:
+            return tree
+        return self._map(lambda array: self._engine.collectives.broadcast(array, from_process), tree, "broadcast")
+
+    def broadcast_object_list(self, values: list[Any], from_process: int = 0) -> list[Any]:
+        """The list of process `from_process`, written into `values` in place on all processes and returned."""
+        self._check_process(from_process)
+        if self.num_processes > 1:
+            mine = values if self._engine.topology.process_index == from_process else []
+            values[:] = self._engine.collectives.all_gather_object(mine)[from_process]
+        return values
+
+    def pad_across_processes(self, tree: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+        """Every array padded along `dim` with `pad_index` to the longest on any process; arrays without that dim stay."""
+        if self.num_processes == 1:
+            return tree
+        leaves, structure = trees.flatten(tree)
+        shapes = [list(leaf.shape) if is_array(leaf) else None for leaf in leaves]
+        everyone = self._engine.collectives.all_gather_object(shapes)
+
+        def pad(position: int, leaf: Any) -> Any:
+            shape = shapes[position]
+            if shape is None or not -len(shape) <= dim < len(shape):
+                return leaf
+            axis = dim % len(shape)
+            return _pad(leaf, axis, max(other[position][axis] for other in everyone), pad_index, pad_first)
+
+        return structure.unflatten([pad(position, leaf) for position, leaf in enumerate(leaves)])
+
+    def _map(self, operation: Callable[[Any], Any], tree: Any, name: str) -> Any:
+        def one(leaf: Any) -> Any:
+            if not is_array(leaf):
+                raise UnsupportedError(
+                    f"{name} got a {type(leaf).__name__}: {leaf!r:.60}",
+                    "gather arrays, or use gather_object for plain values",
+                )
+            return self.lift(operation(self.lower(leaf)))
+
+        return trees.map_leaves(one, tree)
+
+    def _check_process(self, from_process: int) -> None:
+        if not 0 <= from_process < self.num_processes:
+            raise ConfigError(
+                f"from_process={from_process} is no process of this job of {self.num_processes}",
+                "processes count from 0",
+            )
+
+
+def is_array(value: Any) -> bool:
+    """True for an array of any framework."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _pad(array: Any, axis: int, size: int, value: float, first: bool) -> Any:
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    shape = (*array.shape[:axis], size, *array.shape[axis + 1 :])
+    kept = slice(missing, None) if first else slice(None, size - missing)
+    where: tuple[Any, ...] = (*([slice(None)] * axis), kept)
+    if hasattr(array, "new_full"):  # torch
+        padded = array.new_full(shape, value)
+        padded[where] = array
+        return padded
+    widths = [(0, 0)] * len(shape)
+    widths[axis] = (missing, 0) if first else (0, missing)
+    return array.__array_namespace__().pad(
+        array, widths, constant_values=value
+    )  # numpy and jax arrays know their namespace

@@ -1,0 +1,183 @@
+"""Hands user objects to the engine, through a bridge where they speak another dialect, and remembers which handle is whose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from polyaccel.dialects import Dialect, Role, identify
+from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import Bridge, Capabilities, Engine, LoaderSpec
+from polyaccel.registry import load_bridge
+
+_ORDER: tuple[Role, ...] = ("model", "optimizer", "loader", "scheduler")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One prepared object: the user's own, the engine's handle of it, and what user code holds from then on."""
+
+    role: Role
+    original: Any
+    handle: Any
+    public: Any
+
+
+class Preparation:
+    """Everything that one Accelerator has prepared, and the dialect of its script once a model told it."""
+
+    def __init__(self, engine: Engine, capabilities: Capabilities, backend: str) -> None:
+        self.entries: list[Prepared] = []
+        self.bridge: Bridge | None = None
+        self._engine = engine
+        self._capabilities = capabilities
+        self._backend = backend
+        self._script: Dialect | None = None
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    def prepare(self, objects: tuple[Any, ...], *, spec: LoaderSpec, evaluation_mode: bool = False) -> list[Any]:
+        """The public object of each, in the order given; an unknown object passes through, a prepared one stays as it is.
+
+        Models go first, then optimizers (which need their model), loaders, and schedulers (which need their optimizer).
+        Everything is checked before anything is prepared.
+        """
+        kinds = [None if self.entry_of(value) else identify(value) for value in objects]
+        self._check(objects, kinds)
+        for value, kind in zip(objects, kinds, strict=True):
+            if kind is not None and kind[1] == "model":
+                self._enter_dialect(kind[0], value)
+        given = [entry for entry in map(self.entry_of, objects) if entry is not None]
+        in_this_call = [entry for entry in given if entry.role == "model"]
+        results = [entry.public if (entry := self.entry_of(value)) else value for value in objects]
+        for role in _ORDER:
+            for position, (value, kind) in enumerate(zip(objects, kinds, strict=True)):
+                if kind is None or kind[1] != role:
+                    continue
+                entry = self.entry_of(value) or self._prepare_one(value, kind, in_this_call, spec, evaluation_mode)
+                if role == "model" and entry not in in_this_call:
+                    in_this_call.append(entry)
+                results[position] = entry.public
+        return results
+
+    def _check(self, objects: tuple[Any, ...], kinds: list[tuple[Dialect, Role] | None]) -> None:
+        for position, (value, kind) in enumerate(zip(objects, kinds, strict=True)):
+            entry = self.entry_of(value)
+            if entry is not None and entry.role == "loader":
+                raise PrepareError(
+                    f"argument {position} of prepare, a {type(value).__name__}, is a loader that is already prepared",
+                    "use the loader that prepare returned; preparing twice would cut every batch twice",
+                )
+            if kind is None:
+                continue
+            if kind[1] == "loss":
+                raise PrepareError(
+                    f"argument {position} of prepare is an array of shape {tuple(getattr(value, 'shape', ()))}",
+                    "prepare takes models, optimizers, loaders and schedulers",
+                )
+        dialects = {kind[0] for kind in kinds if kind is not None and kind[1] in ("model", "optimizer")}
+        if self._script is not None:
+            dialects.add(self._script)
+        if len(dialects) > 1:
+            raise PrepareError(
+                "a torch and a flax object cannot train together in one Accelerator",
+                "write model and optimizer in one dialect",
+            )
+
+    def _enter_dialect(self, dialect: Dialect, model: Any) -> None:
+        self._script = dialect
+        if dialect == self._capabilities.dialect or self.bridge is not None:
+            return
+        if not self._capabilities.accepts_bridges:
+            cure = "jax" if dialect == "flax" else "torch"
+            raise UnsupportedError(
+                f"backend {self._backend!r} cannot run {type(model).__name__}, which is written in {dialect}",
+                f"use backend={cure!r} for this script",
+            )
+        self.bridge = load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+
+    def _prepare_one(
+        self, value: Any, kind: tuple[Dialect, Role], models: list[Prepared], spec: LoaderSpec, evaluation_mode: bool
+    ) -> Prepared:
+        dialect, role = kind
+        bridge = None if dialect == self._capabilities.dialect else self._bridge_for(dialect)
+        native = value if bridge is None else bridge.lower(value, role)
+        engine = self._engine
+        if role == "model":
+            handle = engine.prepare_model(native, evaluation_mode=evaluation_mode)
+        elif role == "optimizer":
+            handle = engine.prepare_optimizer(native, self._only_model(models))
+        elif role == "scheduler":
+            handle = engine.prepare_scheduler(native, self._optimizer_of(value))
+        else:
+            handle = engine.prepare_loader(native, self._loader_spec(spec, bridge))
+        public = handle if bridge is None or role in ("loader", "scheduler") else bridge.lift(handle)
+        entry = Prepared(role, value, handle, public)
+        self.entries.append(entry)
+        return entry
+
+    def _bridge_for(self, dialect: Dialect) -> Bridge:
+        return self.bridge or load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+
+    def _loader_spec(self, spec: LoaderSpec, bridge: Bridge | None) -> LoaderSpec:
+        # A torch DataLoader in a flax script: the bridge cuts it, and batches stay arrays of the engine.
+        lifts = bridge is not None and self._script != self._capabilities.dialect
+        return LoaderSpec(
+            split_batches=spec.split_batches,
+            even_batches=spec.even_batches,
+            rng_types=spec.rng_types,
+            lift=bridge.lift_batch if bridge is not None and lifts else None,
+        )
+
+    def _only_model(self, models: list[Prepared]) -> Any | None:
+        """The model handle an optimizer without parameters of its own (optax) belongs to; None if that is not clear."""
+        candidates = models or [entry for entry in self.entries if entry.role == "model"]
+        return candidates[0].handle if len(candidates) == 1 else None
+
+    def _optimizer_of(self, scheduler: Any) -> Any | None:
+        wanted = getattr(scheduler, "optimizer", None)
+        optimizers = [entry for entry in self.entries if entry.role == "optimizer"]
+        for entry in optimizers:
+            if wanted is entry.original or wanted is entry.public:
+                return entry.handle
+        return None
+
+    def optimizers_of(self, scheduler: Any) -> list[Any]:
+        """Public optimizers that a scheduler follows: its own if it is prepared, else all of them (rule S7)."""
+        wanted = getattr(scheduler, "optimizer", None)
+        entries = [entry for entry in self.entries if entry.role == "optimizer"]
+        own = [entry.public for entry in entries if wanted is entry.original or wanted is entry.public]
+        return own or [entry.public for entry in entries]
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    def entry_of(self, value: Any) -> Prepared | None:
+        """The entry whose original or public object `value` is."""
+        for entry in self.entries:
+            if value is entry.public or value is entry.original:
+                return entry
+        return None
+
+    def replace_public(self, entry: Prepared, public: Any) -> Prepared:
+        """Give user code another object for an entry (a scheduler's gate)."""
+        renewed = Prepared(entry.role, entry.original, entry.handle, public)
+        self.entries[self.entries.index(entry)] = renewed
+        return renewed
+
+    def handle_of(self, value: Any, role: Role, *, argument: str) -> Any:
+        """The engine's handle of a prepared object. Raises PrepareError naming the argument if it is not prepared."""
+        entry = self.entry_of(value)
+        if entry is None or entry.role != role:
+            raise PrepareError(
+                f"{argument}, a {type(value).__name__}, is not a prepared {role}",
+                f"pass what accelerator.prepare returned for it",
+            )
+        return entry.handle
+
+    def public(self, role: Role) -> list[Any]:
+        """What user code holds, of one role, in the order in which it was prepared."""
+        return [entry.public for entry in self.entries if entry.role == role]
+
+    def forget(self) -> None:
+        """Drop every reference."""
+        self.entries.clear()

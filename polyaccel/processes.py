@@ -1,0 +1,87 @@
+"""Which process does what: decorators and contexts of Accelerate's names, on a Topology and a barrier."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from polyaccel.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def only_if(condition: Callable[[], bool], function: Callable[P, R]) -> Callable[P, R | None]:
+    """`function`, run only where `condition()` holds at the time of the call; None elsewhere."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return function(*args, **kwargs) if condition() else None
+
+    return wrapped
+
+
+@contextmanager
+def one_first(is_first: bool, barrier: Callable[[str], None]) -> Iterator[None]:
+    """The first process runs the block, then all others do. Every process must enter it."""
+    if not is_first:
+        barrier("polyaccel.one_first")
+    try:
+        yield
+    finally:
+        if is_first:
+            barrier("polyaccel.one_first")  # also after an exception: the others must not wait for ever
+
+
+def split(inputs: Any, *, index: int, num_processes: int, apply_padding: bool) -> Any:
+    """This process's part of `inputs`: a list, tuple, array, dict of such, or anything with a length and slices.
+
+    The first `len % num_processes` processes get one more; with `apply_padding` the last item is repeated so that all parts are
+    equally long. The input is not changed.
+    """
+    if num_processes == 1:
+        return inputs
+    if isinstance(inputs, Mapping):
+        lengths = {name: len(value) for name, value in inputs.items()}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(
+                f"split_between_processes got a dict whose values differ in length: {lengths}",
+                "make all values equally long",
+            )
+        return {
+            name: split(value, index=index, num_processes=num_processes, apply_padding=apply_padding)
+            for name, value in inputs.items()
+        }
+    try:
+        length = len(inputs)
+        inputs[0:0]
+    except (TypeError, KeyError) as error:
+        raise ConfigError(
+            f"split_between_processes cannot cut a {type(inputs).__name__}",
+            "pass a list, tuple, array, dataset or dict of them",
+        ) from error
+    share, extra = divmod(length, num_processes)
+    start = index * share + min(index, extra)
+    part = inputs[start : start + share + (index < extra)]
+    missing = share + (extra > 0) - len(part)
+    if not apply_padding or not missing or not length:
+        return part
+    last = inputs[length - 1 : length]
+    if isinstance(part, (list, tuple, str)):
+        return part + last * missing
+    return _concatenate_rows([part, *[last] * missing])
+
+
+def _concatenate_rows(parts: list[Any]) -> Any:
+    """Rows of one array type put together, by the array's own framework."""
+    first = parts[0]
+    if hasattr(first, "new_empty"):  # torch: the one array type whose namespace is not reachable from the array
+        result = first.new_empty((sum(len(part) for part in parts), *first.shape[1:]))
+        start = 0
+        for part in parts:
+            result[start : start + len(part)] = part
+            start += len(part)
+        return result
+    return first.__array_namespace__().concatenate(parts)  # numpy and jax arrays know their namespace

@@ -1,0 +1,60 @@
+"""The fused step of user code: accumulation and schedule around an engine's own fused step, or around the three separate calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from polyaccel.accumulation import GradientState
+from polyaccel.protocols import Engine, LossCall, StepSpec
+
+
+class TrainStep:
+    """`step(batch)`: one micro batch; every `gradient_accumulation_steps` of them (and at a loader's end) the update.
+
+    Returns the loss, or for a `loss_fn` that returns (loss, dict) a dict with "loss" and its entries. Values are left on the
+    device: reading one waits for it.
+    """
+
+    def __init__(
+        self, engine: Engine, spec: StepSpec, state: GradientState, *, scheduler: Any | None, lift: Callable[[Any], Any]
+    ) -> None:
+        self._step = engine.train_step(spec) or _composed(engine, spec)
+        self._state = state
+        self._scheduler = scheduler
+        self._lift = lift
+
+    def __call__(self, batch: Any) -> Any:
+        result = self._lift(self._step(batch, self._state.advance()))
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return result
+
+
+def named_result(result: Any) -> Any:
+    """What a step returns for what a loss function returned: the loss, or a dict of the loss and its auxiliary values."""
+    if not isinstance(result, tuple):
+        return result
+    loss, aux = result
+    return {"loss": loss, **aux} if isinstance(aux, dict) else {"loss": loss, "aux": aux}
+
+
+def _parameters(spec: StepSpec) -> Any:
+    return spec.public_model if spec.bridge is None else spec.bridge.lower(spec.public_model, "parameters")
+
+
+def _composed(engine: Engine, spec: StepSpec) -> Callable[[Any, bool], Any]:
+    def step(batch: Any, sync: bool) -> Any:
+        call: Any = LossCall(spec.loss_fn, (spec.public_model, batch), {})
+        if spec.bridge is not None:
+            call = spec.bridge.lower(call, "loss")
+        with engine.gradient_sync(spec.model, enabled=sync):
+            result = engine.backward(call, scale=spec.scale)
+        if sync:
+            if spec.max_grad_norm is not None:
+                engine.clip_grad_norm(_parameters(spec), spec.max_grad_norm, 2.0)
+            spec.optimizer.step()
+            spec.optimizer.zero_grad()
+        return named_result(result)
+
+    return step
