@@ -1,0 +1,125 @@
+"""What every test stands on: a clean environment, four virtual devices per framework, and no folder left out without a word.
+
+Warnings are errors (pyproject.toml, `filterwarnings`). A folder whose framework is not installed here is not collected, and the
+end of the run says so; `--require` turns that into an error, which is how scripts/test calls it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+# What the files of a folder import at their top. Folders that are not named here (unit, architecture, conformance, launch) run in
+# every environment and choose their engines by probe.
+NEEDS = {
+    "adapter_torch": ("torch",),
+    "adapter_xla": ("torch_xla",),
+    "adapter_jax": ("jax", "flax", "optax"),
+    "bridges": ("torch", "jax", "flax", "optax", "transformers"),
+    "parity": ("torch", "jax", "flax", "optax"),
+    "examples": ("torch", "jax", "flax", "optax", "sklearn"),
+}
+
+# A developer's own settings, or a launcher around pytest, must not decide what a test sees.
+_FOREIGN = ("POLYACCEL_", "ACCELERATE_", "JAX_", "TORCHELASTIC_", "PJRT_", "XLA_")
+_FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+_VIRTUAL_DEVICES = 4
+_CACHE_FOLDER = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("polyaccel")
+    group.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cpu: everything but tests/device, on four virtual devices. cuda: tests/device on the real ones.",
+    )
+    group.addoption(
+        "--require",
+        default="",
+        metavar="MODULES",
+        help="comma-separated modules that must be installed; without one of them the run stops instead of leaving folders out",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    missing = [name for name in _names(config.getoption("--require")) if not _is_installed(name)]
+    if missing:
+        raise pytest.UsageError(f"--require: not installed here: {', '.join(missing)}")
+    if hasattr(config, "workerinput"):
+        return  # an xdist worker inherits the environment that its parent set below
+    for name in list(os.environ):
+        if name.startswith(_FOREIGN) or name in _FOREIGN_NAMES:
+            del os.environ[name]
+    config.stash[_CACHE_FOLDER] = tempfile.mkdtemp(prefix="polyaccel-tests-")
+    os.environ.update(
+        XDG_CACHE_HOME=config.stash[_CACHE_FOLDER],  # compilation caches of one run are not the next run's
+        HF_HUB_OFFLINE="1",  # tests build models from configs and download nothing
+        MPLBACKEND="Agg",
+        OMP_NUM_THREADS="1",  # two xdist workers with two threads each are slower than with one
+    )
+    if config.getoption("--device") == "cpu":
+        os.environ.update(
+            CUDA_VISIBLE_DEVICES="",
+            JAX_PLATFORMS="cpu",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={_VIRTUAL_DEVICES}",
+            PJRT_DEVICE="CPU",
+            CPU_NUM_DEVICES=str(_VIRTUAL_DEVICES),
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_CACHE_FOLDER, None)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    # None lets pytest's own rules decide; only a folder directly under tests/ is ever left out here.
+    if collection_path.parent == TESTS and _why_not(collection_path.name, config):
+        return True
+    return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name each folder that was asked for and left out, so that a green line never means less than it seems to."""
+    asked = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    left_out = {
+        folder.name: reason
+        for folder in sorted(TESTS.iterdir())
+        if folder.is_dir()
+        and any(folder.is_relative_to(path) or path.is_relative_to(folder) for path in asked)
+        and (reason := _why_not(folder.name, config))
+    }
+    if left_out:
+        terminalreporter.section("not collected here")
+        for name, reason in left_out.items():
+            terminalreporter.write_line(f"tests/{name}: {reason}")
+
+
+def _why_not(folder: str, config: pytest.Config) -> str:
+    """Why a folder cannot run here, or an empty string."""
+    on_device = config.getoption("--device") == "cuda"
+    if folder == "device" and not on_device:
+        return "needs an accelerator: pytest --device cuda tests/device"
+    if folder not in ("device", "__pycache__") and on_device:
+        return "written for four virtual devices: run it with --device cpu"
+    missing = [name for name in NEEDS.get(folder, ()) if not _is_installed(name)]
+    return f"needs {', '.join(missing)}" if missing else ""
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _names(comma_separated: str) -> list[str]:
+    return [name.strip() for name in comma_separated.split(",") if name.strip()]
