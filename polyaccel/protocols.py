@@ -41,6 +41,7 @@ class Capabilities:
     mixed_precision: frozenset[str]
     accepts_bridges: bool  # True: a model of the other dialect may be lowered to it
     features: frozenset[Feature]
+    kinds: Mapping[tuple[str, str], tuple[Dialect, Role]] = field(default_factory=dict)  # classes that only this backend knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +278,7 @@ class Program(Protocol):
 
     grad_names: tuple[str, ...]  # parameters that receive a gradient (empty for a forward program)
     output_axes: tuple[int | None, ...]  # per output: the dim that carries the batch; None: one value per shard
+    draws_randomly: bool  # False: `key` is not used, and no number of the random stream is spent
 
     def __call__(
         self,
@@ -298,6 +300,8 @@ class ProgramCall(Protocol):
     models: tuple[ProgramModel, ...]
     inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays
     signature: Hashable  # equal signatures and equal input specs share one compiled program
+    wants_64bit: bool  # trace and call it with jax's 64-bit types on, so that int64 stays exact
+    draw: int | None  # the random counter to use (what `current_key` gave earlier); None: the next one
     is_global: (
         bool  # True: the program wants global shapes and cuts its own replica parts with `shard_call` (a recorded loop)
     )
@@ -330,6 +334,8 @@ class ShardCall(Protocol):
 class ModelSource(Protocol):
     """What a bridge lowers a model to: named host arrays and its mode. Programs come from ProgramCalls that name the model."""
 
+    wants_64bit: bool  # its arrays, and its optimizer's update, keep 64-bit types
+
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
         ...
@@ -349,6 +355,14 @@ class ProgramModel(Protocol):
     source: Any
     version: int  # grows with every change of params or buffers
     engine: ProgramEngine
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Replace parameters and buffers by host arrays of the same shapes (copied, placed, cast to the dtype they have)."""
+        ...
+
+    def zero_grad(self, names: Sequence[str] | None = None) -> None:
+        """Drop the gradients of these parameters (None: of all)."""
+        ...
 
 
 class OptimizerSource(Protocol):
@@ -384,7 +398,9 @@ class HostLoader(Protocol):
 
 
 class ProgramEngine(Engine, Protocol):
-    """An engine that runs programs (jax); what bridges may ask of it beside Engine."""
+    """An engine that runs programs (jax); what bridges and dialects may ask of it beside Engine."""
+
+    plan: Plan
 
     def run_forward(self, call: ProgramCall) -> Any:
         """Run the call without gradients, update buffers, and return `call.finish(None, outputs)`."""
@@ -396,6 +412,10 @@ class ProgramEngine(Engine, Protocol):
 
     def to_host(self, array: Array) -> Any:
         """This process's part of an array as numpy; waits for the device."""
+        ...
+
+    def local(self, array: Array) -> Array:
+        """This process's part of an array as an array of its own: the same one in a job of one process."""
         ...
 
     def current_key(self) -> tuple[Array, int]:
