@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
-Dialect = Literal["torch", "flax"]
+Dialect = str  # "torch", "flax", or what a third-party backend calls its own
 Role = Literal["model", "optimizer", "scheduler", "loader", "loss", "value", "parameters"]
 
 # A class name (module, qualified name) in the object's MRO -> what it is. The module is matched by its first part or exactly.
@@ -28,10 +29,14 @@ _KNOWN: dict[tuple[str, str], tuple[Dialect, Role]] = {
 }
 
 
-def identify(value: Any) -> tuple[Dialect, Role] | None:
-    """The dialect and role of a user's object, or None for one that no engine needs to know (it passes through prepare)."""
+def identify(value: Any, extra: Mapping[tuple[str, str], tuple[Dialect, Role]] = {}) -> tuple[Dialect, Role] | None:
+    """The dialect and role of a user's object, or None for one that no engine needs to know (it passes through prepare).
+
+    `extra` adds a third-party backend's own classes: (first part of the module, class name) -> (dialect, role).
+    """
     for kind in type(value).__mro__:
-        found = _KNOWN.get((kind.__module__.partition(".")[0], kind.__name__))
+        name = (kind.__module__.partition(".")[0], kind.__name__)
+        found = _KNOWN.get(name) or extra.get(name)
         if found is not None:
             return found
     return None

@@ -42,7 +42,7 @@ class Preparation:
         Models go first, then optimizers (which need their model), loaders, and schedulers (which need their optimizer).
         Everything is checked before anything is prepared.
         """
-        kinds = [None if self.entry_of(value) else identify(value) for value in objects]
+        kinds = [None if self.entry_of(value) else identify(value, self._capabilities.kinds) for value in objects]
         self._check(objects, kinds)
         for value, kind in zip(objects, kinds, strict=True):
             if kind is not None and kind[1] == "model":

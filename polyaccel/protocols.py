@@ -41,7 +41,9 @@ class Capabilities:
     mixed_precision: frozenset[str]
     accepts_bridges: bool  # True: a model of the other dialect may be lowered to it
     features: frozenset[Feature]
-    kinds: Mapping[tuple[str, str], tuple[Dialect, Role]] = field(default_factory=dict)  # classes that only this backend knows
+    kinds: Mapping[tuple[str, str], tuple[Dialect, Role]] = field(
+        default_factory=dict
+    )  # classes that only this backend knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,9 @@ class ProgramCall(Protocol):
 
     models: tuple[ProgramModel, ...]
     inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays
-    input_axes: Sequence[int | None]  # per input: the dim cut over data shards; None: one value, the same on every shard
+    input_axes: Sequence[
+        int | None
+    ]  # per input: the dim cut over data shards; None: one value, the same on every shard
     signature: Hashable  # equal signatures and equal input specs share one compiled program
     wants_64bit: bool  # trace and call it with jax's 64-bit types on, so that int64 stays exact
     draw: int | None  # the random counter to use (what `current_key` gave earlier); None: the next one

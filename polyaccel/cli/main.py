@@ -1,0 +1,47 @@
+"""The entry point of `polyaccel`: finds the subcommand, shows errors in their short form, returns exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from polyaccel.errors import PolyaccelError
+
+COMMANDS = {"launch": "start a training script on an engine, with one or more processes"}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    top = argparse.ArgumentParser(prog="polyaccel", description="One training script on PyTorch, PyTorch-XLA or JAX.")
+    top.add_argument("--version", action="store_true", help="print the version")
+    commands = top.add_subparsers(dest="command", metavar="command")
+    for name, summary in COMMANDS.items():
+        import_module(f"polyaccel.cli.{name}").add_arguments(
+            commands.add_parser(name, help=summary, description=summary)
+        )
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is the command's own, 2 for unusable arguments, 1 for a PolyaccelError."""
+    top = parser()
+    options = top.parse_args(arguments)
+    if options.version:
+        from polyaccel import __version__
+
+        print(__version__)
+        return 0
+    if options.command is None:
+        top.print_help()
+        return 0
+    try:
+        return int(import_module(f"polyaccel.cli.{options.command}").run(options))
+    except PolyaccelError as error:
+        print(f"polyaccel {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,457 @@
+"""The suite that every backend runs, by what it declares. A linear model under SGD, whose every number is known in advance.
+
+    class TestMine(Conformance):
+        case = MyCase()     # how the backend's own dialect writes a model, an optimizer, a loader and a loss
+
+All references are computed here in numpy float64, so agreement is with the mathematics and not with another engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+
+from polyaccel import Accelerator
+from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
+from polyaccel.mesh import MeshSpec
+from polyaccel.precision import MIXED_PRECISIONS
+from polyaccel.registry import load_backend
+
+GLOBAL_BATCH = 8
+_rows = np.random.default_rng(7)
+X = _rows.normal(size=(32, 3)).astype(np.float32)  # (rows, in)
+Y = _rows.normal(size=(32, 2)).astype(np.float32)  # (rows, out)
+WEIGHT = _rows.normal(size=(3, 2)).astype(np.float32)  # (in, out)
+BIAS = np.zeros(2, np.float32)
+LR = 0.1
+# float32 accumulates about 1e-7 per operation; some hundred operations lead to the numbers compared here.
+TOLERANCE = 2e-5
+
+
+class Case(Protocol):
+    """A dialect's way to write the suite's model; every method returns the framework's own objects."""
+
+    backend: str
+
+    def model(self, weight: Any, bias: Any) -> Any:
+        """x @ weight + bias."""
+        ...
+
+    def optimizer(self, model: Any, lr: float) -> Any:
+        """Plain SGD."""
+        ...
+
+    def scheduler(self, optimizer: Any, gamma: float) -> Any | None:
+        """lr *= gamma at each step; None where schedules live inside the optimizer."""
+        ...
+
+    def loader(self, x: Any, y: Any, batch_size: int) -> Any:
+        """Rows of {"x": ..., "y": ...} in order."""
+        ...
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        """mean((model(x) - y) ** 2), as user code of the dialect."""
+        ...
+
+    def parameters(self, model: Any) -> Any:
+        """What clip_grad_norm_ takes for a prepared model."""
+        ...
+
+    def array(self, values: Any) -> Any:
+        """An array of the dialect."""
+        ...
+
+    def weights(self, model: Any) -> dict[str, Any]:
+        """{"weight": (in, out), "bias": (out,)} of an unwrapped model, as numpy."""
+        ...
+
+
+def reference(
+    *, epochs: int = 1, accumulate: int = 1, max_norm: float | None = None, gamma: float = 1.0, x: Any = X, y: Any = Y
+) -> tuple[list[float], Any, Any]:
+    """(losses, weight, bias) of SGD on global batches, in float64."""
+    weight, bias, lr = WEIGHT.astype(np.float64), BIAS.astype(np.float64), LR
+    losses, grads, count = [], [np.zeros_like(weight), np.zeros_like(bias)], 0
+    for _ in range(epochs):
+        for start in range(0, len(x), GLOBAL_BATCH):
+            rows, target = (
+                x[start : start + GLOBAL_BATCH].astype(np.float64),
+                y[start : start + GLOBAL_BATCH].astype(np.float64),
+            )
+            error = rows @ weight + bias - target
+            losses.append(float((error**2).mean()))
+            slope = 2 * error / error.size / accumulate
+            grads = [grads[0] + rows.T @ slope, grads[1] + slope.sum(0)]
+            count += 1
+            if count % accumulate and start + GLOBAL_BATCH < len(x):
+                continue
+            count = 0
+            norm = np.sqrt(sum(float((g**2).sum()) for g in grads))
+            factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm is not None else 1.0
+            weight, bias = weight - lr * factor * grads[0], bias - lr * factor * grads[1]
+            grads, lr = [np.zeros_like(weight), np.zeros_like(bias)], lr * gamma
+    return losses, weight, bias
+
+
+def number(value: Any) -> float:
+    """A scalar of any framework as a float."""
+    return float(value)
+
+
+class Conformance:
+    """Inherit, set `case`, and run with pytest. A test that the backend's capabilities exclude is not collected as a skip: it
+    asserts the refusal instead."""
+
+    case: Case
+
+    # -- material ------------------------------------------------------------------------------------------------------
+
+    @pytest.fixture(autouse=True)
+    def _ended(self) -> Iterator[None]:
+        self._open: list[Accelerator] = []
+        yield
+        for accelerator in self._open:
+            accelerator.free_memory()
+
+    def accelerator(self, **arguments: Any) -> Accelerator:
+        """An Accelerator on the case's backend."""
+        accelerator = Accelerator(backend=self.case.backend, cpu=True, **arguments)
+        self._open.append(accelerator)
+        return accelerator
+
+    def loader(self, accelerator: Accelerator, x: Any = X, y: Any = Y) -> Any:
+        """A loader whose global batch is GLOBAL_BATCH on any number of data shards."""
+        return self.case.loader(x, y, GLOBAL_BATCH // accelerator.num_data_shards)
+
+    def prepared(self, accelerator: Accelerator, *, gamma: float | None = None) -> tuple[Any, ...]:
+        """(model, optimizer, loader[, scheduler]), prepared in one call."""
+        model = self.case.model(WEIGHT, BIAS)
+        optimizer = self.case.optimizer(model, LR)
+        loader = self.loader(accelerator)
+        if gamma is None:
+            return tuple(accelerator.prepare(model, optimizer, loader))
+        return tuple(accelerator.prepare(model, optimizer, loader, self.case.scheduler(optimizer, gamma)))
+
+    def forms(self) -> list[str]:
+        """The forms of a step that the backend offers."""
+        capabilities = load_backend(self.case.backend).capabilities
+        value = "backward_value" in capabilities.features or self.speaks_torch()
+        return ["value", "function", "train_step"] if value else ["function", "train_step"]
+
+    def speaks_torch(self) -> bool:
+        """Whether the case is written in the torch dialect (whose loss values can be differentiated on every engine)."""
+        return bool(getattr(self.case, "dialect", None) == "torch")
+
+    def train(
+        self,
+        form: str,
+        accelerator: Accelerator,
+        prepared: tuple[Any, ...],
+        *,
+        epochs: int = 1,
+        max_norm: float | None = None,
+    ) -> list[float]:
+        """The losses of a training run in one of the three forms; global means."""
+        model, optimizer, loader, *rest = prepared
+        scheduler = rest[0] if rest else None
+        losses = []
+        step = (
+            accelerator.train_step(self.case.loss, model, optimizer, scheduler, max_norm)
+            if form == "train_step"
+            else None
+        )
+        for _ in range(epochs):
+            for batch in loader:
+                if step is not None:
+                    losses.append(number(step(batch)))
+                    continue
+                with accelerator.accumulate(model):
+                    if form == "function":
+                        losses.append(number(accelerator.backward(self.case.loss, model, batch)))
+                    else:
+                        loss = self.case.loss(model, batch)
+                        accelerator.backward(loss)
+                        losses.append(
+                            number(accelerator.reduce(loss, "mean") if accelerator.num_processes > 1 else loss)
+                        )
+                    if max_norm is not None:
+                        accelerator.clip_grad_norm_(self.case.parameters(model), max_norm)
+                    optimizer.step()
+                    if scheduler is not None:
+                        scheduler.step()
+                    optimizer.zero_grad()
+        return losses
+
+    def assert_equals(
+        self, accelerator: Accelerator, model: Any, losses: list[float], expected: tuple[Any, ...]
+    ) -> None:
+        """Losses and final weights are those of the reference."""
+        np.testing.assert_allclose(losses, expected[0], rtol=TOLERANCE, atol=TOLERANCE)
+        weights = self.case.weights(accelerator.unwrap_model(model))
+        np.testing.assert_allclose(weights["weight"], expected[1], rtol=TOLERANCE, atol=TOLERANCE)
+        np.testing.assert_allclose(weights["bias"], expected[2], rtol=TOLERANCE, atol=TOLERANCE)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def test_every_form_of_a_step_gives_the_numbers_of_the_mathematics(self) -> None:
+        for form in self.forms():
+            accelerator = self.accelerator()
+            prepared = self.prepared(accelerator)
+            losses = self.train(form, accelerator, prepared, epochs=2)
+            self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2))
+
+    def test_accumulated_micro_batches_equal_one_large_batch_of_the_reference(self) -> None:
+        for form in self.forms():
+            accelerator = self.accelerator(gradient_accumulation_steps=2)
+            prepared = self.prepared(accelerator)
+            losses = self.train(form, accelerator, prepared, epochs=2)
+            self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2, accumulate=2))
+
+    def test_a_short_window_closes_at_the_end_of_the_loader(self) -> None:
+        for form in self.forms():
+            accelerator = self.accelerator(gradient_accumulation_steps=3)  # four batches: windows of three and one
+            prepared = self.prepared(accelerator)
+            losses = self.train(form, accelerator, prepared, epochs=2)
+            self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2, accumulate=3))
+
+    def test_clipping_by_norm_is_that_of_the_reference(self) -> None:
+        for form in self.forms():
+            accelerator = self.accelerator()
+            prepared = self.prepared(accelerator)
+            losses = self.train(form, accelerator, prepared, epochs=2, max_norm=0.3)
+            self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2, max_norm=0.3))
+
+    def test_clipping_returns_the_norm_before_and_none_while_accumulating(self) -> None:
+        accelerator = self.accelerator(gradient_accumulation_steps=2)
+        model, _, loader = self.prepared(accelerator)
+        norms = []
+        for batch in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(self.case.loss, model, batch)
+                norms.append(accelerator.clip_grad_norm_(self.case.parameters(model), 1e-3))
+                if accelerator.sync_gradients:
+                    break
+        error = X[: 2 * GLOBAL_BATCH].astype(np.float64) @ WEIGHT + BIAS - Y[: 2 * GLOBAL_BATCH]
+        slope = 2 * error / error.size
+        expected = np.sqrt(((X[: 2 * GLOBAL_BATCH].T @ slope) ** 2).sum() + (slope.sum(0) ** 2).sum())
+        assert norms[0] is None
+        assert number(norms[1]) == pytest.approx(expected, rel=TOLERANCE)
+
+    def test_clipping_by_value_bounds_every_element(self) -> None:
+        accelerator = self.accelerator()
+        model, optimizer, loader = self.prepared(accelerator)
+        accelerator.backward(self.case.loss, model, next(iter(loader)))
+        accelerator.clip_grad_value_(self.case.parameters(model), 1e-4)
+        optimizer.step()
+        moved = np.abs(self.case.weights(accelerator.unwrap_model(model))["weight"] - WEIGHT)
+        assert moved.max() <= LR * 1e-4 * 1.01
+        assert moved.max() > 0
+
+    def test_a_scheduler_moves_with_real_updates_only(self) -> None:
+        if self.case.scheduler(None, 0.5) is None:
+            pytest.skip("the dialect's schedules live inside its optimizers")
+        for form in self.forms():
+            accelerator = self.accelerator(gradient_accumulation_steps=2, split_batches=True)
+            model = self.case.model(WEIGHT, BIAS)
+            optimizer = self.case.optimizer(model, LR)
+            loader = self.case.loader(X, Y, GLOBAL_BATCH)
+            scheduler = self.case.scheduler(optimizer, 0.5)
+            prepared = tuple(accelerator.prepare(model, optimizer, loader, scheduler))
+            losses = self.train(form, accelerator, prepared, epochs=2)
+            self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2, accumulate=2, gamma=0.5))
+
+    def test_without_split_batches_a_scheduler_takes_one_step_per_data_shard(self) -> None:
+        if self.case.scheduler(None, 0.5) is None:
+            pytest.skip("the dialect's schedules live inside its optimizers")
+        accelerator = self.accelerator()
+        prepared = self.prepared(accelerator, gamma=0.5)
+        self.train("function", accelerator, prepared)
+        assert prepared[3].get_last_lr()[0] == pytest.approx(LR * 0.5 ** (4 * accelerator.num_data_shards))
+
+    def test_two_backwards_before_a_step_add_their_gradients(self) -> None:
+        accelerator = self.accelerator()
+        model, optimizer, loader = self.prepared(accelerator)
+        batch = next(iter(loader))
+        accelerator.backward(self.case.loss, model, batch)
+        accelerator.backward(self.case.loss, model, batch)
+        optimizer.step()
+        once = WEIGHT - reference(x=X[:GLOBAL_BATCH], y=Y[:GLOBAL_BATCH])[1]
+        moved = WEIGHT - self.case.weights(accelerator.unwrap_model(model))["weight"]
+        np.testing.assert_allclose(moved, 2 * once, rtol=1e-4, atol=TOLERANCE)
+
+    def test_zero_grad_forgets_gradients(self) -> None:
+        accelerator = self.accelerator()
+        model, optimizer, loader = self.prepared(accelerator)
+        accelerator.backward(self.case.loss, model, next(iter(loader)))
+        optimizer.zero_grad()
+        optimizer.step()
+        np.testing.assert_array_equal(self.case.weights(accelerator.unwrap_model(model))["weight"], WEIGHT)
+
+    def test_the_loss_function_may_return_auxiliary_values(self) -> None:
+        def with_aux(model: Any, batch: Any) -> Any:
+            loss = self.case.loss(model, batch)
+            return loss, {"twice": getattr(loss, "value", loss) * 2}
+
+        accelerator = self.accelerator()
+        model, optimizer, loader = self.prepared(accelerator)
+        batch = next(iter(loader))
+        expected = reference()[0][0]
+        loss, aux = accelerator.backward(with_aux, model, batch)
+        assert number(loss) == pytest.approx(expected, rel=TOLERANCE)
+        assert number(aux["twice"]) == pytest.approx(2 * expected, rel=TOLERANCE)
+        optimizer.zero_grad()
+        metrics = accelerator.train_step(with_aux, model, optimizer)(batch)
+        assert number(metrics["loss"]) == pytest.approx(expected, rel=TOLERANCE)
+        assert number(metrics["twice"]) == pytest.approx(2 * expected, rel=TOLERANCE)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def test_gather_for_metrics_counts_every_sample_once(self) -> None:
+        accelerator = self.accelerator()
+        rows = 21  # three batches of eight, the last of five: completed where there are several data shards
+        loader = accelerator.prepare(self.loader(accelerator, X[:rows], Y[:rows]))
+        seen = [np.asarray(accelerator.gather_for_metrics(batch["x"])) for batch in loader]
+        np.testing.assert_array_equal(np.concatenate(seen), X[:rows])
+
+    def test_a_loader_knows_its_length_and_its_end(self) -> None:
+        accelerator = self.accelerator()
+        loader = accelerator.prepare(self.loader(accelerator))
+        ends = [loader.end_of_dataloader for _ in loader]
+        assert len(loader) == len(ends) == 4
+        assert ends == [False, False, False, True]
+
+    def test_a_loader_left_early_is_no_longer_active(self) -> None:
+        accelerator = self.accelerator()
+        loader = accelerator.prepare(self.loader(accelerator))
+        iterator = iter(loader)
+        next(iterator)
+        assert accelerator.gradient_state.active_dataloader is loader
+        del iterator
+        assert accelerator.gradient_state.active_dataloader is None
+
+    # -- prepare -------------------------------------------------------------------------------------------------------
+
+    def test_prepare_keeps_the_order_and_passes_unknown_objects_through(self) -> None:
+        accelerator = self.accelerator()
+        model = self.case.model(WEIGHT, BIAS)
+        optimizer, loader, other = self.case.optimizer(model, LR), self.loader(accelerator), object()
+        a, b, c, d = accelerator.prepare(loader, other, optimizer, model)
+        assert b is other
+        losses = self.train("function", accelerator, (d, c, a))
+        self.assert_equals(accelerator, d, losses, reference())
+
+    def test_preparing_a_model_again_gives_the_same_object(self) -> None:
+        accelerator = self.accelerator()
+        model = self.case.model(WEIGHT, BIAS)
+        first = accelerator.prepare(model)
+        assert accelerator.prepare(model) is first
+        assert accelerator.prepare(first) is first
+
+    def test_preparing_a_loader_again_is_refused(self) -> None:
+        accelerator = self.accelerator()
+        loader = accelerator.prepare(self.loader(accelerator))
+        with pytest.raises(PrepareError, match="already prepared"):
+            accelerator.prepare(loader)
+
+    def test_an_optimizer_of_another_model_is_refused(self) -> None:
+        accelerator = self.accelerator()
+        model, other = self.case.model(WEIGHT, BIAS), self.case.model(WEIGHT, BIAS)
+        with pytest.raises(PolyaccelError):
+            model, optimizer = accelerator.prepare(model, self.case.optimizer(other, LR))
+            accelerator.train_step(self.case.loss, model, optimizer)(
+                next(iter(accelerator.prepare(self.loader(accelerator))))
+            )
+
+    def test_train_step_refuses_a_model_that_is_not_prepared(self) -> None:
+        accelerator = self.accelerator()
+        _, optimizer, _ = self.prepared(accelerator)
+        with pytest.raises(PrepareError, match="not a prepared model"):
+            accelerator.train_step(self.case.loss, self.case.model(WEIGHT, BIAS), optimizer)
+
+    def test_unwrap_gives_the_users_own_object(self) -> None:
+        accelerator = self.accelerator()
+        model = self.case.model(WEIGHT, BIAS)
+        assert type(accelerator.unwrap_model(accelerator.prepare(model))) is type(model)
+
+    def test_free_memory_drops_everything(self) -> None:
+        accelerator = self.accelerator()
+        model, optimizer, _ = self.prepared(accelerator)
+        assert accelerator.free_memory(model, optimizer) == [None, None]
+        with pytest.raises(PrepareError):
+            accelerator.unwrap_model(model)
+
+    # -- between processes ---------------------------------------------------------------------------------------------
+
+    def test_collectives_of_one_process_give_their_input(self) -> None:
+        accelerator = self.accelerator()
+        if accelerator.num_processes > 1:
+            pytest.skip("this job has several processes; tests/launch compares them")
+        array = self.case.array(np.arange(6, dtype=np.float32).reshape(3, 2))
+        tree = {"a": array, "b": [array]}
+        for result in (accelerator.gather(tree), accelerator.reduce(tree, "mean"), accelerator.broadcast(tree)):
+            np.testing.assert_array_equal(np.asarray(result["b"][0]), np.asarray(array))
+        assert accelerator.gather_object([1, "a"]) == [1, "a"]
+        assert accelerator.broadcast_object_list([{"a": 1}]) == [{"a": 1}]
+        accelerator.wait_for_everyone()
+
+    def test_objects_between_processes_survive_the_wire(self) -> None:
+        engine = self.accelerator()._engine
+        value = {"n": 1, "x": [1.5, float("inf"), None, True], "s": ("a", b"b"), "array": np.arange(3)}
+        (back,) = engine.collectives.all_gather_object(value)[:1]
+        assert back["n"] == 1
+        assert back["x"] == value["x"]
+        assert back["s"] == value["s"]
+        np.testing.assert_array_equal(back["array"], value["array"])
+
+    # -- what is not declared is refused -------------------------------------------------------------------------------
+
+    def test_mixed_precision_is_what_the_backend_declares(self) -> None:
+        declared = load_backend(self.case.backend).capabilities.mixed_precision
+        for name in MIXED_PRECISIONS:
+            if name not in declared:
+                with pytest.raises(UnsupportedError, match=name):
+                    self.accelerator(mixed_precision=name)
+                continue
+            accelerator = self.accelerator(mixed_precision=name)
+            prepared = self.prepared(accelerator)
+            losses = self.train("train_step", accelerator, prepared, epochs=2)
+            # bfloat16 keeps 8 bits of mantissa: one part in 256 per product, averaged over the batch.
+            np.testing.assert_allclose(
+                losses, reference(epochs=2)[0], rtol={"no": TOLERANCE, "fp16": 5e-3, "bf16": 3e-2}[name]
+            )
+
+    def test_mesh_axes_are_what_the_backend_declares(self) -> None:
+        declared = load_backend(self.case.backend).capabilities.mesh_axes
+        for axis in MeshSpec().sizes:
+            if axis not in declared:
+                with pytest.raises(PolyaccelError):
+                    self.accelerator(mesh={axis: 2})
+
+    def test_a_mesh_that_does_not_fit_names_both_numbers(self) -> None:
+        with pytest.raises(PolyaccelError, match=r"64.*devices"):
+            self.accelerator(mesh={"data": 64})
+
+    def test_mistakes_in_the_configuration_are_shown_all_at_once(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            self.accelerator(mixed_precision="bf61", gradient_accumulation_steps=0)
+        assert "bf61" in str(caught.value)
+        assert "did you mean 'bf16'" in str(caught.value)
+        assert "gradient_accumulation_steps" in str(caught.value)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def test_state_read_from_one_model_can_be_written_to_another(self) -> None:
+        accelerator = self.accelerator()
+        trained, optimizer, loader = self.prepared(accelerator)
+        self.train("function", accelerator, (trained, optimizer, loader))
+        engine = accelerator._engine
+        shards = list(engine.read_state(accelerator._prepared.handle_of(trained, "model", argument="model")))
+        assert all(shard.offset == (0,) * len(shard.global_shape) or shard.data.size for shard in shards)
+        fresh = accelerator.prepare(self.case.model(np.zeros_like(WEIGHT), BIAS))
+        engine.write_state(accelerator._prepared.handle_of(fresh, "model", argument="model"), shards)
+        before = self.case.weights(accelerator.unwrap_model(trained))
+        after = self.case.weights(accelerator.unwrap_model(fresh))
+        np.testing.assert_array_equal(after["weight"], before["weight"])

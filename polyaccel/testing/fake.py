@@ -1,0 +1,350 @@
+"""A whole backend in numpy: one process, one device, a linear model whose gradients are written by hand.
+
+`docs/writing_a_backend.md` walks through this file. It is complete: the conformance suite runs against it as it does against
+torch, xla and jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from polyaccel.data import DataSharding, PreparedLoader, ShardedBatchSampler
+from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
+from polyaccel.protocols import Capabilities, LoaderSpec, LossCall, Probe, Shard, StepSpec, WorkerSlot
+from polyaccel.topology import Topology
+
+if TYPE_CHECKING:
+    from polyaccel.accumulation import GradientState
+    from polyaccel.config import Config
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.plan import Plan
+
+# -- the dialect: what a user of this "framework" writes -------------------------------------------------------------------
+
+
+class FakeModel:
+    """y = x @ weight + bias, float32; `params` and `grads` by name."""
+
+    def __init__(self, weight: Any, bias: Any) -> None:
+        self.params = {"weight": np.array(weight, np.float32), "bias": np.array(bias, np.float32)}
+        self.grads: dict[str, Any] = {}
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.params["weight"] + self.params["bias"]  # (batch, out)
+
+    def squared_error(self, x: Any, y: Any) -> FakeLoss:
+        """mean((model(x) - y) ** 2), with the way back."""
+        error = self(x) - y
+
+        def backward(scale: float) -> None:
+            slope = (2 * scale / error.size) * error
+            for name, grad in (("weight", x.T @ slope), ("bias", slope.sum(0))):
+                self.grads[name] = self.grads.get(name, 0) + grad.astype(np.float32)
+
+        return FakeLoss(np.float32((error**2).mean()), backward)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLoss:
+    """A loss value that can still be differentiated."""
+
+    value: Any
+    backward: Callable[[float], None]
+
+    def item(self) -> float:
+        """The value as a Python float."""
+        return float(self.value)
+
+    __float__ = item
+
+
+class FakeSGD:
+    """params -= lr * grads. `param_groups` as in torch, so that a scheduler can set the rate."""
+
+    def __init__(self, model: FakeModel, lr: float) -> None:
+        self.model = model
+        self.param_groups = [{"lr": lr}]
+        self.step_was_skipped = False
+
+    def step(self) -> None:
+        """One update."""
+        for name, grad in self.model.grads.items():
+            self.model.params[name] = self.model.params[name] - np.float32(self.param_groups[0]["lr"]) * grad
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+        self.model.grads.clear()
+
+
+class FakeScheduler:
+    """Multiplies the rate by `gamma` at every step."""
+
+    def __init__(self, optimizer: FakeSGD, gamma: float) -> None:
+        self.optimizer = optimizer
+        self.gamma = gamma
+
+    def step(self) -> None:
+        """One step of the schedule."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= self.gamma
+
+    def get_last_lr(self) -> list[float]:
+        """The current rates."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to continue."""
+        return {"gamma": self.gamma}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue."""
+        self.gamma = state["gamma"]
+
+
+class FakeLoader:
+    """Batches of rows of equally long arrays, in order."""
+
+    def __init__(self, arrays: dict[str, Any], batch_size: int) -> None:
+        self.arrays = arrays
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """Rows."""
+        return len(next(iter(self.arrays.values())))
+
+    def batches(self) -> list[list[int]]:
+        """Row numbers of each batch."""
+        rows = list(range(self.num_samples))
+        return [rows[start : start + self.batch_size] for start in range(0, self.num_samples, self.batch_size)]
+
+
+# -- the engine ------------------------------------------------------------------------------------------------------------
+
+
+class _Optimizer:
+    """What user code holds: steps only with the accumulation window."""
+
+    def __init__(self, optimizer: FakeSGD, engine: FakeEngine) -> None:
+        self.optimizer = optimizer
+        self._engine = engine
+        self.step_was_skipped = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def step(self) -> None:
+        if self._engine.is_syncing:
+            self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._engine.is_syncing:
+            self.optimizer.zero_grad(set_to_none)
+
+
+class _Collectives:
+    """Between one process and itself."""
+
+    def all_gather(self, array: Any) -> Any:
+        return np.atleast_1d(array)
+
+    def all_reduce(self, array: Any, operation: str) -> Any:
+        return np.array(array)
+
+    def broadcast(self, array: Any, from_process: int) -> Any:
+        return np.array(array)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        from polyaccel import wire
+
+        return [wire.decode(wire.encode(value))]
+
+    def barrier(self, tag: str) -> None:
+        return None
+
+
+class FakeEngine:
+    """One process, one device."""
+
+    gradient_state: GradientState | None = None
+
+    def __init__(self) -> None:
+        self.topology = Topology(0, 1, 0, 1, 1, "numpy")
+        self.collectives = _Collectives()
+        self.device = "cpu"
+        self.generator = np.random.default_rng(0)
+        self._prepared_loaders: list[Any] = []
+
+    @property
+    def is_syncing(self) -> bool:
+        """True when this micro batch's step is a real one."""
+        return self.gradient_state is None or self.gradient_state.sync_gradients
+
+    def bind(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def seed(self, value: int) -> None:
+        self.generator = np.random.default_rng(value)
+
+    def synchronize(self) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+    def prepare_model(self, model: FakeModel, *, evaluation_mode: bool = False) -> FakeModel:
+        return model
+
+    def prepare_optimizer(self, optimizer: FakeSGD, model: Any | None) -> _Optimizer:
+        if model is not None and optimizer.model is not model:
+            raise PrepareError(
+                "the optimizer updates a FakeModel that is not the one prepared with it",
+                "prepare the optimizer's own model",
+            )
+        return _Optimizer(optimizer, self)
+
+    def prepare_scheduler(self, scheduler: FakeScheduler, optimizer: Any | None) -> FakeScheduler:
+        return scheduler
+
+    def prepare_loader(self, loader: FakeLoader, spec: LoaderSpec) -> PreparedLoader:
+        sharding = DataSharding(
+            num_shards=self.plan.num_data_shards,
+            first_shard=self.plan.first_data_shard,
+            num_local_shards=self.plan.num_local_data_shards,
+            split_batches=spec.split_batches,
+            even_batches=spec.even_batches,
+        )
+        return PreparedLoader(_HostBatches(loader, sharding), observer=self.gradient_state)
+
+    def unwrap(self, handle: FakeModel) -> FakeModel:
+        return handle
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, loss: Any, *, scale: float) -> Any:
+        result = loss.function(*loss.args, **loss.kwargs) if isinstance(loss, LossCall) else loss
+        value, *aux = result if isinstance(result, tuple) else (result,)
+        if not isinstance(value, FakeLoss):
+            raise PrepareError(f"backward got a {type(value).__name__}, not a loss", "pass model.squared_error(x, y)")
+        value.backward(scale)
+        return (value.value, *aux) if aux else value.value
+
+    def clip_grad_norm(self, target: FakeModel, max_norm: float, norm_type: float) -> Any:
+        flat = np.concatenate([grad.ravel() for grad in target.grads.values()])
+        norm = np.linalg.norm(flat, norm_type)
+        factor = np.float32(min(1.0, max_norm / (norm + 1e-6)))
+        target.grads = {name: grad * factor for name, grad in target.grads.items()}
+        return norm
+
+    def clip_grad_value(self, target: FakeModel, clip_value: float) -> None:
+        target.grads = {name: grad.clip(-clip_value, clip_value) for name, grad in target.grads.items()}
+
+    def train_step(self, spec: StepSpec) -> None:
+        return None  # the core composes one from the methods above
+
+    def read_state(self, handle: Any) -> Iterator[Shard]:
+        for name, array in handle.params.items():
+            yield Shard(name, array.shape, (0,) * array.ndim, array.dtype.name, array.copy())
+
+    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
+        shards = list(shards)
+        for shard in shards:
+            if shard.name not in handle.params or shard.global_shape != handle.params[shard.name].shape:
+                raise CheckpointError(
+                    f"{shard.name} of shape {shard.global_shape} is not in the model", "load its own checkpoint"
+                )
+        for shard in shards:
+            where = tuple(
+                slice(start, start + size) for start, size in zip(shard.offset, shard.data.shape, strict=True)
+            )
+            handle.params[shard.name][where] = shard.data
+
+
+class _HostBatches:
+    """A FakeLoader's share of this process: row numbers from the core's sampler, rows from the arrays."""
+
+    seed = None  # rows come in order
+
+    def __init__(self, loader: FakeLoader, sharding: DataSharding) -> None:
+        self.loader = loader
+        self.batch_size = loader.batch_size
+        self.total_batch_size = sharding.total_batch_size(loader.batch_size)
+        self._sampler = ShardedBatchSampler(_Rows(loader), sharding)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        return None
+
+    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
+        for index, rows in enumerate(self._sampler):
+            remainder = self._sampler.remainders.popleft()
+            if index >= skip:
+                yield {name: array[np.array(rows)] for name, array in self.loader.arrays.items()}, remainder
+
+
+class _Rows:
+    """The batch sampler of a FakeLoader."""
+
+    drop_last = False
+
+    def __init__(self, loader: FakeLoader) -> None:
+        self.batch_size = loader.batch_size
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._loader.batches())
+
+
+class FakeBackend:
+    """The declaration: what exists before anything is imported."""
+
+    name = "fake"
+    capabilities = Capabilities(
+        dialect="fake",
+        mesh_axes=frozenset({"data"}),
+        mixed_precision=frozenset({"no"}),
+        accepts_bridges=False,
+        features=frozenset({"backward_value"}),
+        kinds={
+            ("polyaccel", "FakeModel"): ("fake", "model"),
+            ("polyaccel", "FakeSGD"): ("fake", "optimizer"),
+            ("polyaccel", "FakeScheduler"): ("fake", "scheduler"),
+            ("polyaccel", "FakeLoader"): ("fake", "loader"),
+        },
+    )
+
+    def probe(self) -> Probe:
+        return Probe(is_usable=True, version=np.__version__)
+
+    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> Sequence[WorkerSlot]:
+        if num_processes not in (None, 1):
+            raise LaunchError(
+                f"--num-processes {num_processes} is more than backend 'fake' can start", "use --num-processes 1"
+            )
+        return (WorkerSlot(),)
+
+    def seed(self, value: int) -> None:
+        return None
+
+    def open(self, config: Config, rendezvous: Rendezvous) -> FakeEngine:
+        if rendezvous.num_processes > 1:
+            raise UnsupportedError("backend 'fake' cannot join a job of several processes", "start one process")
+        return FakeEngine()
