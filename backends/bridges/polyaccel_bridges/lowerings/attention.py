@@ -1,0 +1,174 @@
+"""Scaled dot product attention, kept whole by the capture; long sequences are computed in blocks of queries.
+
+The backward is that of FlashAttention (https://arxiv.org/abs/2205.14135): probabilities come back from the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+
+from .matmul import precision_of
+from .table import lowers
+
+aten = torch.ops.aten
+
+# Scores of one block of queries against all keys: 64 MB in float32 for 8 heads of one sample.
+_MAX_BLOCK_SCORES = 2**21
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """In at least 32 bits, without widening 16-bit operands first."""
+    return jnp.einsum(
+        equation, a, b, precision=precision_of(a), preferred_element_type=jnp.promote_types(a.dtype, np.float32)
+    )
+
+
+def _scores(
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool, scale: float, offset: jax.Array | int
+) -> jax.Array:
+    scores = _einsum("bhqd,bhkd->bhqk", query, key)
+    scores = scores * jnp.asarray(scale, scores.dtype)
+    if mask is not None:
+        scores = scores + mask.astype(scores.dtype)
+    if is_causal:
+        rows = lax.broadcasted_iota(np.int32, scores.shape[-2:], 0) + offset
+        columns = lax.broadcasted_iota(np.int32, scores.shape[-2:], 1)
+        scores = jnp.where(rows >= columns, scores, -jnp.inf)
+    return scores
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    is_causal: bool,
+    scale: float,
+    offset: jax.Array | int,
+) -> tuple[jax.Array, jax.Array]:
+    scores = _scores(query, key, mask, is_causal, scale, offset)
+    top = lax.stop_gradient(scores.max(-1, keepdims=True))
+    top = jnp.where(jnp.isneginf(top), jnp.zeros_like(top), top)  # a row without any key: weights 0, not NaN
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = _einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value)
+    out = out / jnp.where(total == 0, jnp.ones_like(total), total)
+    return out.astype(query.dtype), (jnp.log(total) + top)[..., 0]
+
+
+def _block_size(length: int, keys: int) -> int:
+    """The largest divisor of `length` whose scores fit a block; `length` itself where that is sensible."""
+    if length * keys <= _MAX_BLOCK_SCORES:
+        return length
+    wanted = max(_MAX_BLOCK_SCORES // keys, 1)
+    best = max(size for size in range(1, wanted + 1) if length % size == 0)
+    return best if best >= min(wanted, 16) else length
+
+
+def _blocks(x: jax.Array, size: int) -> jax.Array:
+    """(b, h, q, ...) -> (q / size, b, h, size, ...)"""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], x.shape[2] // size, size, *x.shape[3:]), 2, 0)
+
+
+def _unblocked(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _mask_blocks(mask: jax.Array | None, length: int, size: int) -> jax.Array | None:
+    if mask is None:
+        return None
+    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+    if mask.shape[2] == 1:
+        return jnp.broadcast_to(mask, (length // size, *mask.shape))
+    return _blocks(mask, size)
+
+
+def _default_scale(query: jax.Array, scale: float | None) -> float:
+    return 1 / float(np.sqrt(query.shape[-1])) if scale is None else scale
+
+
+@lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
+def flash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    factor = _default_scale(query, scale)
+    length = query.shape[2]
+    size = _block_size(length, key.shape[2])
+    if size == length:
+        return _attend(query, key, value, attn_mask, is_causal, factor, 0)
+
+    def step(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        start, queries, mask = block
+        return _attend(queries, key, value, mask, is_causal, factor, start)
+
+    starts = jnp.arange(0, length, size, dtype=np.int32)
+    out, lse = lax.map(step, (starts, _blocks(query, size), _mask_blocks(attn_mask, length, size)))
+    return _unblocked(out), _unblocked(lse)
+
+
+@lowers(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+def flash_attention_backward(
+    grad_out: jax.Array,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    out: jax.Array,
+    logsumexp: jax.Array,
+    dropout_p: float,
+    is_causal: bool,
+    *,
+    attn_mask: jax.Array | None = None,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    factor = _default_scale(query, scale)
+    length = query.shape[2]
+    size = _block_size(length, key.shape[2])
+    wide = jnp.promote_types(query.dtype, np.float32)
+    delta = (grad_out.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
+    # A row without any key has log-sum-exp -inf; at +inf its probabilities are 0.
+    lse = jnp.where(jnp.isneginf(logsumexp), -logsumexp, logsumexp)[..., None]
+
+    def gradients(
+        queries: jax.Array,
+        grads: jax.Array,
+        lse: jax.Array,
+        delta: jax.Array,
+        mask: jax.Array | None,
+        offset: jax.Array | int,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        weights = jnp.exp(_scores(queries, key, mask, is_causal, factor, offset) - lse)
+        inner = (_einsum("bhqd,bhkd->bhqk", grads, value) - delta) * weights * jnp.asarray(factor, wide)
+        inner = inner.astype(query.dtype)
+        return (
+            _einsum("bhqk,bhkd->bhqd", inner, key),
+            _einsum("bhqk,bhqd->bhkd", inner, queries),
+            _einsum("bhqk,bhqd->bhkd", weights.astype(grads.dtype), grads),
+        )
+
+    if size == length:
+        grad_query, grad_key, grad_value = gradients(query, grad_out, lse, delta, attn_mask, 0)
+    else:
+
+        def step(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+            offset, queries, grads, lse, delta, mask = block
+            one, two, three = gradients(queries, grads, lse, delta, mask, offset)
+            return (sums[0] + two, sums[1] + three), one
+
+        starts = jnp.arange(0, length, size, dtype=np.int32)
+        parts = (starts, *(_blocks(x, size) for x in (query, grad_out, lse, delta)), _mask_blocks(attn_mask, length, size))
+        zeros = (jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide))
+        (grad_key, grad_value), grad_blocks = lax.scan(step, zeros, parts)
+        grad_query = _unblocked(grad_blocks)
+    return grad_query.astype(query.dtype), grad_key.astype(key.dtype), grad_value.astype(value.dtype)

@@ -1,0 +1,147 @@
+"""Batch, layer and group normalization. Statistics are taken in at least 32 bits, as PyTorch's kernels do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+
+from .table import lowers
+
+aten = torch.ops.aten
+
+_WIDE = np.dtype(np.float32)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, _WIDE))
+
+
+def _moments(x: jax.Array, dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance over `dims`, kept; two passes, because E[x^2] - E[x]^2 cancels."""
+    mean = x.mean(dims, keepdims=True)
+    return mean, jnp.square(x - mean).mean(dims, keepdims=True)
+
+
+def _per_channel(values: jax.Array, ndim: int) -> jax.Array:
+    return values.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _scaled(
+    normal: jax.Array, weight: jax.Array | None, bias: jax.Array | None, dtype: np.dtype  # type: ignore[type-arg]
+) -> jax.Array:
+    if weight is not None:
+        normal = normal * weight.astype(normal.dtype)
+    if bias is not None:
+        normal = normal + bias.astype(normal.dtype)
+    return normal.astype(dtype)
+
+
+def _trained(
+    x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    wide = _wide(x)
+    mean, variance = _moments(wide, (0, *range(2, x.ndim)))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
+    scale, shift = (None if v is None else _per_channel(v, x.ndim) for v in (weight, bias))
+    out = _scaled((wide - mean) * rstd, scale, shift, x.dtype)
+    return out, mean.reshape(-1), rstd.reshape(-1), variance.reshape(-1)
+
+
+def _evaluated(
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    running_mean: jax.Array,
+    running_var: jax.Array,
+    eps: float,
+) -> jax.Array:
+    wide = _wide(x)
+    mean = _per_channel(running_mean, x.ndim).astype(wide.dtype)
+    rstd = lax.rsqrt(_per_channel(running_var, x.ndim).astype(wide.dtype) + jnp.asarray(eps, wide.dtype))
+    scale, shift = (None if v is None else _per_channel(v, x.ndim) for v in (weight, bias))
+    return _scaled((wide - mean) * rstd, scale, shift, x.dtype)
+
+
+def _moved(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
+    new = new.astype(old.dtype)
+    return old * jnp.asarray(1 - momentum, old.dtype) + new * jnp.asarray(momentum, old.dtype)
+
+
+@lowers(aten._native_batch_norm_legit_functional.default)
+def _native_batch_norm_legit_functional(
+    input: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    running_mean: jax.Array,
+    running_var: jax.Array,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[jax.Array, ...]:
+    if not training:
+        out = _evaluated(input, weight, bias, running_mean, running_var, eps)
+        nothing = jnp.zeros((0,), _wide(input).dtype)
+        return out, nothing, nothing, running_mean, running_var
+    out, mean, rstd, variance = _trained(input, weight, bias, eps)
+    count = input.size // input.shape[1]
+    unbiased = variance * jnp.asarray(count / max(count - 1, 1), variance.dtype)
+    return out, mean, rstd, _moved(running_mean, mean, momentum), _moved(running_var, unbiased, momentum)
+
+
+@lowers(aten._native_batch_norm_legit.no_stats)
+def _native_batch_norm_legit_no_stats(
+    input: jax.Array, weight: jax.Array | None, bias: jax.Array | None, training: bool, momentum: float, eps: float
+) -> tuple[jax.Array, ...]:
+    return _trained(input, weight, bias, eps)[:3]
+
+
+@lowers(aten._native_batch_norm_legit_no_training.default)
+def _native_batch_norm_legit_no_training(
+    input: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    running_mean: jax.Array,
+    running_var: jax.Array,
+    momentum: float,
+    eps: float,
+) -> tuple[jax.Array, ...]:
+    nothing = jnp.zeros((0,), _wide(input).dtype)
+    return _evaluated(input, weight, bias, running_mean, running_var, eps), nothing, nothing
+
+
+@lowers(aten.native_layer_norm.default)
+def native_layer_norm(
+    input: jax.Array,
+    normalized_shape: Sequence[int],
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wide = _wide(input)
+    mean, variance = _moments(wide, tuple(range(input.ndim - len(normalized_shape), input.ndim)))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
+    return _scaled((wide - mean) * rstd, weight, bias, input.dtype), mean, rstd
+
+
+@lowers(aten.native_group_norm.default)
+def native_group_norm(
+    input: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    wide = _wide(input).reshape(N, group, C // group * HxW)
+    mean, variance = _moments(wide, (2,))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
+    scale, shift = (None if v is None else _per_channel(v, input.ndim) for v in (weight, bias))
+    normal = ((wide - mean) * rstd).reshape(input.shape)
+    return _scaled(normal, scale, shift, input.dtype), mean.reshape(N, group), rstd.reshape(N, group)

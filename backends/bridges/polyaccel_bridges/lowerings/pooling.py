@@ -1,0 +1,301 @@
+"""Pooling of one to three spatial dims. A window is walked offset by offset: every step is a slice that XLA fuses with the next."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax import lax
+
+from .table import lowers
+
+aten = torch.ops.aten
+
+
+def _expand(values: Sequence[int] | int, count: int) -> list[int]:
+    values = [values] if isinstance(values, int) else list(values)
+    return values * count if len(values) == 1 else values
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """The windows along one dim of `size` elements: output `i` covers `starts[i] + j * dilation` for j < lengths[i]."""
+
+    size: int
+    starts: np.ndarray[Any, np.dtype[np.int64]]
+    lengths: np.ndarray[Any, np.dtype[np.int64]]
+    dilation: int
+    stride: int  # 0: irregular
+
+    @property
+    def count(self) -> int:
+        return len(self.starts)
+
+    @property
+    def reach(self) -> int:
+        return int(self.lengths.max())
+
+    def positions(self, offset: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        return self.starts + offset * self.dilation
+
+    def valid(self, offset: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        positions = self.positions(offset)
+        return (offset < self.lengths) & (positions >= 0) & (positions < self.size)
+
+
+def _sliding(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> _Windows:
+    span = size + 2 * padding - dilation * (kernel - 1) - 1
+    count = (-(-span // stride) if ceil_mode else span // stride) + 1
+    if ceil_mode and (count - 1) * stride >= size + padding:  # the last window must start inside the input or left padding
+        count -= 1
+    starts = np.arange(count, dtype=np.int64) * stride - padding
+    return _Windows(size, starts, np.full(count, kernel, np.int64), dilation, stride)
+
+
+def _adaptive(size: int, count: int) -> _Windows:
+    index = np.arange(count, dtype=np.int64)
+    starts, ends = index * size // count, -(-(index + 1) * size // count)
+    return _Windows(size, starts, ends - starts, 1, size // count if count and size % count == 0 else 0)
+
+
+def _take(x: jax.Array, dim: int, windows: _Windows, offset: int, fill: Any) -> jax.Array:
+    """The element at `offset` of every window along `dim`; `fill` outside."""
+    valid = windows.valid(offset)
+    if windows.stride:
+        low = int(windows.positions(offset)[0])
+        high = int(windows.positions(offset)[-1])
+        padding = [(0, 0, 0)] * x.ndim
+        padding[dim] = (max(-low, 0), max(high - windows.size + 1, 0), 0)
+        if padding[dim] != (0, 0, 0):
+            x = lax.pad(x, jnp.asarray(fill, x.dtype), padding)
+        begin = low + padding[dim][0]
+        return lax.slice_in_dim(x, begin, begin + high - low + 1, windows.stride, dim)
+    rows = np.clip(windows.positions(offset), 0, windows.size - 1)
+    taken = jnp.take(x, rows, dim)
+    shape = [1] * x.ndim
+    shape[dim] = len(rows)
+    return taken if valid.all() else jnp.where(valid.reshape(shape), taken, jnp.asarray(fill, x.dtype))
+
+
+def _offsets(windows: Sequence[_Windows]) -> Iterator[tuple[int, ...]]:
+    return itertools.product(*(range(w.reach) for w in windows))
+
+
+def _flat_positions(windows: Sequence[_Windows], offsets: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The input position, counted over all spatial dims, of the element at `offsets` of every window."""
+    flat = np.zeros((1,) * len(windows), np.int64)
+    for dim, (w, offset) in enumerate(zip(windows, offsets, strict=True)):
+        shape = [1] * len(windows)
+        shape[dim] = -1
+        flat = flat * w.size + w.positions(offset).reshape(shape)
+    return flat
+
+
+def _first_positions(windows: Sequence[_Windows]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    flat = np.zeros((1,) * len(windows), np.int64)
+    for dim, w in enumerate(windows):
+        shape = [1] * len(windows)
+        shape[dim] = -1
+        skipped = np.maximum(-(w.starts // w.dilation), 0)
+        flat = flat * w.size + (w.starts + skipped * w.dilation).reshape(shape)
+    return flat
+
+
+def _lowest(dtype: Any) -> Any:
+    return -np.inf if jnp.issubdtype(dtype, np.floating) else jnp.iinfo(dtype).min
+
+
+def _max_pool(x: jax.Array, windows: Sequence[_Windows]) -> tuple[jax.Array, jax.Array]:
+    """The largest element of every window and its position; the first of equal ones, the last NaN."""
+    lead = x.ndim - len(windows)
+    lowest = _lowest(x.dtype)
+    shape = (*x.shape[:lead], *(w.count for w in windows))
+    best = jnp.full(shape, lowest, x.dtype)
+    where = jnp.broadcast_to(jnp.asarray(_first_positions(windows), np.int32), shape)
+    for offsets in _offsets(windows):
+        values = x
+        for dim, (w, offset) in enumerate(zip(windows, offsets, strict=True), start=lead):
+            values = _take(values, dim, w, offset, lowest)
+        wins = values > best
+        if jnp.issubdtype(x.dtype, np.floating):
+            wins = wins | jnp.isnan(values)
+        where = jnp.where(wins, jnp.asarray(_flat_positions(windows, offsets), np.int32), where)
+        best = jnp.where(wins, values, best)
+    return best, where.astype(np.int64)
+
+
+def _max_pool_backward(
+    grad: jax.Array, x: jax.Array, windows: Sequence[_Windows], indices: jax.Array
+) -> jax.Array:
+    lead = x.ndim - len(windows)
+    indices = indices.astype(np.int32)
+    if all(w.stride for w in windows):
+        total = jnp.zeros(x.shape, grad.dtype)
+        for offsets in _offsets(windows):
+            chosen = indices == jnp.asarray(_flat_positions(windows, offsets), np.int32)
+            part = jnp.where(chosen, grad, jnp.zeros_like(grad))
+            total = total + _spread(part, lead, windows, offsets)
+        return total
+    flat = grad.reshape(-1, int(np.prod(grad.shape[lead:])))
+    rows = jnp.arange(flat.shape[0], dtype=np.int32)[:, None]
+    size = int(np.prod(x.shape[lead:]))
+    out = jnp.zeros((flat.shape[0], size), grad.dtype).at[rows, indices.reshape(flat.shape)].add(flat)
+    return out.reshape(x.shape)
+
+
+def _spread(part: jax.Array, lead: int, windows: Sequence[_Windows], offsets: Sequence[int]) -> jax.Array:
+    """Back to the input's shape: the transpose of taking one offset of every (regular) window."""
+    config = [(0, 0, 0)] * lead
+    for w, offset in zip(windows, offsets, strict=True):
+        low = int(w.positions(offset)[0])
+        high = int(w.positions(offset)[-1])
+        config.append((low, w.size - 1 - high, w.stride - 1))
+    return lax.pad(part, jnp.zeros((), part.dtype), config)
+
+
+def _avg_pool(x: jax.Array, windows: Sequence[_Windows], divisor: Any) -> jax.Array:
+    lead = x.ndim - len(windows)
+    wide = jnp.promote_types(x.dtype, np.float32) if jnp.issubdtype(x.dtype, np.inexact) else x.dtype
+    total = x.astype(wide)
+    for dim, w in enumerate(windows, start=lead):  # a sum over a box is a sum over each dim in turn
+        total = sum((_take(total, dim, w, offset, 0) for offset in range(w.reach)), start=jnp.zeros((), wide))
+    return (total / jnp.asarray(divisor, wide)).astype(x.dtype)
+
+
+def _sliding_windows(
+    x: jax.Array,
+    count: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | int,
+    dilation: Sequence[int] | int,
+    ceil_mode: bool,
+) -> list[_Windows]:
+    kernel = _expand(kernel_size, count)
+    steps = _expand(stride, count) if len(stride) else kernel
+    config = zip(x.shape[-count:], kernel, steps, _expand(padding, count), _expand(dilation, count), strict=True)
+    return [_sliding(*sizes, ceil_mode) for sizes in config]
+
+
+
+def _register_sliding_max(count: int, forward: Any, backward: Any) -> None:
+    @lowers(forward)
+    def max_pool(
+        self: jax.Array,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] | int = 0,
+        dilation: Sequence[int] | int = 1,
+        ceil_mode: bool = False,
+    ) -> tuple[jax.Array, jax.Array]:
+        return _max_pool(self, _sliding_windows(self, count, kernel_size, stride, padding, dilation, ceil_mode))
+
+    @lowers(backward)
+    def max_pool_backward(
+        grad_output: jax.Array,
+        self: jax.Array,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | int,
+        dilation: Sequence[int] | int,
+        ceil_mode: bool,
+        indices: jax.Array,
+    ) -> jax.Array:
+        windows = _sliding_windows(self, count, kernel_size, stride, padding, dilation, ceil_mode)
+        return _max_pool_backward(grad_output, self, windows, indices)
+
+
+def _register_adaptive_max(count: int, forward: Any, backward: Any) -> None:
+    def windows_of(x: jax.Array, output_size: Sequence[int]) -> list[_Windows]:
+        return [_adaptive(size, out) for size, out in zip(x.shape[-count:], output_size, strict=True)]
+
+    @lowers(forward)
+    def adaptive_max_pool(self: jax.Array, output_size: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+        return _max_pool(self, windows_of(self, output_size))
+
+    @lowers(backward)
+    def adaptive_max_pool_backward(grad_output: jax.Array, self: jax.Array, indices: jax.Array) -> jax.Array:
+        return _max_pool_backward(grad_output, self, windows_of(self, indices.shape[-count:]), indices)
+
+
+def _register_adaptive_avg(count: int, forward: Any, backward: Any) -> None:
+    def pool(x: jax.Array, output_size: Sequence[int]) -> jax.Array:
+        windows = [_adaptive(size, out) for size, out in zip(x.shape[-count:], output_size, strict=True)]
+        divisor = np.ones((1,) * count)
+        for dim, w in enumerate(windows):
+            divisor = divisor * w.lengths.reshape([-1 if d == dim else 1 for d in range(count)])
+        return _avg_pool(x, windows, divisor)
+
+    @lowers(forward)
+    def adaptive_avg_pool(self: jax.Array, output_size: Sequence[int]) -> jax.Array:
+        return pool(self, output_size)
+
+    @lowers(backward)
+    def adaptive_avg_pool_backward(grad_output: jax.Array, self: jax.Array) -> jax.Array:
+        output_size = grad_output.shape[-count:]
+        (grad,) = jax.linear_transpose(lambda x: pool(x, output_size), self)(grad_output)
+        return grad
+
+
+def _register_sliding_avg(count: int, forward: Any, backward: Any) -> None:
+    def pool(
+        x: jax.Array,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | int,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> jax.Array:
+        windows = _sliding_windows(x, count, kernel_size, stride, padding, 1, ceil_mode)
+        if divisor_override is not None:
+            return _avg_pool(x, windows, divisor_override)
+        divisor = np.ones((1,) * count)
+        for dim, (w, pad) in enumerate(zip(windows, _expand(padding, count), strict=True)):
+            low, high = (-pad, w.size + pad) if count_include_pad else (0, w.size)
+            inside = np.minimum(w.starts + w.lengths, high) - np.maximum(w.starts, low)
+            divisor = divisor * inside.reshape([-1 if d == dim else 1 for d in range(count)])
+        return _avg_pool(x, windows, divisor)
+
+    @lowers(forward)
+    def avg_pool(
+        self: jax.Array,
+        kernel_size: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] | int = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> jax.Array:
+        return pool(self, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+
+    @lowers(backward)
+    def avg_pool_backward(
+        grad_output: jax.Array,
+        self: jax.Array,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int] | int,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> jax.Array:
+        config = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        (grad,) = jax.linear_transpose(lambda x: pool(x, *config), self)(grad_output)
+        return grad
+
+
+_register_sliding_max(2, aten.max_pool2d_with_indices.default, aten.max_pool2d_with_indices_backward.default)
+_register_sliding_max(3, aten.max_pool3d_with_indices.default, aten.max_pool3d_with_indices_backward.default)
+_register_adaptive_max(2, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool2d_backward.default)
+_register_adaptive_max(3, aten.adaptive_max_pool3d.default, aten.adaptive_max_pool3d_backward.default)
+_register_adaptive_avg(2, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d_backward.default)
+_register_adaptive_avg(3, aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default)
+_register_sliding_avg(2, aten.avg_pool2d.default, aten.avg_pool2d_backward.default)
+_register_sliding_avg(3, aten.avg_pool3d.default, aten.avg_pool3d_backward.default)

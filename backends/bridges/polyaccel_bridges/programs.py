@@ -1,0 +1,204 @@
+"""A captured fx graph compiled once into a flat list of instructions, which `replay.py` interprets inside any jax trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from polyaccel.errors import UnsupportedError
+from torch.fx import Graph, GraphModule, Node
+
+from .lowerings import LOWERINGS, Lowering, promotion
+from .sources import draw_of_node, source_of_node
+
+# Where and how a tensor is stored says nothing about its value.
+_STORAGE_ARGUMENTS = frozenset({"device", "layout", "pin_memory", "memory_format", "non_blocking"})
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The numpy dtype of a torch dtype. Raises UnsupportedError for quantized and other dtypes that jax does not have."""
+    try:
+        return promotion.numpy_dtype(dtype)
+    except KeyError:
+        raise UnsupportedError(f"jax has no dtype for {dtype}", "use the torch backend for this model") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """Shape and numpy dtype of one array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of an earlier value among a program's values."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One operation: its lowering, its arguments (earlier values as Slots) and what its result must look like."""
+
+    lowering: Lowering
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    draw: int | None
+    result: int
+    expected: ArraySpec | tuple[ArraySpec | None, ...] | None
+    frees: tuple[int, ...]
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """A pure function from arrays to arrays: `num_inputs` inputs come first among the values, then `constants`."""
+
+    num_inputs: int
+    constants: tuple[np.ndarray[Any, Any], ...]
+    instructions: tuple[Instruction, ...]
+    num_values: int
+    outputs: tuple[Slot | None, ...]
+    output_specs: tuple[ArraySpec | None, ...]
+
+    @property
+    def draws_randomly(self) -> bool:
+        """Whether running it needs a PRNG key."""
+        return any(step.lowering.is_random for step in self.instructions)
+
+
+def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
+    """Raise UnsupportedError naming every operation that `outputs` need and that has no lowering, with its module and line."""
+    missing: dict[str, list[str]] = {}
+    live = _needed((), outputs)
+    for node in graph.nodes:
+        if node in live and node.op == "call_function" and not _is_projection(node) and node.target not in LOWERINGS:
+            where = str(source_of_node(node))
+            places = missing.setdefault(str(node.target), [])
+            if where not in places:
+                places.append(where)
+    if missing:
+        lines = [f"  {name} {place}" for name, places in missing.items() for place in places]
+        raise UnsupportedError(
+            f"{len(missing)} operation{'s have' if len(missing) > 1 else ' has'} no lowering to jax:\n" + "\n".join(lines),
+            "write that part with other torch operations, register a lowering with polyaccel_bridges.lowerings.table.lowers, "
+            "or use the torch backend",
+        )
+
+
+def _is_projection(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem" and getattr(node.target, "__module__", "") == "_operator"
+
+
+
+def constant_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The values of a CPU tensor as a numpy array that shares no memory with it."""
+    dtype = numpy_dtype(tensor.dtype)
+    plain = tensor.detach().contiguous().resolve_conj().resolve_neg().cpu()
+    if dtype.kind == "V" or dtype.name.startswith(("bfloat", "float8")):  # numpy knows these through ml_dtypes alone
+        words = {1: torch.uint8, 2: torch.int16}[dtype.itemsize]
+        return plain.view(words).numpy().copy().view(dtype)
+    return plain.numpy().copy()
+
+
+def spec_of(value: Any) -> ArraySpec | tuple[ArraySpec | None, ...] | None:
+    """The specs of a fake tensor, or of a sequence of them; None for anything else."""
+    if isinstance(value, torch.Tensor):
+        return ArraySpec(tuple(int(size) for size in value.shape), numpy_dtype(value.dtype))
+    if isinstance(value, list | tuple):
+        return tuple(ArraySpec(tuple(v.shape), numpy_dtype(v.dtype)) if isinstance(v, torch.Tensor) else None for v in value)
+    return None
+
+
+def compile_program(module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node | None]) -> Program:
+    """The part of `module`'s graph that `outputs` need, as a Program of `inputs` (any nodes: what comes before them is cut off)."""
+    live = _needed(inputs, outputs)
+    slots: dict[Node, int] = {node: index for index, node in enumerate(inputs)}
+    constants: list[np.ndarray[Any, Any]] = []
+    for node in module.graph.nodes:
+        if node in live and node.op == "get_attr":
+            slots[node] = len(slots)
+            constants.append(constant_array(_attribute(module, str(node.target))))
+    last_use: dict[Node, Node] = {}
+    body = [node for node in module.graph.nodes if node in live and node.op == "call_function"]
+    for node in body:
+        slots[node] = len(slots)
+        for used in node.all_input_nodes:
+            last_use[used] = node
+    kept = {node for node in outputs if node is not None}
+    instructions = []
+    for node in body:
+        frees = tuple(slots[used] for used in node.all_input_nodes if last_use[used] is node and used not in kept)
+        instructions.append(_instruction(node, slots, frees))
+    return Program(
+        num_inputs=len(inputs),
+        constants=tuple(constants),
+        instructions=tuple(instructions),
+        num_values=len(slots),
+        outputs=tuple(None if node is None else Slot(slots[node]) for node in outputs),
+        output_specs=tuple(None if node is None else _tensor_spec(node) for node in outputs),
+    )
+
+
+def _tensor_spec(node: Node) -> ArraySpec:
+    spec = spec_of(node.meta["val"])
+    assert isinstance(spec, ArraySpec)
+    return spec
+
+
+def _needed(inputs: Iterable[Node], outputs: Iterable[Node | None]) -> set[Node]:
+    given = set(inputs)
+    live: set[Node] = set()
+    waiting = [node for node in outputs if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in live or node in given:
+            continue
+        live.add(node)
+        waiting.extend(node.all_input_nodes)
+    return live
+
+
+def _attribute(module: GraphModule, path: str) -> torch.Tensor:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def _project(values: Any, index: int) -> Any:
+    return values[index]
+
+
+_PROJECTION = Lowering(_project)
+
+
+def _instruction(node: Node, slots: dict[Node, int], frees: tuple[int, ...]) -> Instruction:
+    def convert(value: Any) -> Any:
+        if isinstance(value, Node):
+            return Slot(slots[value])
+        if isinstance(value, torch.dtype):
+            return numpy_dtype(value)
+        if isinstance(value, list | tuple):
+            return tuple(convert(item) for item in value)
+        return value
+
+    lowering = _PROJECTION if _is_projection(node) else LOWERINGS[node.target]  # type: ignore[index]
+    return Instruction(
+        lowering=lowering,
+        args=tuple(convert(arg) for arg in node.args),
+        kwargs={name: convert(arg) for name, arg in node.kwargs.items() if name not in _STORAGE_ARGUMENTS},
+        draw=draw_of_node(node) if lowering.is_random else None,
+        result=slots[node],
+        expected=spec_of(node.meta.get("val")),
+        frees=frees,
+        name=str(node.target),
+        source=str(source_of_node(node)),
+    )
