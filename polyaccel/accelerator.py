@@ -180,8 +180,8 @@ class Accelerator:
         return self.prepare(scheduler)
 
     def prepare_data_loader(self, data_loader: Any) -> Any:
-        """`prepare` for one loader."""
-        return self.prepare(data_loader)
+        """`prepare` for one loader; also for any iterable of batches, which `prepare` alone would pass through."""
+        return self._prepared.prepare((data_loader,), spec=self._loader_spec(), unknown="loader")[0]
 
     def _loader_spec(self) -> LoaderSpec:
         return LoaderSpec(

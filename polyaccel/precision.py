@@ -42,4 +42,4 @@ class PrecisionPolicy:
         """The policy of a `mixed_precision` value. Raises ConfigError for an unknown one."""
         if name not in MIXED_PRECISIONS:
             raise ConfigError(f"mixed_precision={name!r} is unknown", nearest(str(name), MIXED_PRECISIONS))
-        return cls(name=name, loss_scaling=LossScaling() if name == "fp16" else None)  # type: ignore[arg-type]
+        return cls(name=name, loss_scaling=LossScaling() if name == "fp16" else None)

@@ -36,13 +36,16 @@ class Preparation:
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def prepare(self, objects: tuple[Any, ...], *, spec: LoaderSpec, evaluation_mode: bool = False) -> list[Any]:
-        """The public object of each, in the order given; an unknown object passes through, a prepared one stays as it is.
+    def prepare(
+        self, objects: tuple[Any, ...], *, spec: LoaderSpec, evaluation_mode: bool = False, unknown: Role | None = None
+    ) -> list[Any]:
+        """The public object of each, in the order given; a prepared one stays as it is, an object of no known class passes
+        through, or is taken for what `unknown` says.
 
         Models go first, then optimizers (which need their model), loaders, and schedulers (which need their optimizer).
         Everything is checked before anything is prepared.
         """
-        kinds = [None if self.entry_of(value) else identify(value, self._capabilities.kinds) for value in objects]
+        kinds = [None if self.entry_of(value) else self._identify(value, unknown) for value in objects]
         self._check(objects, kinds)
         for value, kind in zip(objects, kinds, strict=True):
             if kind is not None and kind[1] == "model":
@@ -59,6 +62,12 @@ class Preparation:
                     in_this_call.append(entry)
                 results[position] = entry.public
         return results
+
+    def _identify(self, value: Any, unknown: Role | None) -> tuple[Dialect, Role] | None:
+        found = identify(value, self._capabilities.kinds)
+        if found is None and unknown is not None:
+            return (self._script or self._capabilities.dialect), unknown
+        return found
 
     def _check(self, objects: tuple[Any, ...], kinds: list[tuple[Dialect, Role] | None]) -> None:
         for position, (value, kind) in enumerate(zip(objects, kinds, strict=True)):
@@ -170,7 +179,7 @@ class Preparation:
         if entry is None or entry.role != role:
             raise PrepareError(
                 f"{argument}, a {type(value).__name__}, is not a prepared {role}",
-                f"pass what accelerator.prepare returned for it",
+                "pass what accelerator.prepare returned for it",
             )
         return entry.handle
 

@@ -168,6 +168,7 @@ class Engine(Protocol):
 
     topology: Topology
     collectives: Collectives
+    gradient_state: Any  # the core's accumulation.GradientState, set right after bind; None: every step is a real one
 
     @property
     def device(self) -> Any:
@@ -332,7 +333,7 @@ class ShardCall(Protocol):
         self,
         function: Callable[..., tuple[Array, ...]],
         in_axes: Sequence[int | None],
-        out_axes: Sequence[int | None | str],
+        out_axes: Sequence[int | str | None],
     ) -> Callable[..., tuple[Array, ...]]: ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -38,21 +39,21 @@ class Structure:
         items = dict(zip(self.keys, children, strict=True))
         if issubclass(self.kind, Mapping):
             return _rebuild_mapping(self.template, items)
-        return dataclasses.replace(self.template, **items)
+        return dataclasses.replace(self.template, **{str(name): value for name, value in items.items()})
 
 
 _LEAF = Structure(None)
 
 
 def _rebuild_mapping(template: Any, items: dict[Any, Any]) -> Any:
-    if isinstance(template, MutableMapping):
-        rebuilt = copy.copy(template)  # a shallow copy keeps what a subclass holds beside its items
-        if hasattr(template, "data") and isinstance(template.data, dict):
-            rebuilt.data = {}  # a UserDict's shallow copy may share its dict
-        for name, value in items.items():
-            rebuilt[name] = value
-        return rebuilt
-    return type(template)(items)
+    if not isinstance(template, MutableMapping):
+        return type(template)(items)
+    rebuilt: Any = copy.copy(template)  # a shallow copy keeps what a subclass holds beside its items
+    if isinstance(template, UserDict):
+        rebuilt.data = {}  # its shallow copy may share the dict
+    for name, value in items.items():
+        rebuilt[name] = value
+    return rebuilt
 
 
 def is_namedtuple(value: Any) -> bool:

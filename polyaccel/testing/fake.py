@@ -244,7 +244,7 @@ class FakeEngine:
 
     def clip_grad_norm(self, target: FakeModel, max_norm: float, norm_type: float) -> Any:
         flat = np.concatenate([grad.ravel() for grad in target.grads.values()])
-        norm = np.linalg.norm(flat, norm_type)
+        norm = float(np.linalg.norm(flat, norm_type))
         factor = np.float32(min(1.0, max_norm / (norm + 1e-6)))
         target.grads = {name: grad * factor for name, grad in target.grads.items()}
         return norm
@@ -276,11 +276,11 @@ class FakeEngine:
 class _HostBatches:
     """A FakeLoader's share of this process: row numbers from the core's sampler, rows from the arrays."""
 
-    seed = None  # rows come in order
+    seed: int | None = None  # rows come in order
 
     def __init__(self, loader: FakeLoader, sharding: DataSharding) -> None:
         self.loader = loader
-        self.batch_size = loader.batch_size
+        self.batch_size: int | None = loader.batch_size
         self.total_batch_size = sharding.total_batch_size(loader.batch_size)
         self._sampler = ShardedBatchSampler(_Rows(loader), sharding)
 
