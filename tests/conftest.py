@@ -23,7 +23,7 @@ NEEDS = {
     "adapter_xla": ("torch_xla",),
     "adapter_jax": ("jax", "flax", "optax"),
     "bridges": ("torch", "jax", "flax", "optax", "transformers"),
-    "parity": ("torch", "jax", "flax", "optax"),
+    "parity": ("torch", "sklearn"),  # and the engine that is here: jax, or torch_xla
     "examples": ("torch", "jax", "flax", "optax", "sklearn"),
 }
 
