@@ -152,7 +152,7 @@ class OptimizerRule:
         dtype = jnp.promote_types(p.dtype, jnp.float32)
         wide = {key: value.astype(dtype) for key, value in state.items()}
         h = {key: value.astype(dtype) for key, value in scalars.items()}
-        h["dtype_eps"] = jnp.asarray(float(ml_dtypes.finfo(p.dtype).eps), dtype)  # type: ignore[no-untyped-call]
+        h["dtype_eps"] = jnp.asarray(float(ml_dtypes.finfo(p.dtype).eps), dtype)
         g = -g.astype(dtype) if flags.maximize else g.astype(dtype)
         step = state["step"] + jnp.asarray(1, state["step"].dtype) if "step" in state else None
         t = jnp.asarray(1, dtype) if step is None else step.astype(dtype)
