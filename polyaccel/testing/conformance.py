@@ -358,7 +358,8 @@ class Conformance:
 
     def test_an_optimizer_of_another_model_is_refused(self) -> None:
         accelerator = self.accelerator()
-        model, other = self.case.model(WEIGHT, BIAS), self.case.model(WEIGHT, BIAS)
+        # Of another shape: an nnx.Optimizer keeps no reference to its model, and only its state tells.
+        model, other = self.case.model(WEIGHT, BIAS), self.case.model(np.zeros((5, 2), np.float32), BIAS)
         optimizer = self.case.optimizer(other, LR)
         with pytest.raises(PolyaccelError):
             accelerator.prepare(model, optimizer)
