@@ -203,7 +203,8 @@ class Accelerator:
 
     def unwrap_model(self, model: Any) -> Any:
         """The user's own model, with current values."""
-        return self._engine.unwrap(self._prepared.handle_of(model, "model", argument="model"))
+        own = self._engine.unwrap(self._prepared.handle_of(model, "model", argument="model"))
+        return own if self._prepared.bridge is None else self._prepared.bridge.unwrap(own)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Drop every prepared object and wait for the device; returns one None per argument, to overwrite the script's names."""

@@ -103,7 +103,7 @@ class Preparation:
                 f"backend {self._backend!r} cannot run {type(model).__name__}, which is written in {dialect}",
                 f"use backend={cure!r} for this script",
             )
-        self.bridge = load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+        self.bridge = self._load_bridge(dialect)
 
     def _prepare_one(
         self, value: Any, kind: tuple[Dialect, Role], models: list[Prepared], spec: LoaderSpec, evaluation_mode: bool
@@ -126,7 +126,12 @@ class Preparation:
         return entry
 
     def _bridge_for(self, dialect: Dialect) -> Bridge:
-        return self.bridge or load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+        return self.bridge or self._load_bridge(dialect)
+
+    def _load_bridge(self, dialect: Dialect) -> Bridge:
+        bridge = load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+        bridge.engine = self._engine
+        return bridge
 
     def _loader_spec(self, spec: LoaderSpec, bridge: Bridge | None) -> LoaderSpec:
         # A torch DataLoader in a flax script: the bridge cuts it, and batches stay arrays of the engine.

@@ -434,6 +434,11 @@ class Bridge(Protocol):
 
     source: Dialect
     target: Dialect
+    engine: Any  # the engine that it serves; set by the core right after the bridge is made
+
+    def unwrap(self, value: Any) -> Any:
+        """What `engine.unwrap` gave -> the user's own object."""
+        ...
 
     def lower(self, value: Any, role: Role) -> Any:
         """User object -> what the engine takes: a model -> ModelSource, an optimizer -> OptimizerSource, a loader -> HostLoader,
