@@ -1,0 +1,89 @@
+"""The jax backend before jax is imported: what it can do, whether it can be used here, how many processes it wants."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from polyaccel.config import Config
+from polyaccel.errors import BackendUnavailableError, LaunchError
+from polyaccel.protocols import Capabilities, Engine, Probe, WorkerSlot
+
+if TYPE_CHECKING:
+    from polyaccel.launch.rendezvous import Rendezvous
+
+_INSTALL = "pip install 'polyaccel[jax]'"
+
+
+class JaxBackend:
+    """Runs flax scripts natively, and torch scripts through a bridge, on every device that jax has."""
+
+    name = "jax"
+    capabilities = Capabilities(
+        dialect="flax",
+        mesh_axes=frozenset({"replica", "data"}),
+        mixed_precision=frozenset({"no", "bf16", "fp16"}),
+        accepts_bridges=True,
+        features=frozenset({"multi_process"}),
+    )
+
+    def probe(self) -> Probe:
+        """Whether jax, flax and optax are installed. Never raises, imports none of them."""
+        is_loaded = "jax" in sys.modules
+        for package in ("jax", "jaxlib", "flax", "optax"):
+            try:
+                found = importlib.util.find_spec(package) is not None
+            except (ImportError, ValueError):
+                found = False
+            if not found:
+                return Probe(False, reason=f"{package} is not installed", cure=_INSTALL, is_loaded=is_loaded)
+        try:
+            return Probe(True, version=version("jax"), is_loaded=is_loaded)
+        except PackageNotFoundError:
+            return Probe(False, reason="jax has no package metadata", cure=_INSTALL, is_loaded=is_loaded)
+
+    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+        """One process drives all devices of a machine. More processes share them in equal parts.
+
+        Raises LaunchError where the devices cannot be shared: GPUs whose number does not divide, or TPUs.
+        """
+        if num_processes is None or num_processes == 1:
+            return (WorkerSlot(),)
+        num_gpus = 0 if use_cpu else _count_gpus()
+        if num_gpus == 0:
+            return (WorkerSlot(),) * num_processes
+        if num_gpus % num_processes:
+            raise LaunchError(
+                f"{num_processes} processes cannot share {num_gpus} GPUs in equal parts",
+                "start one process (it drives all GPUs), or a number that divides them",
+            )
+        each = num_gpus // num_processes
+        return tuple(
+            WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(index * each, (index + 1) * each)))})
+            for index in range(num_processes)
+        )
+
+    def seed(self, value: int) -> None:
+        """Nothing: jax has no global generator. Live engines have their own stream."""
+
+    def open(self, config: Config, rendezvous: Rendezvous) -> Engine:
+        """Import jax and join the job. Every process of the job must call it."""
+        probe = self.probe()
+        if not probe.is_usable:
+            raise BackendUnavailableError(f"backend 'jax' cannot be used here: {probe.reason}", probe.cure)
+        from polyaccel_jax.engine import JaxEngine
+
+        return JaxEngine(config, rendezvous)
+
+
+def _count_gpus() -> int:
+    """GPUs that nvidia-smi lists: counting through jax would take hold of them before the workers can."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return 0
+    listing = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())

@@ -1,0 +1,85 @@
+"""Collectives between processes, for values of user code: each process gives a local array and gets a local array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from polyaccel import wire
+from polyaccel.topology import Topology
+
+_REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "sum": lambda stacked: stacked.sum(0, dtype=stacked.dtype),
+    "mean": lambda stacked: stacked.mean(0),
+    "max": lambda stacked: stacked.max(0),
+    "min": lambda stacked: stacked.min(0),
+}
+
+
+class JaxCollectives:
+    """Runs on one device of every process. Every process must call each operation, in the same order."""
+
+    def __init__(self, devices: Sequence[jax.Device], topology: Topology) -> None:
+        first: dict[int, jax.Device] = {}
+        for device in devices:
+            first.setdefault(device.process_index, device)
+        self._num_processes = topology.num_processes
+        self._mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("process",))
+        self._functions: dict[str, Callable[[jax.Array], jax.Array]] = {}
+
+    def all_gather(self, array: Any) -> jax.Array:
+        """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,)."""
+        array = jnp.asarray(array)
+        if self._num_processes == 1:
+            return array.reshape(1) if array.ndim == 0 else array
+        stacked = self._apply("gather", _keep, array)
+        return stacked if array.ndim == 0 else stacked.reshape(-1, *array.shape[1:])
+
+    def all_reduce(self, array: Any, operation: Literal["sum", "mean", "max", "min"]) -> jax.Array:
+        """Reduce elementwise over processes."""
+        array = jnp.asarray(array)
+        return jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
+
+    def broadcast(self, array: Any, from_process: int) -> jax.Array:
+        """The array of one process, on all of them."""
+        array = jnp.asarray(array)
+        if self._num_processes == 1:
+            return jnp.copy(array)
+        return self._apply(f"from {from_process}", lambda stacked: stacked[from_process], array)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Plain values and arrays of all processes, in process order."""
+        if self._num_processes == 1:
+            return [wire.decode(wire.encode(value))]
+        data = np.frombuffer(wire.encode(value), np.uint8)
+        sizes = np.asarray(self.all_gather(np.int32(data.size)))
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: data.size] = data
+        rows = np.asarray(self.all_gather(padded)).reshape(self._num_processes, -1)
+        return [wire.decode(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def barrier(self, tag: str) -> None:
+        """Return when every process has arrived at the barrier of this name."""
+        if self._num_processes > 1:
+            multihost_utils.sync_global_devices(tag)
+
+    def _apply(self, name: str, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+        sharding = NamedSharding(self._mesh, PartitionSpec("process"))
+        shape = (self._num_processes, *array.shape)
+        mine = self._mesh.local_devices[0]
+        row = jax.device_put(np.asarray(array)[None], mine)
+        stacked = jax.make_array_from_single_device_arrays(shape, sharding, [row])
+        jitted = self._functions.get(name)
+        if jitted is None:
+            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            jitted = self._functions[name] = jax.jit(function, out_shardings=everywhere)
+        return jitted(stacked).addressable_data(0)
+
+
+def _keep(stacked: jax.Array) -> jax.Array:
+    return stacked

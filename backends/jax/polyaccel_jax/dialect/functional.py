@@ -1,0 +1,389 @@
+"""A flax loss function as a program: models become arguments, and what user code gets inside is a live module made of tracers."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import ArraySpec, LossCall, ProgramModel, ProgramResult, ShardCall
+
+Named = dict[str, jax.Array]
+NUMBERS = (int, float, complex)
+
+
+class FlaxSource(Protocol):
+    """What the two kinds of flax modules have in common; a ModelSource that can also rebuild its module inside a trace."""
+
+    wants_64bit: bool
+    trained: tuple[str, ...] | None  # names that prepared optimizers update; None: no optimizer was prepared
+
+    results: dict[Hashable, Results]  # by signature of the calls whose first model this is
+
+    @property
+    def token(self) -> int:
+        """A number that is another one whenever programs of this model must be made anew (mode, structure, trained names)."""
+        ...
+
+    def rebuild(self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool) -> tuple[Any, Callable[[], Named]]:
+        """Traced: the module that user code sees, and a function that collects the buffers that it changed."""
+        ...
+
+    @property
+    def draws_from_key(self) -> bool:
+        """Whether `rebuild` uses the key even with one replica."""
+        ...
+
+
+class Handle:
+    """The base of what user code holds for a prepared module. `_polyaccel_model` is the engine's handle of it."""
+
+    _polyaccel_model: Any
+
+
+_live: list[dict[int, Any]] = []  # while a program is traced: id of an engine model -> the module that stands for it
+
+
+@contextmanager
+def _standing_for(modules: Mapping[int, Any]) -> Iterator[None]:
+    _live.append(dict(modules))
+    try:
+        yield
+    finally:
+        _live.pop()
+
+
+def live_module(model: Any) -> Any | None:
+    """While a loss function is traced, the module of tracers that stands for a prepared model; None outside.
+
+    Raises PrepareError for a model that the loss function reaches without taking it as an argument: it would get no gradient.
+    """
+    if not _live:
+        return None
+    module = _live[-1].get(id(model))
+    if module is None:
+        raise PrepareError(
+            f"the loss function uses the prepared model {model.name} without taking it as an argument",
+            "pass it: accelerator.backward(loss_fn, model, batch), where loss_fn(model, batch) uses its own argument",
+        )
+    return module
+
+
+# -- calls -----------------------------------------------------------------------------------------------------------------
+
+
+class FlaxCall:
+    """A function of prepared models and arrays, as a ProgramCall. Numbers are traced like arrays, all other leaves are static."""
+
+    is_global = False
+    wants_64bit = False
+    draw: int | None = None
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_loss: bool) -> None:
+        leaves, self._treedef = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_model)
+        self.function = function
+        self.is_loss = is_loss
+        self.inputs: Sequence[Any] = []
+        models: list[Any] = []
+        self._slots: list[tuple[str, Any]] = []
+        inputs: list[Any] = []
+        for leaf in leaves:
+            if isinstance(leaf, Handle):
+                model = leaf._polyaccel_model
+                if model not in models:
+                    models.append(model)
+                self._slots.append(("model", models.index(model)))
+            elif _is_traced(leaf):
+                self._slots.append(("input", len(inputs)))
+                inputs.append(leaf)
+            else:
+                self._slots.append(("static", _hashable(leaf)))
+        if not models:
+            raise PrepareError(
+                f"{_name(function)} was called without a prepared model",
+                "pass what accelerator.prepare returned: accelerator.backward(loss_fn, model, batch)",
+            )
+        self.inputs = inputs
+        self.models: tuple[ProgramModel, ...] = tuple(models)
+        self.signature: Hashable = (
+            function_key(function),
+            is_loss,
+            self._treedef,
+            tuple(self._slots),
+            tuple((model.name, model.source.token) for model in models),
+        )
+        results = models[0].source.results
+        self._results: Results = results.get(self.signature) or results.setdefault(self.signature, Results())
+
+    def build(
+        self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: ShardCall
+    ) -> FlaxProgram:
+        """The program for inputs of these specs."""
+        return FlaxProgram(self, with_grads=with_grads, num_shards=num_shards, specs=specs)
+
+    def arguments(self, modules: Sequence[Any], inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The user's arguments with these modules and arrays in their places."""
+        places = {"model": modules, "input": inputs}
+        leaves = [value if kind == "static" else places[kind][value] for kind, value in self._slots]
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = jax.tree.unflatten(self._treedef, leaves)
+        return arguments
+
+    def finish(self, loss: jax.Array | None, outputs: list[jax.Array]) -> Any:
+        """The loss, (loss, auxiliary values), or the outputs of a forward pass; this process's part of each."""
+        structure = self._results.of(self.inputs)
+        if structure is None:
+            return self._local(loss)  # type: ignore[arg-type]
+        tree = jax.tree.unflatten(structure, [self._local(output) for output in outputs])
+        return tree if loss is None else (self._local(loss), tree)
+
+    def note_structure(self, specs: Sequence[ArraySpec], structure: Any) -> None:
+        """Remember the structure of what the function returned beside the loss (None: nothing) for inputs of these specs."""
+        self._results.note(specs, structure)
+
+    def _local(self, array: jax.Array) -> jax.Array:
+        return self.models[0].engine.local(array)
+
+
+class Results:
+    """Structures of what a function returned, by input specs: nearly always the same for all of them."""
+
+    def __init__(self) -> None:
+        self._by_shapes: dict[Hashable, Any] = {}
+        self._only: Any = None
+        self._is_uniform = True
+
+    def note(self, specs: Sequence[ArraySpec], structure: Any) -> None:
+        """Note the structure that a trace gave."""
+        self._by_shapes[tuple(tuple(spec.shape) for spec in specs)] = structure
+        self._is_uniform = all(other == structure for other in self._by_shapes.values())
+        self._only = structure
+
+    def of(self, inputs: Sequence[Any]) -> Any:
+        """The structure for these inputs."""
+        return self._only if self._is_uniform else self._by_shapes[tuple(tuple(np.shape(array)) for array in inputs)]
+
+
+class FlaxProgram:
+    """Loss and gradients (or outputs) of a FlaxCall in the plan's precision; a pure function."""
+
+    def __init__(self, call: FlaxCall, *, with_grads: bool, num_shards: int, specs: Sequence[ArraySpec]) -> None:
+        self._call = call
+        self._with_grads = with_grads
+        self._folds_keys = num_shards > 1
+        self._sources: list[Any] = [model.source for model in call.models]
+        self._prefixes = [f"{model.name}." for model in call.models]
+        self._compute_dtype = jnp.dtype(call.models[0].engine.plan.precision.compute_dtype)
+        self._specs = specs
+        self._num_shards = num_shards
+        self._batch_size = next((spec.shape[0] for spec in specs if spec.shape), None)
+        self.grad_names: tuple[str, ...] = self._grad_names() if with_grads else ()
+        self.output_axes: tuple[int | None, ...] = ()
+        self.draws_randomly = self._folds_keys or any(source.draws_from_key for source in self._sources)
+        if num_shards > 1:  # a replica program is cut and joined by axes that must be known before it is traced
+            self._trace_abstractly(specs)
+
+    def _grad_names(self) -> tuple[str, ...]:
+        trained = any(source.trained is not None for source in self._sources)
+        names: list[str] = []
+        for model, prefix, source in zip(self._call.models, self._prefixes, self._sources, strict=True):
+            chosen = source.trained or () if trained else tuple(model.params)
+            names += [f"{prefix}{name}" for name in chosen if jnp.issubdtype(model.params[name].dtype, jnp.inexact)]
+        return tuple(names)
+
+    def _trace_abstractly(self, specs: Sequence[ArraySpec]) -> None:
+        def named(values: str) -> dict[str, Any]:
+            return {
+                f"{prefix}{name}": jax.ShapeDtypeStruct(array.shape, array.dtype)
+                for model, prefix in zip(self._call.models, self._prefixes, strict=True)
+                for name, array in getattr(model, values).items()
+            }
+
+        inputs = [jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype)) for spec in specs]
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(lambda *args: self._forward(*args)[0], named("params"), named("buffers"), key, inputs)
+
+    def __call__(
+        self, params: Named, buffers: Named, key: jax.Array, inputs: Sequence[jax.Array], loss_scale: jax.Array | None
+    ) -> ProgramResult:
+        if not self._with_grads:
+            (loss, outputs), changed = self._forward(params, buffers, key, inputs)
+            return ProgramResult(loss, outputs, {}, changed)
+        frozen = {name: value for name, value in params.items() if name not in self.grad_names}
+
+        def scaled(trained: Named) -> tuple[jax.Array, tuple[jax.Array, list[jax.Array], Named]]:
+            (loss, outputs), changed = self._forward({**frozen, **trained}, buffers, key, inputs)
+            assert loss is not None
+            return loss if loss_scale is None else loss * loss_scale, (loss, outputs, changed)
+
+        trained = {name: params[name] for name in self.grad_names}
+        grads, (loss, outputs, changed) = jax.grad(scaled, has_aux=True)(trained)
+        return ProgramResult(loss, outputs, grads, changed)
+
+    def _forward(
+        self, params: Named, buffers: Named, key: jax.Array, inputs: Sequence[jax.Array]
+    ) -> tuple[tuple[jax.Array | None, list[jax.Array]], Named]:
+        call = self._call
+        params = {name: self._compute(value) for name, value in params.items()}
+        modules, collectors = [], []
+        for index, (prefix, source) in enumerate(zip(self._prefixes, self._sources, strict=True)):
+            module, collect = source.rebuild(
+                _without(prefix, params), _without(prefix, buffers), jax.random.fold_in(key, index), folds_keys=self._folds_keys
+            )
+            modules.append(module)
+            collectors.append(collect)
+        args, kwargs = call.arguments(modules, [self._compute(value) for value in inputs])
+        standing = {id(model): module for model, module in zip(call.models, modules, strict=True)}
+        with _standing_for(standing):
+            result = call.function(*args, **kwargs)
+        loss, aux = _loss_and_aux(result, call.function) if call.is_loss else (None, result)
+        outputs, structure = jax.tree.flatten(aux)
+        call.note_structure(self._global_specs(), None if aux is _NO_AUX else structure)
+        outputs = [] if aux is _NO_AUX else [self._result(value, call.function) for value in outputs]
+        self.output_axes = tuple(0 if v.shape and v.shape[0] == self._batch_size else None for v in outputs)
+        changed = {
+            f"{prefix}{name}": value.astype(buffers[f"{prefix}{name}"].dtype)
+            for prefix, collect in zip(self._prefixes, collectors, strict=True)
+            for name, value in collect().items()
+        }
+        return (None if loss is None else loss.astype(_at_least_float32(loss)), outputs), changed
+
+    def _global_specs(self) -> list[ArraySpec]:
+        """The specs of the whole inputs, of which replicas see parts."""
+        return [
+            ArraySpec((spec.shape[0] * self._num_shards, *spec.shape[1:]), spec.dtype)
+            if spec.shape and spec.shape[0] == self._batch_size
+            else spec
+            for spec in self._specs
+        ]
+
+    def _compute(self, value: jax.Array) -> jax.Array:
+        is_wide = value.dtype == jnp.float32 and self._compute_dtype != jnp.float32
+        return value.astype(self._compute_dtype) if is_wide else value
+
+    def _result(self, value: Any, function: Any) -> jax.Array:
+        try:
+            array = jnp.asarray(value)
+        except TypeError:
+            raise UnsupportedError(
+                f"{_name(function)} returned a {type(value).__name__}: {value!r:.60}", "return arrays, numbers and containers of them"
+            ) from None
+        return jax.lax.stop_gradient(array.astype(_at_least_float32(array)))
+
+
+_NO_AUX: Any = object()
+
+
+def _loss_and_aux(result: Any, function: Any) -> tuple[jax.Array, Any]:
+    loss, aux = result, _NO_AUX
+    if isinstance(result, tuple):
+        if len(result) != 2:
+            raise UnsupportedError(
+                f"{_name(function)} returned a tuple of {len(result)} values", "return the loss, or (loss, auxiliary values)"
+            )
+        loss, aux = result
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or not jnp.issubdtype(dtype, jnp.floating):
+        what = type(loss).__name__ if shape is None else f"{dtype} array of shape {shape}"
+        raise UnsupportedError(
+            f"{_name(function)} returned a {what} as the loss, which must be a floating scalar", "return the mean over the batch"
+        )
+    return loss, aux
+
+
+def _at_least_float32(value: jax.Array) -> Any:
+    narrow = value.dtype in (jnp.bfloat16, jnp.float16)
+    return jnp.float32 if narrow else value.dtype
+
+
+def _without(prefix: str, values: Named) -> Named:
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+
+
+# -- what a function and its arguments are -----------------------------------------------------------------------------------
+
+
+def lower_call(call: LossCall) -> FlaxCall:
+    """A loss function and its arguments as a program call. Raises PrepareError where no prepared model is among them."""
+    return FlaxCall(call.function, call.args, call.kwargs, is_loss=True)
+
+
+def _is_model(value: Any) -> bool:
+    if isinstance(value, Handle):
+        return True
+    if any(kind.__module__.partition(".")[0] == "flax" and kind.__name__ == "Module" for kind in type(value).__mro__):
+        raise PrepareError(
+            f"the loss function was given a {type(value).__name__} that is not prepared",
+            "pass the model that accelerator.prepare returned",
+        )
+    return False
+
+
+def _is_traced(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind in "biufcV"
+    return isinstance(leaf, jax.Array | np.generic) or (isinstance(leaf, NUMBERS) and not isinstance(leaf, bool))
+
+
+def _hashable(leaf: Any) -> Hashable:
+    try:
+        hash(leaf)
+    except TypeError:
+        raise UnsupportedError(
+            f"an argument of the loss function holds a {type(leaf).__name__}, which is neither an array nor hashable",
+            "pass arrays, numbers, strings and containers of them",
+        ) from None
+    if isinstance(leaf, np.ndarray):
+        raise UnsupportedError(f"an array of dtype {leaf.dtype} cannot be put on a device", "pass numbers")
+    return (type(leaf), leaf)  # True and 1 are equal, and are not the same program
+
+
+def function_key(function: Callable[..., Any]) -> Hashable:
+    """Equal for functions that do the same: the same object, or the same code with the same captured values.
+
+    A lambda written in the loop is a new object in every round; without this each round would compile.
+    """
+    if isinstance(function, functools.partial):
+        captured = (*function.args, *function.keywords.items())
+        return ("partial", function_key(function.func), tuple(_captured(value) for value in captured))
+    if isinstance(function, types.MethodType):
+        return ("method", function.__func__, Same(function.__self__))
+    if isinstance(function, types.FunctionType):
+        values = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        return (function.__code__, Same(function.__globals__), tuple(_captured(value) for value in values))
+    return Same(function)
+
+
+class Same:
+    """Equal to another one of the very same object, which it keeps alive."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _captured(value: Any) -> Hashable:
+    if isinstance(value, bool | int | float | complex | str | bytes | type(None)):
+        return (type(value), value)
+    if isinstance(value, tuple):
+        return tuple(_captured(item) for item in value)
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return function_key(value)
+    return Same(value)
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)

@@ -1,0 +1,294 @@
+"""The jax engine of one process: joins the job, places arrays, and runs programs, whichever dialect they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax import lax
+from polyaccel.config import Config
+from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
+from polyaccel.protocols import LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.topology import Topology
+
+from polyaccel_jax import compilation_cache, dialect, state
+from polyaccel_jax.collectives import JaxCollectives
+from polyaccel_jax.fused import FusedStep
+from polyaccel_jax.handles import JaxModel, JaxOptimizer
+from polyaccel_jax.mesh import DeviceMesh
+from polyaccel_jax.precision import ScalerState, initial_scaler
+from polyaccel_jax.random_stream import RandomStream
+from polyaccel_jax.step import Steps
+
+if TYPE_CHECKING:
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.plan import Plan
+
+_JOIN_TIMEOUT_S = 120
+_HEARTBEAT_TIMEOUT_S = 60
+
+
+class JaxEngine:
+    """Implements ProgramEngine. `num_compiles` counts the programs that were traced and compiled."""
+
+    plan: Plan
+    mesh: DeviceMesh
+    steps: Steps
+
+    def __init__(self, config: Config, rendezvous: Rendezvous) -> None:
+        if config.cpu:
+            _use_cpu_only()
+        if rendezvous.num_processes > 1:
+            _join(rendezvous)
+        self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
+        platform = "cpu" if config.cpu else None
+        self._devices: list[jax.Device] = jax.devices(platform)
+        local = jax.local_devices(backend=platform)
+        self.topology = Topology(
+            process_index=rendezvous.process_index,
+            num_processes=rendezvous.num_processes,
+            local_process_index=rendezvous.local_process_index,
+            num_local_devices=len(local),
+            num_devices=len(self._devices),
+            device_kind=local[0].device_kind,
+        )
+        self.device: jax.Device = local[0]
+        self.collectives = JaxCollectives(self._devices, self.topology)
+        self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
+        self.num_compiles = 0
+        self.scaler: ScalerState | None = None
+        self._is_distributed = rendezvous.num_processes > 1
+        self._num_models = 0
+        self._seed = config.seed
+        self._stream: RandomStream | None = None
+
+    # -- Engine: the job -------------------------------------------------------------------------------------------------
+
+    def bind(self, plan: Plan) -> None:
+        """Build the mesh and fix precision."""
+        self.plan = plan
+        self.mesh = DeviceMesh(plan, self._devices)
+        self.steps = Steps(self)
+        scaling = plan.precision.loss_scaling
+        if scaling is not None:
+            scale, good_steps = self.mesh.replicate(initial_scaler(scaling))
+            self.scaler = (scale, good_steps)
+
+    @property
+    def default_partitioning(self) -> str:
+        """How programs of no model are partitioned."""
+        return "pmap" if self.plan.partitioning == "auto" else self.plan.partitioning
+
+    def seed(self, value: int) -> None:
+        """Restart the random stream. In a job of several processes the seed of process 0 counts for all."""
+        self._seed = value
+        self._stream = None
+
+    @property
+    def stream(self) -> RandomStream:
+        """The random stream; the first use after `seed` must be on every process."""
+        if self._stream is None:
+            seed = self._seed
+            if self._is_distributed:
+                seed = int(self.collectives.all_gather_object(seed)[0])
+            self._stream = RandomStream(seed, self.mesh.replicate)
+        return self._stream
+
+    def current_key(self) -> tuple[jax.Array, int]:
+        """(base key, the number of the next draw)."""
+        return self.stream.base, self.stream.count
+
+    def synchronize(self) -> None:
+        """Return when the devices have finished all work given to them."""
+        # Work runs in order on each device: an array placed now is ready when all before it is.
+        jax.effects_barrier()
+        fence = [jax.device_put(np.float32(0), device) for device in jax.local_devices(backend=self.device.platform)]
+        jax.block_until_ready([_fence(array) for array in fence])
+
+    def close(self) -> None:
+        """Leave the job. Idempotent."""
+        if self._is_distributed:
+            self._is_distributed = False
+            jax.distributed.shutdown()
+
+    # -- Engine: objects -------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
+        """A flax module (-> its prepared module) or a bridge's ModelSource (-> JaxModel)."""
+        is_native = dialect.is_module(model)
+        source = dialect.model_source(model) if is_native else model
+        partitioning = self.plan.partitioning
+        if partitioning == "auto":
+            partitioning = "sharding" if is_native else "pmap"
+        handle = JaxModel(self, f"model_{self._num_models}", source, partitioning=partitioning)
+        self._num_models += 1
+        source.attach(handle)
+        return dialect.model_handle(source, handle) if is_native else handle
+
+    def prepare_optimizer(self, optimizer: Any, model: Any | None) -> Any:
+        """An optax transformation or nnx.Optimizer (-> PreparedOptax) or a bridge's OptimizerSource (-> JaxOptimizer)."""
+        is_native = dialect.is_optimizer(optimizer)
+        if is_native and model is None:
+            raise PrepareError(
+                f"{type(optimizer).__name__} does not say which model it trains",
+                "prepare it in one call with its model: accelerator.prepare(model, optimizer)",
+            )
+        source = dialect.optimizer_source(optimizer, _model(model)) if is_native else optimizer
+        handle = JaxOptimizer(self, source)
+        source.attach(handle)
+        return dialect.optimizer_handle(source, handle) if is_native else handle
+
+    def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
+        """The scheduler itself: what it sets in its optimizer is read at every update."""
+        return scheduler
+
+    def prepare_loader(self, loader: Any, spec: LoaderSpec) -> Any:
+        """A PreparedLoader of this process's share of every global batch, placed ahead of its use."""
+        return dialect.prepare_loader(loader, spec, self)
+
+    def unwrap(self, handle: Any) -> Any:
+        """The user's own object, with current values."""
+        return dialect.unwrap(handle)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Nothing to enter: prepared models compute in the plan's precision wherever they are called."""
+        return nullcontext()
+
+    def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
+        """Nothing to enter: gradients are averaged inside every compiled backward."""
+        return nullcontext()
+
+    # -- Engine: the step ------------------------------------------------------------------------------------------------
+
+    def lower(self, call: LossCall) -> ProgramCall:
+        """A flax loss call as a program call."""
+        lowered: ProgramCall = dialect.lower_call(call)
+        return lowered
+
+    def backward(self, loss: Any, *, scale: float) -> Any:
+        """Add scale * gradients of a LossCall or ProgramCall; returns what its function returned."""
+        if isinstance(loss, LossCall):
+            loss = self.lower(loss)
+        if not hasattr(loss, "build"):
+            raise UnsupportedError(
+                f"backward(loss) got a value of type {type(loss).__name__}: a jax value cannot be differentiated afterwards",
+                "pass the function: loss = accelerator.backward(loss_fn, model, batch),"
+                " or step = accelerator.train_step(loss_fn, model, optimizer)",
+            )
+        return self.steps.backward(loss, scale)
+
+    def run_forward(self, call: ProgramCall) -> Any:
+        """Run a call without gradients."""
+        return self.steps.forward(call)
+
+    def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> Any:
+        """Clip the gradients of a prepared model (or of [(model, names or None), ...]); returns the norm before, on the device."""
+        return self.local(self.steps.clip_norm(_targets(target), max_norm, norm_type))
+
+    def clip_grad_value(self, target: Any, clip_value: float) -> None:
+        """Clamp every gradient element of the target to [-clip_value, clip_value]."""
+        self.steps.clip_value(_targets(target), clip_value)
+
+    def train_step(self, spec: StepSpec) -> Callable[..., Any]:
+        """The fused `step(batch, sync)`."""
+        optimizer = getattr(spec.optimizer, "_polyaccel_optimizer", spec.optimizer)
+        model = _model(spec.model)
+        if optimizer.model is not model:
+            raise PrepareError(
+                f"the optimizer trains {optimizer.model.name}, and train_step was given {model.name}",
+                "pass the model and the optimizer that were prepared together",
+            )
+        return FusedStep(self, spec, model, optimizer)
+
+    # -- Engine: state ---------------------------------------------------------------------------------------------------
+
+    def read_state(self, handle: Any) -> Iterator[Shard]:
+        """Every global element of a handle's state exactly once over all processes."""
+        return state.read(_engine_handle(handle))
+
+    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Load shards of any mesh."""
+        state.write(_engine_handle(handle), shards)
+
+    # -- ProgramEngine ---------------------------------------------------------------------------------------------------
+
+    def place(self, leaves: Sequence[Any]) -> list[jax.Array]:
+        """Host arrays of this process -> global arrays, batch dim cut over the data shards; asynchronous."""
+        return self.mesh.place(leaves)
+
+    def to_host(self, array: jax.Array) -> np.ndarray[Any, Any]:
+        """This process's part of an array as numpy; waits for the device."""
+        return self.mesh.to_host(array)
+
+    def local(self, array: jax.Array) -> jax.Array:
+        """This process's part of an array as an array of its own."""
+        return self.mesh.local(array) if self._is_distributed else array
+
+    def constrain(self, tree: Any) -> Any:
+        """Traced: these values are equal on all devices. Says so to the partitioner; nothing on one device."""
+        if self.mesh.is_single_device:
+            return tree
+        return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.replicated), tree)
+
+    def dtypes(self, wants_64bit: bool) -> AbstractContextManager[Any]:
+        """The context in which programs of such a model are traced and called."""
+        return jax.enable_x64(True) if wants_64bit else nullcontext()
+
+
+@jax.jit
+def _fence(array: jax.Array) -> jax.Array:
+    return array + 1
+
+
+def _model(handle: Any) -> JaxModel:
+    model: JaxModel = getattr(handle, "_polyaccel_model", handle)
+    return model
+
+
+def _engine_handle(handle: Any) -> JaxModel | JaxOptimizer:
+    for attribute in ("_polyaccel_model", "_polyaccel_optimizer"):
+        if attribute in vars(handle):
+            found: JaxModel | JaxOptimizer = vars(handle)[attribute]
+            return found
+    plain: JaxModel | JaxOptimizer = handle
+    return plain
+
+
+def _targets(target: Any) -> list[tuple[JaxModel, Sequence[str] | None]]:
+    if isinstance(target, list) and all(isinstance(item, tuple) for item in target):
+        return target
+    model = _model(target)
+    if not isinstance(model, JaxModel):
+        raise PrepareError(
+            f"gradients of a {type(target).__name__} cannot be clipped",
+            "pass the prepared model: accelerator.clip_grad_norm_(model, max_norm)",
+        )
+    return [(model, None)]
+
+
+def _use_cpu_only() -> None:
+    # Before the first use of a device this keeps jax from taking hold of an accelerator that the user does not want.
+    try:
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:
+        return  # devices are in use already; CPU devices are then picked by name
+
+
+def _join(rendezvous: Rendezvous) -> None:
+    address = f"{rendezvous.address}:{rendezvous.port}"
+    try:
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=rendezvous.num_processes,
+            process_id=rendezvous.process_index,
+            initialization_timeout=_JOIN_TIMEOUT_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
+        )
+    except Exception as error:  # noqa: BLE001 - the client raises XlaRuntimeError, ValueError and RuntimeError alike
+        raise LaunchError(
+            f"process {rendezvous.process_index} of {rendezvous.num_processes} could not join the job at {address}: {error}",
+            "check that process 0 runs and that its port can be reached from here; create the Accelerator before using jax",
+        ) from error

@@ -1,0 +1,221 @@
+"""What prepare hands out: a model that owns its arrays, and an optimizer that owns the state of its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from polyaccel.errors import PrepareError
+from polyaccel.protocols import ModelSource, OptimizerSource
+
+if TYPE_CHECKING:
+    from polyaccel_jax.engine import JaxEngine
+
+
+class JaxModel:
+    """A model's arrays on the mesh. An update replaces them and deletes the old ones: take what you need anew after each.
+
+    `leaves` are the parameters in the order of `names`: steps pass them on as they are, and dicts are made only when asked for.
+    """
+
+    def __init__(self, engine: JaxEngine, name: str, source: ModelSource, *, partitioning: str) -> None:
+        params, buffers = source.read()
+        self.engine: Any = engine
+        self.name = name
+        self.source: Any = source
+        self.partitioning = partitioning
+        self.wants_64bit = source.wants_64bit
+        self.version = 0
+        self.names: tuple[str, ...] = tuple(params)
+        self.positions = {key: index for index, key in enumerate(self.names)}
+        with engine.dtypes(self.wants_64bit):
+            arrays = engine.mesh.replicate([*params.values(), *buffers.values()])
+        self.leaves: tuple[jax.Array, ...] = tuple(arrays[: len(params)])
+        self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays[len(params) :], strict=True))
+        self.gradients: dict[str, jax.Array] = {}
+        self.gradients_are_shared = False
+        self.overflow: jax.Array | None = None  # fp16: whether a gradient was not finite, noted before any clipping
+        self._params: dict[str, jax.Array] | None = None
+
+    # -- what the protocol shows -----------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """The parameters by name; valid until the next update."""
+        if self._params is None:
+            self._params = dict(zip(self.names, self.leaves, strict=True))
+        return self._params
+
+    @params.setter
+    def params(self, values: dict[str, jax.Array]) -> None:
+        self.set_leaves(tuple(values[name] for name in self.names))
+
+    @property
+    def buffers(self) -> dict[str, jax.Array]:
+        """The buffers by name; valid until the next change."""
+        return dict(self.buffer_arrays)
+
+    @buffers.setter
+    def buffers(self, values: dict[str, jax.Array]) -> None:
+        self.buffer_arrays = dict(values)
+        self.version += 1
+
+    @property
+    def grads(self) -> dict[str, jax.Array]:
+        """The accumulated gradients by name, in float32; empty after zero_grad."""
+        self.gradients_are_shared = True  # whoever holds one must not see it deleted by the next accumulation
+        return self.gradients
+
+    @grads.setter
+    def grads(self, values: Mapping[str, jax.Array]) -> None:
+        self.gradients = dict(values)
+        self.gradients_are_shared = True
+
+    def zero_grad(self, names: Sequence[str] | None = None) -> None:
+        """Drop the gradients of these parameters (None: of all)."""
+        if names is None or len(names) == len(self.names):
+            self.gradients = {}
+        else:
+            dropped = set(names)
+            self.gradients = {name: grad for name, grad in self.gradients.items() if name not in dropped}
+        if not self.gradients:
+            self.gradients_are_shared = False
+            self.overflow = None
+
+    def assign(self, values: Mapping[str, Any]) -> None:
+        """Replace parameters and buffers by arrays of the same shapes: copied, placed, cast to the dtype they have."""
+        current = {**self.params, **self.buffer_arrays}
+        for name, value in values.items():
+            if name not in current:
+                raise PrepareError(f"the model has no parameter or buffer {name!r}", f"it has: {', '.join(current)}")
+            if tuple(np.shape(value)) != current[name].shape:
+                raise PrepareError(
+                    f"{name} has shape {current[name].shape}, and the new value has shape {tuple(np.shape(value))}",
+                    "give a value of the same shape",
+                )
+        with self.engine.dtypes(self.wants_64bit):
+            cast = [_cast(value, current[name]) for name, value in values.items()]
+            placed = dict(zip(values, self.engine.mesh.replicate(cast), strict=True))
+        self.set_leaves(
+            tuple(placed.get(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)),
+            {name: value for name, value in placed.items() if name in self.buffer_arrays},
+        )
+
+    # -- what programs do ------------------------------------------------------------------------------------------------
+
+    def set_leaves(
+        self, leaves: tuple[jax.Array, ...] | None, changed_buffers: Mapping[str, jax.Array] | None = None
+    ) -> None:
+        """Take over new parameters (None: unchanged) and the buffers that changed."""
+        if leaves is not None:
+            self.leaves = leaves
+            self._params = None
+        if changed_buffers:
+            self.buffer_arrays.update(changed_buffers)
+        self.version += 1
+
+    def move_to_params(self, names: Iterable[str]) -> None:
+        """Make parameters of buffers that an optimizer trains."""
+        names = tuple(names)
+        moved = tuple(self.buffer_arrays.pop(name) for name in names)
+        self.names += names
+        self.positions = {key: index for index, key in enumerate(self.names)}
+        self.set_leaves(self.leaves + moved)
+
+
+class JaxOptimizer:
+    """An optimizer's state on the mesh, and the compiled update of its model. The state is donated to every update."""
+
+    def __init__(self, engine: JaxEngine, source: OptimizerSource) -> None:
+        model: Any = source.model
+        self.engine = engine
+        self.source = source
+        self.model: JaxModel = model
+        self.names: tuple[str, ...] = tuple(source.names())
+        self.indices = tuple(model.positions[name] for name in self.names)
+        self.covers_model = self.indices == tuple(range(len(model.names)))
+        self.skipped: jax.Array | None = None
+        params = {name: model.params[name] for name in self.names}
+        with engine.dtypes(model.wants_64bit):
+            state = jax.jit(source.init, out_shardings=engine.mesh.replicated)(params)
+        leaves, self.treedef = jax.tree.flatten(state)
+        self.leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self._hyper: tuple[list[Any], Any, Any] | None = None
+
+    @property
+    def state(self) -> Any:
+        """The state as the source made it; valid until the next update."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        leaves, treedef = jax.tree.flatten(value)
+        if treedef != self.treedef:
+            raise PrepareError(
+                "the optimizer state has another structure than this optimizer's", "load the state of an equal optimizer"
+            )
+        with self.engine.dtypes(self.model.wants_64bit):
+            cast = [_cast(leaf, old) for leaf, old in zip(leaves, self.leaves, strict=True)]
+            self.leaves = tuple(self.engine.mesh.replicate(cast))
+
+    def step(self) -> None:
+        """Update the model from its accumulated gradients; parameters without one stay as they are."""
+        self.engine.steps.update(self)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of this optimizer's parameters, or with set_to_none=False make them zeros."""
+        if set_to_none:
+            self.model.zero_grad(self.names)
+        else:
+            held = [name for name in self.names if name in self.model.gradients]
+            self.model.gradients.update(self.engine.steps.zeros(self.model, held))
+            self.model.overflow = None
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step changed nothing because a gradient was not finite (fp16). Waits for that step."""
+        return self.skipped is not None and bool(np.asarray(self.engine.local(self.skipped)))
+
+    def trained_leaves(self) -> tuple[jax.Array, ...]:
+        """The parameters that this optimizer updates, in the order of `names`."""
+        leaves = self.model.leaves
+        return leaves if self.covers_model else tuple([leaves[index] for index in self.indices])
+
+    def frozen_leaves(self) -> dict[str, jax.Array]:
+        """The model's other parameters, by name."""
+        if self.covers_model:
+            return {}
+        mine = set(self.names)
+        return {name: leaf for name, leaf in self.model.params.items() if name not in mine}
+
+    def take_over(self, trained: tuple[jax.Array, ...], state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Keep the new state; returns all leaves of the model with the updated ones in place."""
+        self.leaves = state
+        if self.covers_model:
+            return trained
+        leaves = list(self.model.leaves)
+        for index, leaf in zip(self.indices, trained, strict=True):
+            leaves[index] = leaf
+        return tuple(leaves)
+
+    def hyperparameters(self) -> Any:
+        """The live hyperparameters as device scalars: sent again only when one of them changed."""
+        tree = self.source.hyperparameters()
+        values, treedef = jax.tree.flatten(tree)
+        if not values:
+            return tree
+        held = self._hyper
+        if held is None or held[1] != treedef or held[0] != values:
+            placed = jax.tree.unflatten(treedef, self.engine.mesh.replicate(values))
+            held = self._hyper = (values, treedef, placed)
+        return held[2]
+
+
+def _cast(value: Any, like: jax.Array) -> Any:
+    if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return value
+    return value.astype(like.dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(like.dtype)
+
+

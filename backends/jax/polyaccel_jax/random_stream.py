@@ -1,0 +1,47 @@
+"""The engine's random numbers: one base key and a counter. Draw n is the same number on every mesh and in every rerun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class RandomStream:
+    """The counter lives on the device and comes back, one higher, from every program that draws: nothing is sent per step."""
+
+    def __init__(self, seed: int, place: Callable[[list[object]], list[jax.Array]]) -> None:
+        self._place = place
+        self.base: jax.Array = place([jax.random.key(seed)])[0]
+        self.count = 0
+        self._counters: dict[int, jax.Array] = {}
+
+    def counter(self, draw: int | None) -> jax.Array:
+        """The number of a draw as a device array (None: of the next one)."""
+        number = self.count if draw is None else draw
+        found = self._counters.get(number)
+        if found is None:
+            found = self._counters[number] = self._place([np.uint32(number)])[0]
+        return found
+
+    def spent(self, draw: int | None, following: jax.Array | None) -> None:
+        """Note that a draw was used; `following` is the next number, as the program that used it gave it back (None: it did not)."""
+        if following is None:
+            return
+        used = self.count if draw is None else draw
+        if used + 1 >= self.count:
+            # The used one stays: a backward pass that belongs to a forward pass draws it again.
+            self._counters = {used: self._counters[used], used + 1: following}
+            self.count = used + 1
+
+
+def draw_key(base: jax.Array, counter: jax.Array) -> jax.Array:
+    """The key of one draw; traceable."""
+    return jax.random.fold_in(base, counter)
+
+
+def next_counter(counter: jax.Array) -> jax.Array:
+    """The number after this one; traceable."""
+    return counter + jnp.uint32(1)

@@ -1,0 +1,374 @@
+"""The compiled pieces of a step: forward, backward, update, clipping. One program per signature, found again by one look-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from polyaccel.errors import UnsupportedError
+from polyaccel.protocols import Program, ProgramCall, ProgramResult
+
+from polyaccel_jax import partition
+from polyaccel_jax.handles import JaxModel, JaxOptimizer
+from polyaccel_jax.partition import Layout, Specs, specs_of
+from polyaccel_jax.precision import all_finite, next_scaler
+from polyaccel_jax.random_stream import draw_key, next_counter
+
+if TYPE_CHECKING:
+    from polyaccel_jax.engine import JaxEngine
+
+Named = dict[str, jax.Array]
+
+
+class Work:
+    """What all calls of one signature share: their programs by input specs, and the jitted functions around them.
+
+    Programs are built outside of the trace (they may capture, and may refuse) by the latest call.
+    """
+
+    def __init__(self, engine: JaxEngine, call: ProgramCall, *, with_grads: bool) -> None:
+        self.engine = engine
+        self.call: ProgramCall = call
+        self.with_grads = with_grads
+        self.models: tuple[JaxModel, ...] = tuple(call.models)  # type: ignore[arg-type]
+        self.names = tuple(model.names for model in self.models)
+        self.is_global = call.is_global
+        self.partitioning = self.models[0].partitioning if self.models else engine.default_partitioning
+        self.functions: dict[Hashable, Callable[..., Any]] = {}
+        self._programs: dict[Specs, tuple[Layout, Program]] = {}
+
+    def program(self, specs: Specs) -> tuple[Layout, Program]:
+        """The program for inputs of these specs. Raises what the call's `build` raises."""
+        found = self._programs.get(specs)
+        if found is None:
+            layout = partition.layout_of(self.engine.mesh, self.partitioning, specs, with_grads=self.with_grads)
+            program = partition.build(self.engine.mesh, layout, self.call, with_grads=self.with_grads)
+            found = self._programs[specs] = (layout, program)
+        return found
+
+    def run(
+        self,
+        params: Sequence[Sequence[jax.Array]],
+        buffers: Sequence[Named],
+        base: jax.Array,
+        counter: jax.Array,
+        inputs: Sequence[jax.Array],
+        loss_scale: jax.Array | None,
+    ) -> tuple[ProgramResult, jax.Array | None]:
+        """Traced: the program's result, and the following random counter if the program draws."""
+        self.engine.num_compiles += 1
+        layout, program = self.program(specs_of(inputs))
+        all_params: Named = {}
+        all_buffers: Named = {}
+        for model, names, leaves, held in zip(self.models, self.names, params, buffers, strict=True):
+            all_params.update({f"{model.name}.{name}": leaf for name, leaf in zip(names, leaves, strict=True)})
+            all_buffers.update({f"{model.name}.{name}": value for name, value in held.items()})
+        key = draw_key(base, counter)
+        result = partition.run(
+            self.engine.mesh, layout, program, self.is_global, all_params, all_buffers, key, inputs, loss_scale
+        )
+        return result, self.engine.constrain(next_counter(counter)) if program.draws_randomly else None
+
+    def by_model(self, values: Named) -> tuple[Named, ...]:
+        """Traced: values named `<model>.<name>`, one dict per model."""
+        return tuple(
+            {name.removeprefix(f"{model.name}."): v for name, v in values.items() if name.startswith(f"{model.name}.")}
+            for model in self.models
+        )
+
+    def keep_buffers(self, changed: Sequence[Named]) -> None:
+        """Hand the models the buffers that a program changed."""
+        for model, values in zip(self.models, changed, strict=True):
+            if values:
+                model.set_leaves(None, values)
+
+
+class Steps:
+    """The compiled programs of one engine."""
+
+    def __init__(self, engine: JaxEngine) -> None:
+        self.engine = engine
+        self._work: dict[Hashable, Work] = {}
+        self._functions: dict[Hashable, Callable[..., Any]] = {}
+
+    def work(self, call: ProgramCall, *, with_grads: bool) -> Work:
+        """What calls of this signature share; the call becomes the one that builds."""
+        key = (call.signature, with_grads)
+        found = self._work.get(key)
+        if found is None or any(a.names is not b for a, b in zip(found.models, found.names, strict=True)):
+            found = self._work[key] = Work(self.engine, call, with_grads=with_grads)
+        found.call = call
+        return found
+
+    # -- forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, call: ProgramCall) -> Any:
+        """Run a call without gradients."""
+        engine, stream = self.engine, self.engine.stream
+        with engine.dtypes(call.wants_64bit):
+            work = self.work(call, with_grads=False)
+            function = work.functions.get("forward") or _forward_function(work)
+            inputs = engine.place(call.inputs)
+            work.program(specs_of(inputs))
+            outputs, changed, following = function(
+                tuple([model.leaves for model in work.models]),
+                tuple([model.buffer_arrays for model in work.models]),
+                stream.base,
+                stream.counter(call.draw),
+                inputs,
+            )
+        stream.spent(call.draw, following)
+        work.keep_buffers(changed)
+        return call.finish(None, outputs)
+
+    # -- backward --------------------------------------------------------------------------------------------------------
+
+    def backward(self, call: ProgramCall, scale: float) -> Any:
+        """Add scale * gradients to those that the call's models hold."""
+        engine, stream = self.engine, self.engine.stream
+        with engine.dtypes(call.wants_64bit):
+            work = self.work(call, with_grads=True)
+            inputs = engine.place(call.inputs)
+            _, program = work.program(specs_of(inputs))
+            held, is_shared = self._held(work, program.grad_names, scale)
+            key = ("backward", scale, is_shared)
+            function = work.functions.get(key) or _backward_function(work, scale, key, donates=not is_shared)
+            loss, outputs, grads, changed, following, is_finite = function(
+                held,
+                tuple([model.leaves for model in work.models]),
+                tuple([model.buffer_arrays for model in work.models]),
+                stream.base,
+                stream.counter(call.draw),
+                inputs,
+                engine.scaler,
+            )
+        stream.spent(call.draw, following)
+        for model, new in zip(work.models, grads, strict=True):
+            if new:
+                model.gradients = {**model.gradients, **new}
+                model.gradients_are_shared = False
+                if is_finite is not None:
+                    self._note_overflow(model, is_finite)
+        work.keep_buffers(changed)
+        return call.finish(loss, outputs)
+
+    def _held(self, work: Work, grad_names: Sequence[str], scale: float) -> tuple[tuple[Named, ...], bool]:
+        """The gradients to add to, per model, and whether user code may hold one of them.
+
+        With accumulation the first micro batch adds to zeros, so that one program serves all of them.
+        """
+        held: list[Named] = []
+        wanted = work.by_model(dict.fromkeys(grad_names))  # type: ignore[arg-type]
+        is_shared = False
+        for model, names in zip(work.models, wanted, strict=True):
+            have = {name: model.gradients[name] for name in names if name in model.gradients}
+            is_shared = is_shared or (bool(have) and model.gradients_are_shared)
+            if have or scale != 1.0:
+                missing = [name for name in names if name not in have]
+                if missing:
+                    have = {**have, **self.zeros(model, missing)}
+            held.append(have)
+        return tuple(held), is_shared
+
+    def _note_overflow(self, model: JaxModel, is_finite: jax.Array) -> None:
+        model.overflow = is_finite if model.overflow is None else self._both(model.overflow, is_finite)
+
+    def _both(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        return self.function("both", lambda: jax.jit(jnp.logical_and))(first, second)
+
+    def zeros(self, model: JaxModel, names: Sequence[str]) -> Named:
+        """Gradients of zero for these parameters."""
+        specs = tuple((name, model.params[name].shape, _gradient_dtype(model.params[name])) for name in names)
+
+        def make() -> Callable[[], Named]:
+            return jax.jit(
+                lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in specs},
+                out_shardings=self.engine.mesh.replicated,
+            )
+
+        return self.function(("zeros", specs), make)()
+
+    def function(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """A jitted function made once per key."""
+        found = self._functions.get(key)
+        if found is None:
+            found = self._functions[key] = make()
+        return found
+
+    # -- clipping --------------------------------------------------------------------------------------------------------
+
+    def clip_norm(self, targets: Sequence[tuple[JaxModel, Sequence[str] | None]], max_norm: float, norm_type: float) -> Any:
+        """Clip the gradients of the targets by their total norm; returns the norm before, on the device."""
+        if np.isnan(norm_type) or norm_type <= 0:
+            raise UnsupportedError(f"norm_type={norm_type!r} is no norm", "use a positive number, or inf")
+        held, is_shared = _gradients_of(targets)
+
+        def make() -> Callable[..., Any]:
+            def clip(grads: tuple[Named, ...]) -> tuple[jax.Array, tuple[Named, ...]]:
+                self.engine.num_compiles += 1
+                norm = total_norm([grad for one in grads for grad in one.values()], norm_type)
+                factor = clip_factor(norm, max_norm)
+                clipped = jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
+                return self.engine.constrain((norm, clipped))
+
+            return jax.jit(clip, donate_argnums=() if is_shared else (0,))
+
+        with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
+            norm, clipped = self.function(("clip norm", max_norm, norm_type, is_shared), make)(held)
+        _replace_gradients(targets, clipped)
+        return norm
+
+    def clip_value(self, targets: Sequence[tuple[JaxModel, Sequence[str] | None]], limit: float) -> None:
+        """Clamp the gradients of the targets elementwise."""
+        held, is_shared = _gradients_of(targets)
+
+        def make() -> Callable[..., Any]:
+            def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
+                self.engine.num_compiles += 1
+                clipped: tuple[Named, ...] = jax.tree.map(lambda grad: jnp.clip(grad, -limit, limit), grads)
+                return self.engine.constrain(clipped)
+
+            return jax.jit(clip, donate_argnums=() if is_shared else (0,))
+
+        with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
+            clipped = self.function(("clip value", limit, is_shared), make)(held)
+        _replace_gradients(targets, clipped)
+
+    # -- update ----------------------------------------------------------------------------------------------------------
+
+    def update(self, optimizer: JaxOptimizer) -> None:
+        """One step of an optimizer from the gradients that its model holds; nothing if it holds none."""
+        engine, model = self.engine, optimizer.model
+        mine = set(optimizer.names)
+        grads = {name: grad for name, grad in model.gradients.items() if name in mine}
+        if not grads:
+            return
+        with engine.dtypes(model.wants_64bit):
+            function = self.function(
+                ("update", id(optimizer), optimizer.source.signature()), lambda: self._update_function(optimizer)
+            )
+            trained, state, scaler, skipped = function(
+                (optimizer.trained_leaves(), optimizer.leaves),
+                grads,
+                optimizer.hyperparameters(),
+                engine.scaler,
+                model.overflow,
+            )
+        self._finish_update(optimizer, trained, state, scaler, skipped)
+
+    def _update_function(self, optimizer: JaxOptimizer) -> Callable[..., Any]:
+        def update(owned: Any, grads: Named, hyper: Any, scaler: Any, is_finite: Any) -> Any:
+            self.engine.num_compiles += 1
+            return apply_update(optimizer, owned, grads, hyper, scaler, is_finite)
+
+        return jax.jit(update, donate_argnums=0)
+
+    def _finish_update(self, optimizer: JaxOptimizer, trained: Any, state: Any, scaler: Any, skipped: Any) -> None:
+        optimizer.model.set_leaves(optimizer.take_over(trained, state))
+        optimizer.skipped = skipped
+        if scaler is not None:
+            self.engine.scaler = scaler
+
+
+# -- traced pieces that the fused step shares ------------------------------------------------------------------------------
+
+
+def apply_update(
+    optimizer: JaxOptimizer, owned: Any, grads: Named, hyper: Any, scaler: Any, is_finite: jax.Array | None
+) -> tuple[Any, Any, Any, Any]:
+    """Traced: (parameters, state, loss scaler, whether the step was skipped) after an update with unscaled gradients."""
+    engine = optimizer.engine
+    leaves, state_leaves = owned
+    params = dict(zip(optimizer.names, leaves, strict=True))
+    state = jax.tree.unflatten(optimizer.treedef, state_leaves)
+    grads = {name: grad.astype(params[name].dtype) for name, grad in grads.items()}
+    new_params, new_state = optimizer.source.update(params, grads, state, hyper)
+    new_leaves = tuple([new_params[name].astype(params[name].dtype) for name in optimizer.names])
+    new_state_leaves, treedef = jax.tree.flatten(new_state)
+    if treedef != optimizer.treedef:
+        raise UnsupportedError(
+            "the optimizer's update changed the structure of its state", "use an optimizer whose state keeps its structure"
+        )
+    updated = (new_leaves, tuple(new_state_leaves))
+    skipped = None
+    if scaler is not None:
+        is_finite = all_finite(grads) if is_finite is None else is_finite
+        updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, (leaves, tuple(state_leaves)))
+        scaler = next_scaler(scaler, is_finite, engine.plan.precision.loss_scaling)
+        skipped = ~is_finite
+    new_leaves, new_state_leaves, scaler, skipped = engine.constrain((*updated, scaler, skipped))
+    return new_leaves, new_state_leaves, scaler, skipped
+
+
+def unscaled(grads: Named, scale: float, loss_scale: jax.Array | None) -> Named:
+    """Traced: gradients of scale * loss in at least float32, from those of loss_scale * loss."""
+    grads = {name: grad.astype(_gradient_dtype(grad)) for name, grad in grads.items()}
+    if loss_scale is not None:
+        factor = scale / loss_scale
+        return {name: grad * factor.astype(grad.dtype) for name, grad in grads.items()}
+    return grads if scale == 1.0 else {name: grad * jnp.asarray(scale, grad.dtype) for name, grad in grads.items()}
+
+
+def total_norm(grads: Sequence[jax.Array], norm_type: float) -> jax.Array:
+    """Traced: the norm of all gradients as one vector (torch.nn.utils.get_total_norm)."""
+    if not grads:
+        return jnp.zeros((), jnp.float32)
+    if norm_type == float("inf"):
+        return jnp.stack([jnp.abs(grad).max() for grad in grads]).max()
+    if norm_type == 2.0:
+        return jnp.sqrt(jnp.stack([jnp.square(jnp.abs(grad)).sum() for grad in grads]).sum())
+    powers = jnp.stack([(jnp.abs(grad) ** norm_type).sum() for grad in grads])
+    return powers.sum() ** (1.0 / norm_type)
+
+
+def clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    """Traced: what gradients of this norm are multiplied by (torch.nn.utils.clip_grads_with_norm_)."""
+    return jnp.minimum(max_norm / (norm + 1e-6), 1.0)
+
+
+def _gradient_dtype(value: jax.Array) -> Any:
+    return jnp.promote_types(value.dtype, jnp.float32)
+
+
+def _forward_function(work: Work) -> Callable[..., Any]:
+    def forward(params: Any, buffers: Any, base: Any, counter: Any, inputs: Any) -> Any:
+        result, following = work.run(params, buffers, base, counter, inputs, None)
+        return result.outputs, work.by_model(result.buffers), following
+
+    work.functions["forward"] = jitted = jax.jit(forward)
+    return jitted
+
+
+def _backward_function(work: Work, scale: float, key: Hashable, *, donates: bool) -> Callable[..., Any]:
+    def backward(held: Any, params: Any, buffers: Any, base: Any, counter: Any, inputs: Any, scaler: Any) -> Any:
+        loss_scale = None if scaler is None else scaler[0]
+        result, following = work.run(params, buffers, base, counter, inputs, loss_scale)
+        grads = unscaled(result.grads, scale, loss_scale)
+        is_finite = None if scaler is None else work.engine.constrain(all_finite(grads))
+        per_model = tuple(
+            {name: have[name] + grad if name in have else grad for name, grad in new.items()}
+            for have, new in zip(held, work.by_model(grads), strict=True)
+        )
+        per_model = work.engine.constrain(per_model)
+        return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite
+
+    work.functions[key] = jitted = jax.jit(backward, donate_argnums=(0,) if donates else ())
+    return jitted
+
+
+def _gradients_of(targets: Sequence[tuple[JaxModel, Sequence[str] | None]]) -> tuple[tuple[Named, ...], bool]:
+    held = tuple(
+        {name: grad for name, grad in model.gradients.items() if names is None or name in names} for model, names in targets
+    )
+    return held, any(model.gradients_are_shared for model, _ in targets)
+
+
+def _replace_gradients(targets: Sequence[tuple[JaxModel, Sequence[str] | None]], clipped: Sequence[Mapping[str, Any]]) -> None:
+    for (model, _), new in zip(targets, clipped, strict=True):
+        model.gradients = {**model.gradients, **new}
+        model.gradients_are_shared = False
+
+
