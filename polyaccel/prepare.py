@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polyaccel.dialects import Dialect, Role, identify
@@ -134,14 +134,10 @@ class Preparation:
         return bridge
 
     def _loader_spec(self, spec: LoaderSpec, bridge: Bridge | None) -> LoaderSpec:
-        # A torch DataLoader in a flax script: the bridge cuts it, and batches stay arrays of the engine.
-        lifts = bridge is not None and self._script != self._capabilities.dialect
-        return LoaderSpec(
-            split_batches=spec.split_batches,
-            even_batches=spec.even_batches,
-            rng_types=spec.rng_types,
-            lift=bridge.lift_batch if bridge is not None and lifts else None,
-        )
+        # User code sees batches of its own dialect: the script's bridge lifts them. A torch DataLoader in a flax script on jax needs
+        # a bridge to be cut, but no lifting; one that is prepared before any model is taken for a torch script's.
+        lifting = self.bridge or (bridge if self._script is None else None)
+        return replace(spec, lift=None if lifting is None else lifting.lift_batch)
 
     def _only_model(self, models: list[Prepared]) -> Any | None:
         """The model handle an optimizer without parameters of its own (optax) belongs to; None if that is not clear."""
