@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import Number, cast, compute, float_dtype, result_dtype
-from polyaccel_bridges.lowerings.table import lowers
+from .promotion import Number, cast, compute, float_dtype, result_dtype
+from .table import lowers
 
 aten = torch.ops.aten
 
@@ -173,9 +173,7 @@ def softplus(self: jax.Array, beta: float = 1, threshold: float = 20) -> jax.Arr
 
 @lowers(aten.softplus_backward.default)
 def softplus_backward(grad_output: jax.Array, self: jax.Array, beta: float, threshold: float) -> jax.Array:
-    return _in_own_dtype(
-        lambda g, x: jnp.where(x * beta > threshold, g, g * lax.logistic(x * beta)), grad_output, self
-    )
+    return _in_own_dtype(lambda g, x: jnp.where(x * beta > threshold, g, g * lax.logistic(x * beta)), grad_output, self)
 
 
 @lowers(aten.log_sigmoid_forward.default)
@@ -239,7 +237,8 @@ def hardshrink_backward(grad_out: jax.Array, self: jax.Array, lambd: Number) -> 
 def softshrink(self: jax.Array, lambd: Number = 0.5) -> jax.Array:
     return _in_own_dtype(
         # x * 0 keeps NaN inside the band, as torch does
-        lambda x: jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0)), self
+        lambda x: jnp.where(x > lambd, x - lambd, jnp.where(x < -lambd, x + lambd, x * 0)),
+        self,
     )
 
 
@@ -287,12 +286,11 @@ def rrelu_with_noise_backward(
     grad_output: jax.Array,
     self: jax.Array,
     noise: jax.Array,
-    lower: Number,
-    upper: Number,
+    lower: float,
+    upper: float,
     training: bool,
     self_is_result: bool,
 ) -> jax.Array:
-    assert not isinstance(lower, complex) and not isinstance(upper, complex)
     if training and upper - lower > 1e-6:
         return grad_output * noise
     return leaky_relu_backward(grad_output, self, (lower + upper) / 2, self_is_result)

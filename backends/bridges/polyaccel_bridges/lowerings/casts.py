@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from polyaccel_bridges.lowerings.promotion import BOOL, DType, cast, is_complex, is_integral
-from polyaccel_bridges.lowerings.table import lowers
+from .promotion import BOOL, DType, cast, is_complex, is_integral
+from .table import lowers
 
 aten = torch.ops.aten
 

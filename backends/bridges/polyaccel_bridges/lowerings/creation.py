@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from polyaccel_bridges.lowerings.promotion import (
+from .promotion import (
     INT64,
     DType,
     Number,
@@ -20,7 +20,7 @@ from polyaccel_bridges.lowerings.promotion import (
     is_complex,
     is_float,
 )
-from polyaccel_bridges.lowerings.table import lowers
+from .table import lowers
 
 aten = torch.ops.aten
 
@@ -112,26 +112,24 @@ def _range_dtype(dtype: DType | None, *numbers: Number) -> DType:
 
 
 @lowers(aten.arange.start_step)
-def arange(start: Number, end: Number, step: Number = 1, *, dtype: DType | None = None) -> jax.Array:
+def arange(start: float, end: float, step: float = 1, *, dtype: DType | None = None) -> jax.Array:
     """`start + i * step`, computed in int64 or float64 and rounded once, as torch does."""
     dtype = _range_dtype(dtype, start, end, step)
-    assert not isinstance(start, complex) and not isinstance(end, complex) and not isinstance(step, complex)
     if not is_float(dtype):
         start, end, step = int(start), int(end), int(step)
-        return jax.lax.iota(jnp.dtype(jnp.int64), max(0, -((start - end) // step))).astype(dtype) * cast(step, dtype) + cast(
-            start, dtype
-        )
+        count = max(0, -((start - end) // step))
+        return jnp.arange(count, dtype=INT64).astype(dtype) * cast(step, dtype) + cast(start, dtype)
     count = max(0, int(np.ceil((end - start) / step)))
     return jnp.asarray((start + np.arange(count, dtype=np.float64) * step).astype(dtype))
 
 
 @lowers(aten.arange.start)
-def arange_start(start: Number, end: Number, *, dtype: DType | None = None) -> jax.Array:
+def arange_start(start: float, end: float, *, dtype: DType | None = None) -> jax.Array:
     return arange(start, end, 1, dtype=dtype)
 
 
 @lowers(aten.arange.default)
-def arange_end(end: Number, *, dtype: DType | None = None) -> jax.Array:
+def arange_end(end: float, *, dtype: DType | None = None) -> jax.Array:
     return arange(0, end, 1, dtype=dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from jax import lax
 from torch._ops import OpOverload
 
-from polyaccel_bridges.lowerings.promotion import (
+from .promotion import (
     BOOL,
     INT32,
     DType,
@@ -26,7 +26,7 @@ from polyaccel_bridges.lowerings.promotion import (
     opmath,
     result_dtype,
 )
-from polyaccel_bridges.lowerings.table import lowers
+from .table import lowers
 
 aten = torch.ops.aten
 Operand = jax.Array | Number
@@ -180,7 +180,9 @@ def isnan(self: jax.Array) -> jax.Array:
 
 def _classification(function: Callable[[jax.Array], Any], *overloads: OpOverload) -> None:
     def lowering(self: jax.Array) -> jax.Array:
-        return function(self) if not is_integral(self.dtype) else function(jnp.zeros(self.shape, jnp.dtype(jnp.float32)))
+        return (
+            function(self) if not is_integral(self.dtype) else function(jnp.zeros(self.shape, jnp.dtype(jnp.float32)))
+        )
 
     lowers(*overloads)(lowering)
 
@@ -192,11 +194,15 @@ _classification(jnp.isneginf, aten.isneginf.default)
 
 
 @lowers(aten.nan_to_num.default)
-def nan_to_num(self: jax.Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> jax.Array:
+def nan_to_num(
+    self: jax.Array, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> jax.Array:
     if is_integral(self.dtype):
         return self
     if is_complex(self.dtype):
-        return lax.complex(nan_to_num(jnp.real(self), nan, posinf, neginf), nan_to_num(jnp.imag(self), nan, posinf, neginf))
+        return lax.complex(
+            nan_to_num(jnp.real(self), nan, posinf, neginf), nan_to_num(jnp.imag(self), nan, posinf, neginf)
+        )
     limits = jnp.finfo(self.dtype)
     out = jnp.where(jnp.isnan(self), cast(0.0 if nan is None else nan, self.dtype), self)
     out = jnp.where(self == jnp.inf, limits.max if posinf is None else cast(posinf, self.dtype), out)
@@ -258,7 +264,9 @@ def div(self: Operand, other: Operand, rounding_mode: str | None = None) -> jax.
     if rounding_mode == "trunc":
         if is_integral(dtype):
             return compute(lambda a, b: lax.div(*jnp.broadcast_arrays(a, b)), dtype, self, other)
-        return compute(lambda a, b: jnp.trunc(a / b), dtype, self, other)
+        # torch rounds a narrow quotient before it truncates it
+        kept = jnp.finfo(dtype)
+        return compute(lambda a, b: jnp.trunc(lax.reduce_precision(a / b, kept.nexp, kept.nmant)), dtype, self, other)
     if is_integral(dtype):
         return compute(jnp.floor_divide, dtype, self, other)
     return compute(lambda a, b: _floor_divide(*jnp.broadcast_arrays(a, b)), dtype, self, other)
@@ -370,12 +378,16 @@ def heaviside(self: jax.Array, values: jax.Array) -> jax.Array:
 
 @lowers(aten.addcmul.default)
 def addcmul(self: jax.Array, tensor1: jax.Array, tensor2: jax.Array, value: Number = 1) -> jax.Array:
-    return compute(lambda x, a, b: x + _scaled(a, value) * b, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2)
+    return compute(
+        lambda x, a, b: x + _scaled(a, value) * b, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2
+    )
 
 
 @lowers(aten.addcdiv.default)
 def addcdiv(self: jax.Array, tensor1: jax.Array, tensor2: jax.Array, value: Number = 1) -> jax.Array:
-    return compute(lambda x, a, b: x + _scaled(a, value) / b, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2)
+    return compute(
+        lambda x, a, b: x + _scaled(a, value) / b, result_dtype(self, tensor1, tensor2), self, tensor1, tensor2
+    )
 
 
 @lowers(aten.lerp.Tensor, aten.lerp.Scalar)
@@ -429,8 +441,11 @@ def clamp_max(self: jax.Array, max: Operand) -> jax.Array:
 
 
 def _out_of_range(number: Operand, dtype: DType) -> bool:
-    return isinstance(number, int) and is_integral(dtype) and dtype != BOOL and not (
-        np.iinfo(dtype).min <= number <= np.iinfo(dtype).max
+    return (
+        isinstance(number, int)
+        and is_integral(dtype)
+        and dtype != BOOL
+        and not (np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)
     )
 
 
@@ -536,7 +551,9 @@ def where(condition: jax.Array, self: Operand, other: Operand) -> jax.Array:
 
 
 @lowers(aten.isclose.default)
-def isclose(self: jax.Array, other: jax.Array, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> jax.Array:
+def isclose(
+    self: jax.Array, other: jax.Array, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False
+) -> jax.Array:
     close = self == other
     if equal_nan and not is_integral(self.dtype):
         close |= (self != self) & (other != other)

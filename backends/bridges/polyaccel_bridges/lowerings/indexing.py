@@ -1,5 +1,7 @@
-"""Reading and writing at computed positions: index, gather, scatter and masks. Torch's indices are always in range or an error, so the
-reads clamp instead of masking (XLA's cheapest mode)."""
+"""Reading and writing at computed positions: index, gather, scatter and masks.
+
+Torch's indices are in range or an error, so nothing is masked here (XLA's cheapest mode).
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ import torch
 from jax import lax
 
 from polyaccel.errors import UnsupportedError
-from polyaccel_bridges.lowerings.promotion import BOOL, INT32, INT64, Number, cast, is_float, is_integral, opmath
-from polyaccel_bridges.lowerings.table import lowers
-from polyaccel_bridges.lowerings.views import wrapped
+
+from .promotion import BOOL, INT32, INT64, Number, cast, is_float, is_integral, opmath
+from .table import lowers
+from .views import wrapped
 
 aten = torch.ops.aten
 Indices = Sequence[jax.Array | None]
@@ -59,7 +62,9 @@ def _masked_put(x: jax.Array, lead: int, mask: jax.Array, values: jax.Array, acc
         values = jnp.take(values, jnp.maximum(rank, 0), axis=axis, mode="clip")
     elif values.ndim > rest:
         values = jnp.squeeze(values, -1 - rest)
-        values = values.reshape(values.shape[: values.ndim - rest] + (1,) * mask.ndim + values.shape[values.ndim - rest :])
+        values = values.reshape(
+            values.shape[: values.ndim - rest] + (1,) * mask.ndim + values.shape[values.ndim - rest :]
+        )
         return jnp.where(full_mask, x + values if accumulate else values, x)
     if values.ndim > rest:
         values = values.reshape(values.shape[:axis] + mask.shape + values.shape[axis + 1 :])
@@ -97,8 +102,10 @@ def index_select(self: jax.Array, dim: int, index: jax.Array) -> jax.Array:
 @lowers(aten.index_add.default)
 def index_add(self: jax.Array, dim: int, index: jax.Array, source: jax.Array, *, alpha: Number = 1) -> jax.Array:
     if self.ndim == 0:
-        return (self + source.reshape(()) * cast(alpha, self.dtype)).astype(self.dtype)
+        return index_add(self.reshape(1), 0, index, source.reshape(1), alpha=alpha).reshape(())
     dim = wrapped(dim, self.ndim)
+    if self.dtype == BOOL:
+        return self.at[_along(self, dim, index.reshape(-1))].max(source & bool(alpha))
     wide = opmath(self.dtype)
     added = self.astype(wide).at[_along(self, dim, index.reshape(-1))].add(source.astype(wide) * cast(alpha, wide))
     return added.astype(self.dtype)
@@ -166,6 +173,11 @@ def _as_1d(x: jax.Array, index: jax.Array, src: Any) -> tuple[jax.Array, jax.Arr
     )
 
 
+def _on_bools(reduce: str) -> str:
+    """A sum of bools is their disjunction and a product their conjunction; XLA has both as extremes."""
+    return {"add": "max", "multiply": "min"}.get(reduce, reduce)
+
+
 def _scatter(x: jax.Array, dim: int, index: jax.Array, src: Any, reduce: str) -> jax.Array:
     """`src` is a number's array without dims or an array that covers the index."""
     shape = x.shape
@@ -179,12 +191,13 @@ def _scatter(x: jax.Array, dim: int, index: jax.Array, src: Any, reduce: str) ->
         src = _leading(src, index.shape)
     here = _one_per_line(x, dim, index)
     if here is not None and reduce in ("set", "add"):
-        return jnp.where(here, src if reduce == "set" else x + src, x).reshape(shape)
+        summed = src if reduce == "set" else (x | src if x.dtype == BOOL else x + src)
+        return jnp.where(here, summed, x).reshape(shape)
     wide = opmath(x.dtype) if reduce in ("add", "multiply") else x.dtype
     target = x.astype(wide).at[_positions(x, dim, index)]
     values = jnp.broadcast_to(jnp.asarray(src, wide), index.shape)
-    written = getattr(target, reduce)(values, mode="promise_in_bounds")
-    return written.astype(x.dtype).reshape(shape)  # type: ignore[no-any-return]
+    written = getattr(target, _on_bools(reduce) if x.dtype == BOOL else reduce)(values, mode="promise_in_bounds")
+    return written.astype(x.dtype).reshape(shape)
 
 
 @lowers(aten.scatter.src, aten.scatter.value)
@@ -192,9 +205,6 @@ def scatter(
     self: jax.Array, dim: int, index: jax.Array, src: jax.Array | None = None, value: Number | None = None
 ) -> jax.Array:
     return _scatter(self, dim, index, value if src is None else src, "set")
-
-
-_REDUCE_NAMES = {"add": "add", "multiply": "multiply"}
 
 
 @lowers(aten.scatter.reduce, aten.scatter.value_reduce)
@@ -207,7 +217,7 @@ def scatter_with_reduce(
     *,
     reduce: str,
 ) -> jax.Array:
-    return _scatter(self, dim, index, value if src is None else src, _REDUCE_NAMES[reduce])
+    return _scatter(self, dim, index, value if src is None else src, reduce)
 
 
 @lowers(aten.scatter_add.default)
@@ -237,13 +247,14 @@ def _reduced(target: Any, x: jax.Array, values: jax.Array, reduce: str, include_
     """`target(array)` is the `.at[...]` of the written positions."""
     wide = opmath(x.dtype) if reduce in ("sum", "mean", "prod") else np.dtype(x.dtype)
     start = x if include_self else target(x).set(_identity(np.dtype(x.dtype), reduce))
-    written = getattr(target(start.astype(wide)), _METHODS[reduce])(values.astype(wide))
+    method = _on_bools(_METHODS[reduce]) if x.dtype == BOOL else _METHODS[reduce]
+    written = getattr(target(start.astype(wide)), method)(values.astype(wide))
     if reduce == "mean":
         ones = jnp.ones(x.shape, wide)
         count = target(ones if include_self else target(ones).set(cast(0, wide))).add(cast(1, wide))
         count = jnp.maximum(count, cast(1, wide))
         written = jnp.floor_divide(written, count) if is_integral(wide) else written / count
-    return written.astype(x.dtype)  # type: ignore[no-any-return]
+    return written.astype(x.dtype)
 
 
 @lowers(aten.scatter_reduce.two)
@@ -278,7 +289,9 @@ def put(self: jax.Array, index: jax.Array, source: jax.Array, accumulate: bool =
         return self
     target = self.reshape(-1).at[_index(index, self.size, wraps=True).reshape(-1)]
     values = source.reshape(-1)
-    return (target.add(values) if accumulate else target.set(values)).reshape(self.shape)
+    if not accumulate:
+        return target.set(values).reshape(self.shape)
+    return (target.max(values) if self.dtype == BOOL else target.add(values)).reshape(self.shape)
 
 
 # --- masks ---------------------------------------------------------------------------------------------------------------------

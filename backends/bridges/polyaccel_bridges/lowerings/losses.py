@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import INT32, Number, cast, compute, opmath, result_dtype
-from polyaccel_bridges.lowerings.table import lowers
+from .promotion import INT32, Number, cast, compute, opmath, result_dtype
+from .table import lowers
 
 aten = torch.ops.aten
 _NONE, _MEAN = 0, 1  # ATen's numbers for the reduction; 2 is the sum
@@ -139,7 +139,11 @@ def huber_loss_backward(
 ) -> jax.Array:
     scale = _scale(reduction, self.size)
     return compute(
-        lambda g, x, y: jnp.clip(x - y, -delta, delta) * g * scale, result_dtype(self, target), grad_output, self, target
+        lambda g, x, y: jnp.clip(x - y, -delta, delta) * g * scale,
+        result_dtype(self, target),
+        grad_output,
+        self,
+        target,
     )
 
 

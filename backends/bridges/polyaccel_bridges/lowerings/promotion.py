@@ -18,7 +18,7 @@ import torch
 DType = np.dtype[Any]
 Number = bool | int | float | complex
 
-_NUMPY_OF_TORCH: dict[torch.dtype, DType] = {
+NUMPY_OF_TORCH: dict[torch.dtype, DType] = {
     torch.bool: np.dtype(np.bool_),
     torch.uint8: np.dtype(np.uint8),
     torch.uint16: np.dtype(np.uint16),
@@ -39,18 +39,18 @@ _NUMPY_OF_TORCH: dict[torch.dtype, DType] = {
     torch.float8_e4m3fnuz: np.dtype(ml_dtypes.float8_e4m3fnuz),
     torch.float8_e5m2fnuz: np.dtype(ml_dtypes.float8_e5m2fnuz),
 }
-_TORCH_OF_NUMPY = {array: tensor for tensor, array in _NUMPY_OF_TORCH.items()}
+_TORCH_OF_NUMPY = {array: tensor for tensor, array in NUMPY_OF_TORCH.items()}
 
 BOOL, UINT8 = np.dtype(np.bool_), np.dtype(np.uint8)
 INT32, INT64 = np.dtype(np.int32), np.dtype(np.int64)
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-_WIDER = {np.dtype(np.float16): FLOAT32, np.dtype(ml_dtypes.bfloat16): FLOAT32}
-_REAL_OF_COMPLEX = {np.dtype(np.complex64): FLOAT32, np.dtype(np.complex128): FLOAT64}
+_WIDER: dict[DType, DType] = {np.dtype(np.float16): FLOAT32, np.dtype(ml_dtypes.bfloat16): FLOAT32}
+_REAL_OF_COMPLEX: dict[DType, DType] = {np.dtype(np.complex64): FLOAT32, np.dtype(np.complex128): FLOAT64}
 
 
 def numpy_dtype(dtype: torch.dtype) -> DType:
     """The numpy dtype that stores a torch dtype; KeyError for quantized ones and complex32, which have none."""
-    return _NUMPY_OF_TORCH[dtype]
+    return NUMPY_OF_TORCH[dtype]
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import (
+from .promotion import (
     BOOL,
     INT64,
     UINT8,
@@ -25,8 +25,8 @@ from polyaccel_bridges.lowerings.promotion import (
     opmath,
     real_dtype,
 )
-from polyaccel_bridges.lowerings.table import lowers
-from polyaccel_bridges.lowerings.views import wrapped, wrapped_dims
+from .table import lowers
+from .views import wrapped, wrapped_dims
 
 aten = torch.ops.aten
 Dims = int | Sequence[int] | None
@@ -180,9 +180,7 @@ def min_all(self: jax.Array) -> jax.Array:
     return amin(self)
 
 
-def _arg_extreme(
-    function: Callable[..., jax.Array], x: jax.Array, dim: int | None, keepdim: bool
-) -> jax.Array:
+def _arg_extreme(function: Callable[..., jax.Array], x: jax.Array, dim: int | None, keepdim: bool) -> jax.Array:
     """The first index of the extreme; the first NaN wins, as in torch."""
     if x.dtype == BOOL:
         x = x.astype(UINT8)

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import INT64, DType, cast, is_complex, is_float, is_integral, opmath
-from polyaccel_bridges.lowerings.table import lowers
-from polyaccel_bridges.lowerings.views import wrapped
+from .promotion import INT64, DType, cast, is_complex, is_float, is_integral, opmath
+from .table import lowers
+from .views import wrapped
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def logcumsumexp(self: jax.Array, dim: int) -> jax.Array:
 
 
 def _log_cumulative(x: jax.Array, axis: int) -> jax.Array:
-    return lax.associative_scan(_logaddexp, x, axis=axis)  # type: ignore[no-any-return]
+    return lax.associative_scan(_logaddexp, x, axis=axis)
 
 
 def _logaddexp(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import BOOL, INT32, INT64, UINT8, cast, is_float, result_dtype
-from polyaccel_bridges.lowerings.reductions import argmax
-from polyaccel_bridges.lowerings.table import lowers
-from polyaccel_bridges.lowerings.views import wrapped
+from .promotion import BOOL, INT32, INT64, UINT8, cast, is_float, result_dtype
+from .reductions import argmax
+from .table import lowers
+from .views import wrapped
 
 aten = torch.ops.aten
 Pair = tuple[jax.Array, jax.Array]
@@ -127,7 +127,7 @@ def mode(self: jax.Array, dim: int = -1, keepdim: bool = False) -> Pair:
         return self, jnp.zeros((), INT64)
     axis = wrapped(dim, self.ndim)
     lines = jnp.moveaxis(self, axis, -1)
-    values, order = sort(lines, -1)
+    values = sort(lines, -1)[0]
     alike = jnp.sum(values[..., :, None] == values[..., None, :], axis=-1, dtype=INT32)
     chosen = jnp.take_along_axis(values, jnp.argmax(alike, axis=-1, keepdims=True), -1)
     matches = lines == chosen
@@ -185,9 +185,7 @@ def bucketize(
 def histc(self: jax.Array, bins: int = 100, min: float = 0, max: float = 0) -> jax.Array:
     """Counts in equal bins of [min, max], the last one closed; equal limits mean the data's own."""
     x = self.reshape(-1)
-    low, high = (
-        (jnp.asarray(min, x.dtype), jnp.asarray(max, x.dtype)) if min != max else (jnp.min(x), jnp.max(x))
-    )
+    low, high = (jnp.asarray(min, x.dtype), jnp.asarray(max, x.dtype)) if min != max else (jnp.min(x), jnp.max(x))
     flat = low == high
     low, high = jnp.where(flat, low - 1, low), jnp.where(flat, high + 1, high)
     bucket = jnp.minimum(((x - low) / (high - low) * bins).astype(INT32), bins - 1)

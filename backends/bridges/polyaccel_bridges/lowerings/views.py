@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jax import lax
 
-from polyaccel_bridges.lowerings.promotion import INT32, cast, result_dtype
-from polyaccel_bridges.lowerings.table import lowers
+from .promotion import INT32, cast, result_dtype
+from .table import lowers
 
 aten = torch.ops.aten
 
@@ -221,7 +221,7 @@ def unfold(self: jax.Array, dimension: int, size: int, step: int) -> jax.Array:
 @lowers(aten.unfold_backward.default)
 def unfold_backward(grad_in: jax.Array, input_sizes: Sequence[int], dim: int, size: int, step: int) -> jax.Array:
     empty = jnp.zeros(tuple(input_sizes), grad_in.dtype)
-    return jax.linear_transpose(lambda x: unfold(x, dim, size, step), empty)(grad_in)[0]  # type: ignore[no-any-return]
+    return jax.linear_transpose(lambda x: unfold(x, dim, size, step), empty)(grad_in)[0]
 
 
 # --- several tensors -----------------------------------------------------------------------------------------------------------
