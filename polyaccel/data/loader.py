@@ -21,7 +21,9 @@ class HostBatches(Protocol):
     loader: Any
     batch_size: int | None
     total_batch_size: int | None
-    seed: int | None
+
+    @property
+    def seed(self) -> int | None: ...
 
     def __len__(self) -> int:
         """Batches in a pass. Raises TypeError when that cannot be known."""

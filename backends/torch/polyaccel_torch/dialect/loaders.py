@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ RNG_TYPES = frozenset({"generator", "torch", "numpy", "python", "cuda"})
 class TorchHostLoader:
     """A DataLoader that can be cut. `loader` is the user's own and is not changed.
 
+    Any other iterable is taken for one that gives whole batches; their numpy arrays become tensors, as in a DataLoader.
     Raises PrepareError for a loader that is cut already, by a DistributedSampler or by an earlier prepare.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[Any] | Iterable[Any]) -> None:
         refuse_prepared(loader)
+        if not isinstance(loader, DataLoader):
+            loader = DataLoader(_sized_stream(loader), batch_size=None)
         for sampler in (loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None), loader.sampler):
             if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
                 raise PrepareError(
@@ -158,6 +161,25 @@ class TorchHostBatches:
         vars(source)["drop_last"] = False
         source.collate_fn = _as_it_is
         self._carries_remainder = True
+
+
+class _Stream(IterableDataset[Any]):
+    """Any iterable as a dataset."""
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self.iterable = iterable
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.iterable)
+
+
+class _SizedStream(_Stream):
+    def __len__(self) -> int:
+        return len(self.iterable)  # type: ignore[arg-type]
+
+
+def _sized_stream(iterable: Iterable[Any]) -> _Stream:
+    return _SizedStream(iterable) if isinstance(iterable, Sized) else _Stream(iterable)
 
 
 class _ShardedStream(IterableDataset[Any]):

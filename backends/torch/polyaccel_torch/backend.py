@@ -1,0 +1,69 @@
+"""The declaration of the torch backend: what is known before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from polyaccel.errors import LaunchError
+from polyaccel.protocols import Capabilities, Probe, WorkerSlot
+
+if TYPE_CHECKING:
+    from polyaccel.config import Config
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel_torch.engine import TorchEngine
+
+
+class TorchBackend:
+    """PyTorch on CPU, CUDA and (one process) MPS; data parallel over processes."""
+
+    name = "torch"
+    capabilities = Capabilities(
+        dialect="torch",
+        mesh_axes=frozenset({"replica", "data"}),
+        mixed_precision=frozenset({"no", "bf16", "fp16"}),
+        accepts_bridges=False,
+        features=frozenset({"backward_value", "gradient_sync", "compile", "multi_process"}),
+    )
+
+    def probe(self) -> Probe:
+        """Whether torch is installed."""
+        if importlib.util.find_spec("torch") is None:
+            return Probe(is_usable=False, reason="torch is not installed", cure="pip install 'polyaccel[torch]'")
+        try:
+            version: str | None = importlib.metadata.version("torch")
+        except importlib.metadata.PackageNotFoundError:
+            version = None  # built from source, without metadata
+        return Probe(is_usable=True, version=version, is_loaded="torch" in sys.modules)
+
+    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+        """One process per GPU; on CPU as many as asked for, one by default. LOCAL_RANK chooses the GPU.
+
+        Raises LaunchError for more processes than GPUs.
+        """
+        num_gpus = 0 if use_cpu else _num_gpus()
+        if num_gpus and num_processes is not None and num_processes > num_gpus:
+            raise LaunchError(
+                f"--num-processes {num_processes} needs as many GPUs, and this machine shows {num_gpus}",
+                f"use --num-processes {num_gpus}, or --cpu",
+            )
+        return (WorkerSlot(),) * (num_processes or num_gpus or 1)
+
+    def seed(self, value: int) -> None:
+        """Seed torch's generators of all devices, if torch is loaded."""
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(value)
+
+    def open(self, config: Config, rendezvous: Rendezvous) -> TorchEngine:
+        """Import torch and join the job. Every process of the job must call it. Raises PlanError or LaunchError."""
+        from polyaccel_torch.engine import TorchEngine
+
+        return TorchEngine(config, rendezvous)
+
+
+def _num_gpus() -> int:
+    import torch  # asks the driver for a number and touches no GPU
+
+    return torch.cuda.device_count()

@@ -1,0 +1,305 @@
+"""The torch engine: one process on one device, eager PyTorch, DistributedDataParallel between processes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from polyaccel import trees
+from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
+from polyaccel.errors import PrepareError
+from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
+from polyaccel_torch import parallel, state
+from polyaccel_torch.dialect import loaders, modules, optimizers
+from polyaccel_torch.dialect.modules import Autocast
+from polyaccel_torch.placement import StreamFeeder
+from polyaccel_torch.precision import LossScaler, autocast_of
+
+if TYPE_CHECKING:
+    from polyaccel.config import Config
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.plan import Plan
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class TorchEngine:
+    """See `polyaccel.protocols.Engine`. A model's handle is an nn.Module, an optimizer's a PreparedOptimizer."""
+
+    gradient_state: Any = None
+
+    def __init__(self, config: Config, place: Rendezvous) -> None:
+        self._job = parallel.join(place, use_cpu=config.cpu)
+        self.topology = self._job.topology
+        self.collectives = self._job.collectives
+        self._plan: Plan | None = None
+        self._autocast: Autocast | None = None
+        self._scaler: LossScaler | None = None
+        # Weak on both sides: what user code drops is freed. A module that is its own handle has no entry in `_originals`.
+        self._handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+        self._originals: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+        self._optimizers: weakref.WeakSet[optimizers.PreparedOptimizer] = weakref.WeakSet()
+
+    # -- the process ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self._job.device
+
+    def bind(self, plan: Plan) -> None:
+        """Fix precision and data shards."""
+        self._plan = plan
+        self._autocast = autocast_of(plan.precision, self.device)
+        scaling = plan.precision.loss_scaling
+        self._scaler = None if scaling is None else LossScaler(scaling, self.device)
+
+    def seed(self, value: int) -> None:
+        """Nothing: this engine draws from torch's own generators, which belong to the script (`set_seed` seeds them)."""
+
+    def synchronize(self) -> None:
+        """Wait for the GPU; the CPU has finished already."""
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def close(self) -> None:
+        """Leave the job."""
+        self._job.leave()
+
+    # -- prepare -------------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module, *, evaluation_mode: bool = False) -> nn.Module:
+        """On this process's device, under autocast, data parallel if there are other processes and it can be trained.
+
+        In one process without compile the handle is the module itself. Raises PrepareError before anything is changed.
+        """
+        known = self._handles.get(model)
+        handle = known() if known is not None else None
+        if handle is not None or model in self._originals:
+            return model if handle is None else handle
+        modules.check_placeable(model, scales_loss=self._scaler is not None)
+        if not modules.is_on(model, self.device):
+            model.to(self.device)  # moves the values; the Parameter objects, and with them optimizers, stay valid
+        modules.remove_autocast(model)
+        handle = model
+        is_trained = not evaluation_mode and any(parameter.requires_grad for parameter in model.parameters())
+        if self.topology.num_processes > 1 and is_trained and parallel.parallel_part(model) is None:
+            handle = parallel.wrap(handle, self.device)
+        if self._bound.compile:
+            handle = torch.compile(handle, backend=self._bound.compile_backend)  # type: ignore[assignment]
+        if self._autocast is not None:
+            modules.add_autocast(handle, self._autocast)
+        self._handles[model] = weakref.ref(handle)
+        if handle is not model:
+            self._originals[handle] = model
+        return handle
+
+    def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module | None) -> optimizers.PreparedOptimizer:
+        """Steps with the accumulation window, under fp16 through the loss scaler, in fused kernels where torch has them.
+
+        Raises PrepareError for parameters of a model that is not prepared.
+        """
+        if isinstance(optimizer, optimizers.PreparedOptimizer):
+            return optimizer
+        owners = list(self._handles)  # an optimizer may update several models, prepared in any order
+        if owners:
+            optimizers.check_parameters(optimizer, owners)
+        if optimizer.state:  # made before the parameters moved
+            optimizer.load_state_dict(optimizer.state_dict())
+        optimizers.use_fused_kernels(optimizer, owners)
+        scaler = self._scaler
+        prepared = optimizers.PreparedOptimizer(
+            optimizer,
+            self.gradient_state,
+            update=None if scaler is None else scaler.step,
+            skipped=None if scaler is None else lambda: scaler.was_skipped(optimizer),
+        )
+        self._optimizers.add(prepared)
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
+        """The scheduler itself: it changes the parameter groups that the prepared optimizer shares."""
+        return scheduler
+
+    def prepare_loader(self, loader: Any, spec: LoaderSpec) -> PreparedLoader:
+        """This process's share of every global batch, on its device; on a GPU copied there two batches ahead."""
+        refuse_prepared(loader)
+        plan = self._bound
+        host = loader if isinstance(loader, loaders.TorchHostLoader) else loaders.TorchHostLoader(loader)
+        batches = host.shard(
+            DataSharding(
+                num_shards=plan.num_data_shards,
+                first_shard=plan.first_data_shard,
+                num_local_shards=plan.num_local_data_shards,
+                split_batches=spec.split_batches,
+                even_batches=spec.even_batches,
+            ),
+            synchronize=self._of_process_0 if self.topology.num_processes > 1 else None,
+            rng_types=spec.rng_types,
+        )
+        if self.device.type == "cpu":
+            return PreparedLoader(batches, lift=spec.lift, observer=self.gradient_state, prefetch=1)
+        feeder = StreamFeeder(self.device, spec.lift)
+        return PreparedLoader(batches, place=feeder.place, lift=feeder.hand_out, observer=self.gradient_state)
+
+    def unwrap(self, handle: nn.Module) -> nn.Module:
+        """The user's own module."""
+        return self._originals.get(handle, handle)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The plan's precision for operations outside a prepared model."""
+        return _NOTHING if self._autocast is None else self._autocast()
+
+    def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
+        """With enabled=False, DistributedDataParallel.no_sync: forward and backward must both be inside."""
+        part = None if enabled else parallel.parallel_part(model)
+        return _NOTHING if part is None else part.no_sync()
+
+    def backward(self, loss: Any, *, scale: float) -> Any:
+        """Accumulate gradients of `scale * loss`; a LossCall is computed first and its result returned, detached."""
+        if type(loss) is LossCall:
+            result = loss.function(*loss.args, **loss.kwargs)
+            self._differentiate(result[0] if isinstance(result, tuple) else result, scale)
+            return self._over_shards(result)
+        self._differentiate(loss, scale)
+        return None
+
+    def _differentiate(self, loss: Any, scale: float) -> None:
+        if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+            _refuse_loss(loss)
+        if scale != 1.0:
+            loss = loss * scale
+        if self._scaler is not None:
+            loss = self._scaler.scale(loss)
+        loss.backward()
+
+    def _over_shards(self, result: Any) -> Any:
+        """Loss and floating scalars averaged, integer scalars added up over processes; everything else is this process's own."""
+        if self.topology.num_processes == 1 and isinstance(result, torch.Tensor):
+            return result.detach()
+        leaves, structure = trees.flatten(result)
+        leaves = [self._as_tensor(leaf) for leaf in leaves]
+        scalars = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and not leaf.dim()}
+        means = [i for i, leaf in scalars.items() if leaf.is_floating_point()]
+        sums = [i for i in scalars if i not in means]
+        mean_values, sum_values = self.collectives.mean_and_sum(
+            [leaves[i] for i in means], [leaves[i].long() for i in sums]
+        )
+        for i, value in zip((*means, *sums), (*mean_values, *sum_values), strict=True):
+            leaves[i] = value
+        return structure.unflatten(leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+
+    def _as_tensor(self, leaf: Any) -> Any:
+        if isinstance(leaf, float):
+            return torch.tensor(leaf, dtype=torch.float64, device=self.device)
+        return torch.tensor(leaf, device=self.device) if isinstance(leaf, (bool, int)) else leaf
+
+    def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> torch.Tensor:
+        """torch.nn.utils.clip_grad_norm_, on unscaled gradients."""
+        return nn.utils.clip_grad_norm_(self._unscaled(target), max_norm, norm_type)
+
+    def clip_grad_value(self, target: Any, clip_value: float) -> None:
+        """torch.nn.utils.clip_grad_value_, on unscaled gradients."""
+        nn.utils.clip_grad_value_(self._unscaled(target), clip_value)
+
+    def _unscaled(self, target: Any) -> Any:
+        """The parameters of a model, tensor or iterable; under fp16 their optimizers' gradients are divided by the scale."""
+        parameters = target.parameters() if isinstance(target, nn.Module) else target
+        if self._scaler is None:
+            return parameters
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        clipped = {id(parameter) for parameter in parameters}
+        for prepared in self._optimizers:
+            # Another optimizer's gradients may still be growing: they must stay scaled.
+            if any(id(p) in clipped for group in prepared.param_groups for p in group["params"]):
+                self._scaler.unscale(prepared.optimizer)
+        return parameters
+
+    def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any]:
+        """The calls of the other two forms in the same order, without what lies between them."""
+        loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
+        part = parallel.parallel_part(spec.model)
+        max_norm, scale = spec.max_grad_norm, spec.scale
+        is_alone = self.topology.num_processes == 1
+
+        def forward_and_backward(batch: Any) -> Any:
+            result = loss_fn(model, batch)
+            self._differentiate(result[0] if isinstance(result, tuple) else result, scale)
+            return result
+
+        def step(batch: Any, sync: bool) -> Any:
+            if sync or part is None:
+                result = forward_and_backward(batch)
+            else:
+                with part.no_sync():
+                    result = forward_and_backward(batch)
+            if sync:
+                if max_norm is not None:
+                    self.clip_grad_norm(model, max_norm, 2.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            if is_alone and isinstance(result, torch.Tensor):
+                return result.detach()
+            return _named(self._over_shards(result))
+
+        return step
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def read_state(self, handle: Any) -> Iterator[Shard]:
+        """All of it on process 0, nothing on the others: every process holds the same values."""
+        if self.topology.process_index != 0:
+            return iter(())
+        if isinstance(handle, optimizers.PreparedOptimizer):
+            return state.read_optimizer(handle.optimizer, self._parameters_of(handle))
+        return state.read_model(self.unwrap(handle))
+
+    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Every process loads everything. Raises CheckpointError if names or shapes do not fit."""
+        if isinstance(handle, optimizers.PreparedOptimizer):
+            state.write_optimizer(handle.optimizer, self._parameters_of(handle), shards)
+        else:
+            state.write_model(self.unwrap(handle), shards)
+
+    def _parameters_of(self, handle: optimizers.PreparedOptimizer) -> dict[str, nn.Parameter]:
+        updated = {id(parameter) for group in handle.param_groups for parameter in group["params"]}
+        owners = [m for m in self._handles if any(id(parameter) in updated for parameter in m.parameters())]
+        return optimizers.named_parameters(handle.optimizer, owners)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _bound(self) -> Plan:
+        assert self._plan is not None, "bind comes before prepare"
+        return self._plan
+
+    def _of_process_0(self, value: Any) -> Any:
+        return self.collectives.all_gather_object(value)[0]
+
+
+def _named(result: Any) -> Any:
+    if not isinstance(result, tuple):
+        return result
+    loss, aux = result
+    return {"loss": loss, **aux} if isinstance(aux, dict) else {"loss": loss, "aux": aux}
+
+
+def _refuse_loss(loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise PrepareError(
+            f"backward got a {type(loss).__module__}.{type(loss).__name__}, and this engine differentiates torch tensors",
+            "return the loss that the prepared model's outputs give, before .item() or a conversion",
+        )
+    raise PrepareError(
+        f"backward got a tensor of shape {tuple(loss.shape)} that depends on no parameter: it has no grad_fn",
+        "compute the loss from the prepared model's outputs, outside torch.no_grad() and without .detach(), and check that"
+        " parameters have requires_grad=True",
+    )

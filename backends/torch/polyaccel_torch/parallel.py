@@ -1,0 +1,136 @@
+"""Joining the job and data parallelism: one process per device, DistributedDataParallel between them."""
+
+from __future__ import annotations
+
+import atexit
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.rendezvous import rendezvous as find_store
+from torch.nn.parallel import DistributedDataParallel
+
+from polyaccel.errors import LaunchError, PlanError
+from polyaccel.topology import Topology
+from polyaccel_torch.collectives import ProcessCollectives, SingleCollectives
+
+if TYPE_CHECKING:
+    from polyaccel.launch.rendezvous import Rendezvous
+
+JOIN_TIMEOUT = timedelta(minutes=5)  # for all processes to appear; later exchanges may wait for a long checkpoint
+EXCHANGE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(slots=True)
+class Job:
+    """This process's place in a job. `leave` is idempotent and ends the process group only if this job made it."""
+
+    topology: Topology
+    device: torch.device
+    collectives: ProcessCollectives | SingleCollectives
+    owns_group: bool = False
+
+    def leave(self) -> None:
+        """Leave the job. The other processes do not have to call it at the same time."""
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self.owns_group = False
+
+
+def choose_device(place: Rendezvous, *, use_cpu: bool) -> torch.device:
+    """The device of this process: the GPU of its local index, else the CPU. Raises PlanError for more processes than GPUs."""
+    if not use_cpu and torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if place.num_local_processes > num_gpus:
+            raise PlanError(
+                f"{place.num_local_processes} processes on this machine need as many GPUs, and torch sees {num_gpus}",
+                f"start {num_gpus} here, make more GPUs visible to each process, or use cpu=True",
+            )
+        return torch.device("cuda", place.local_process_index)
+    if not use_cpu and place.num_processes == 1 and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def join(place: Rendezvous, *, use_cpu: bool, timeout: timedelta = JOIN_TIMEOUT) -> Job:
+    """Find the other processes of the job and connect to them. Every process must call it.
+
+    Raises PlanError (too few GPUs) or LaunchError, naming the address, when the others cannot be reached in time.
+    """
+    device = choose_device(place, use_cpu=use_cpu)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    topology = Topology(
+        process_index=place.process_index,
+        num_processes=place.num_processes,
+        local_process_index=place.local_process_index,
+        num_local_devices=1,
+        num_devices=place.num_processes,
+        device_kind=device.type,
+    )
+    if place.num_processes == 1:
+        return Job(topology, device, SingleCollectives())
+    if dist.is_initialized() and dist.get_world_size() != place.num_processes:
+        raise LaunchError(
+            f"torch.distributed is initialized with {dist.get_world_size()} processes, but WORLD_SIZE is {place.num_processes}",
+            "leave init_process_group out: Accelerator calls it",
+        )
+    owns_group = not dist.is_initialized()
+    if owns_group:
+        _connect(place, device, timeout)
+        atexit.register(_leave_at_exit)
+    host_group = None
+    if dist.get_backend() != "gloo":
+        host_group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
+    collectives = ProcessCollectives(place.num_processes, host_group, EXCHANGE_TIMEOUT)
+    return Job(topology, device, collectives, owns_group)
+
+
+def _connect(place: Rendezvous, device: torch.device, timeout: timedelta) -> None:
+    assert place.address is not None  # a job of several processes has one
+    host = f"[{place.address}]" if ":" in place.address else place.address
+    url = f"tcp://{host}:{place.port}"
+    try:
+        # torchrun's agent may serve the store already; this function knows, where a TCPStore of our own would not.
+        store, _, _ = next(find_store(url, place.process_index, place.num_processes, timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=place.process_index,
+            world_size=place.num_processes,
+            timeout=EXCHANGE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise LaunchError(
+            f"process {place.process_index} of {place.num_processes} could not join the job at {host}:{place.port}"
+            f" within {timeout.total_seconds():g} s: {error}",
+            "check that process 0 runs, that MASTER_ADDR and MASTER_PORT name its host and a free port, and that all processes"
+            " were started",
+        ) from error
+
+
+def _leave_at_exit() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module with gradients averaged over processes; process 0's values are copied to all. Every process must call it."""
+    on_gpu = device.type == "cuda"
+    return DistributedDataParallel(
+        module,
+        device_ids=[device.index] if on_gpu else None,
+        output_device=device.index if on_gpu else None,
+        gradient_as_bucket_view=True,  # gradients live in the buckets that are exchanged: no second copy
+    )
+
+
+def parallel_part(handle: Any) -> DistributedDataParallel | None:
+    """The DistributedDataParallel of a prepared model, under torch.compile too; None without one."""
+    part = getattr(handle, "_orig_mod", handle)
+    return part if isinstance(part, DistributedDataParallel) else None

@@ -1,0 +1,78 @@
+"""A PrecisionPolicy in torch: autocast for the forward pass, and GradScaler for the loss with one scale per update window."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from polyaccel.errors import UnsupportedError
+from polyaccel.precision import LossScaling, PrecisionPolicy
+from polyaccel_torch.dialect.modules import Autocast
+
+
+def autocast_of(policy: PrecisionPolicy, device: torch.device) -> Autocast | None:
+    """A factory of autocast contexts, None for float32."""
+    if policy.name == "no":
+        return None
+    return functools.partial(torch.autocast, device.type, dtype=getattr(torch, policy.compute_dtype))
+
+
+class LossScaler:
+    """torch.amp.GradScaler for any number of optimizers.
+
+    The scale changes at the first backward after an update and never in between: gradients that several backward passes or
+    several optimizers add up were all scaled alike. Gradients of an optimizer are unscaled once per update.
+    """
+
+    def __init__(self, scaling: LossScaling, device: torch.device) -> None:
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            init_scale=scaling.init_scale,
+            growth_factor=scaling.growth_factor,
+            backoff_factor=scaling.backoff_factor,
+            growth_interval=scaling.growth_interval,
+        )
+        self._stepped: set[int] = set()
+        self._unscaled: set[int] = set()
+        self._overflow: dict[int, list[torch.Tensor]] = {}
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale, to be differentiated."""
+        self.finish_update()
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Divide the optimizer's gradients by the scale, unless that happened since its last step."""
+        key = id(optimizer)
+        if key not in self._unscaled and key not in self._stepped:
+            self.scaler.unscale_(optimizer)
+            self._unscaled.add(key)
+
+    def step(self, optimizer: Optimizer, closure: Any) -> None:
+        """Update the parameters, or leave them where a gradient is not finite."""
+        if closure is not None:
+            raise UnsupportedError(
+                f"{type(optimizer).__name__}.step(closure) cannot be combined with mixed_precision='fp16'",
+                "use mixed_precision='bf16' or 'no', or step without a closure",
+            )
+        key = id(optimizer)
+        if key in self._stepped:
+            self.finish_update()
+        self.scaler.step(optimizer)
+        self._stepped.add(key)
+        # GradScaler tells nobody which optimizer it skipped. The flags stay on the device: only who asks waits for them.
+        self._overflow[key] = list(self.scaler._found_inf_per_device(optimizer).values())
+
+    def was_skipped(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's last step left the parameters alone. Waits for the device."""
+        return any(flag.item() for flag in self._overflow.get(id(optimizer), ()))
+
+    def finish_update(self) -> None:
+        """Adapt the scale to what the last steps found; nothing without a step since."""
+        if self._stepped:
+            self.scaler.update()
+            self._stepped.clear()
+            self._unscaled.clear()
