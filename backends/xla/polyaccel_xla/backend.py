@@ -1,0 +1,72 @@
+"""What the xla backend declares and finds out without importing a framework."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from polyaccel.errors import LaunchError
+from polyaccel.protocols import Capabilities, Probe, WorkerSlot
+
+if TYPE_CHECKING:
+    from polyaccel.config import Config
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel_xla.engine import XlaEngine
+
+_CURE = "pip install 'polyaccel[xla]'"
+
+
+class XlaBackend:
+    """PyTorch/XLA: data parallel by SPMD partitioning, one process per host that drives all of the host's devices."""
+
+    name = "xla"
+    capabilities = Capabilities(
+        dialect="torch",
+        mesh_axes=frozenset({"replica", "data"}),
+        mixed_precision=frozenset({"no", "bf16"}),
+        accepts_bridges=False,
+        features=frozenset({"backward_value"}),
+    )
+
+    def probe(self) -> Probe:
+        """Usable when torch_xla and the torch that it was built for are installed; the pair is compiled together."""
+        missing = [name for name in ("torch", "torch_xla") if importlib.util.find_spec(name) is None]
+        if missing:
+            return Probe(is_usable=False, reason=f"{' and '.join(missing)} not installed", cure=_CURE)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "torch_xla")}
+        if _minor(versions["torch"]) != _minor(versions["torch_xla"]):
+            return Probe(
+                is_usable=False,
+                version=versions["torch_xla"],
+                reason=f"torch_xla {versions['torch_xla']} is built for torch {_minor(versions['torch_xla'])},"
+                f" and torch {versions['torch']} is installed",
+                cure=f"{_CURE} in an environment of its own",
+            )
+        return Probe(is_usable=True, version=versions["torch_xla"], is_loaded="torch_xla" in sys.modules)
+
+    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+        """One process, whatever the number of devices. Raises LaunchError for more."""
+        if num_processes is not None and num_processes != 1:
+            raise LaunchError(
+                f"--num-processes {num_processes}: backend 'xla' runs 1 process per host, because SPMD partitions one program"
+                " over all devices of the process",
+                "leave --num-processes out; for several virtual devices on the CPU set CPU_NUM_DEVICES",
+            )
+        return (WorkerSlot({"PJRT_DEVICE": "CPU"} if use_cpu else {}),)
+
+    def seed(self, value: int) -> None:
+        """Seed torch's own generators: weights are made and loaders are shuffled on the host."""
+        if "torch" in sys.modules:
+            sys.modules["torch"].manual_seed(value)
+
+    def open(self, config: Config, rendezvous: Rendezvous) -> XlaEngine:
+        """Import torch_xla, turn SPMD on for this process and find the devices. Raises LaunchError or UnsupportedError."""
+        from polyaccel_xla.engine import open_engine
+
+        return open_engine(config, rendezvous)
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split("+")[0].split(".")[:2])

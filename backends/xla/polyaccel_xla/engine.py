@@ -1,0 +1,293 @@
+"""The live connection of one process to torch_xla: SPMD over all devices of the job, one process per host.
+
+The meaning differs from one process per device in one point: the program is written over the global batch. Losses, auxiliary
+values and BatchNorm statistics are those of the global batch, and a device tensor is the same global value on every host.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch_xla
+from torch.utils.data import DataLoader
+from torch_xla import runtime as xr
+from torch_xla.core import xla_model as xm
+
+from polyaccel.config.resolve import user_cache_folder
+from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
+from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
+from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
+from polyaccel.topology import Topology
+from polyaccel_torch.dialect.loaders import TorchHostLoader
+from polyaccel_xla import state
+from polyaccel_xla.collectives import SpmdCollectives, join, leave
+from polyaccel_xla.spmd import Placement
+from polyaccel_xla.step import (
+    PreparedForward,
+    SpmdOptimizer,
+    adapt_groups,
+    check_parameters,
+    differentiate,
+    fused_step,
+    install_forward,
+    place_optimizer_state,
+    scaled,
+)
+
+if TYPE_CHECKING:
+    from polyaccel.accumulation import GradientState
+    from polyaccel.config import Config
+    from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.plan import Plan
+
+_log = logging.getLogger(__name__)
+
+
+def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
+    """Turn SPMD on, find the devices and the other hosts. Raises LaunchError naming what does not fit."""
+    if rendezvous.num_local_processes > 1:
+        raise LaunchError(
+            f"{rendezvous.num_local_processes} processes were started on this host, and backend 'xla' runs 1 per host: SPMD"
+            " partitions one program over all devices of the process",
+            "start one process per host; for several virtual devices on the CPU set CPU_NUM_DEVICES",
+        )
+    if config.cpu:
+        try:
+            xr.set_device_type("CPU")
+        except RuntimeError as error:
+            raise LaunchError(
+                f"cpu=True, but torch_xla runs on {xr.device_type()} in this process already",
+                "set PJRT_DEVICE=CPU before anything uses torch_xla",
+            ) from error
+    use_compilation_cache(config.compilation_cache)
+    xr.use_spmd()
+    num_processes = xr.process_count()
+    if rendezvous.num_processes not in (1, num_processes):
+        raise LaunchError(
+            f"the launcher started {rendezvous.num_processes} processes, but the {xr.device_type()} runtime of torch_xla connects"
+            f" {num_processes}",
+            "start as many processes as the runtime has hosts; the CPU runtime has one",
+        )
+    if num_processes > 1:
+        _log.warning("backend 'xla' on %d hosts: this path follows torch_xla's documentation and is untested", num_processes)
+    owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.port)
+    return XlaEngine(owns_group=owns_group)
+
+
+def use_compilation_cache(setting: str) -> None:
+    """Keep compiled graphs in a folder between runs: "auto" (the user's cache folder), "off", or a path.
+
+    The CPU runtime of torch_xla 2.9 writes such files and cannot read them, so it gets none; a path is answered with a warning.
+    """
+    is_initialized = torch_xla._XLAC._xla_computation_cache_is_initialized()
+    if setting == "off":
+        return
+    if xr.device_type() == "CPU" or is_initialized:
+        if setting != "auto":
+            reason = "the graphs of this process are cached already" if is_initialized else "the CPU runtime cannot load them"
+            _log.warning("compilation_cache=%r is not used: %s", setting, reason)
+        return
+    folder = user_cache_folder() / "xla" if setting == "auto" else Path(setting)
+    folder.mkdir(parents=True, exist_ok=True)
+    xr.initialize_cache(str(folder), readonly=False)
+
+
+class XlaEngine:
+    """See `polyaccel.protocols.Engine`. Handles are the user's own modules and schedulers, and `SpmdOptimizer`s."""
+
+    gradient_state: GradientState | None = None
+    _plan: Plan
+    _placement: Placement
+
+    def __init__(self, *, owns_group: bool) -> None:
+        self.topology = Topology(
+            process_index=xr.process_index(),
+            num_processes=xr.process_count(),
+            local_process_index=0,
+            num_local_devices=xr.addressable_runtime_device_count(),
+            num_devices=xr.global_runtime_device_count(),
+            device_kind=str(xr.device_type()).lower(),
+        )
+        self.collectives = SpmdCollectives(self.topology.num_processes, self.flush)
+        self._owns_group = owns_group
+        self._is_flushed = False
+        self._names: dict[int, str] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """The one virtual device that stands for all of them."""
+        return torch_xla.device()
+
+    def bind(self, plan: Plan) -> None:
+        """Build the mesh."""
+        self._plan = plan
+        self._placement = Placement(plan.mesh, self.topology.num_processes)
+
+    def seed(self, value: int) -> None:
+        """Restart the stream of dropout and other random operations on the devices."""
+        torch_xla.manual_seed(value)
+
+    def flush(self) -> None:
+        """Start all traced work as one graph; does not wait."""
+        torch_xla.sync()
+        self._is_flushed = True
+
+    def synchronize(self) -> None:
+        """Start all traced work and return when the devices are done."""
+        torch_xla.sync(wait=True)
+        xm.wait_device_ops()
+
+    def close(self) -> None:
+        """Leave the group of hosts; the runtime itself lives as long as the process."""
+        if self._owns_group:
+            leave()
+            self._owns_group = False
+
+    # -- prepare -------------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: torch.nn.Module, *, evaluation_mode: bool = False) -> torch.nn.Module:
+        """The same module, moved to the devices in place and computing in the plan's precision.
+
+        One program over the global batch needs no wrapper for gradients, so `evaluation_mode` changes nothing here.
+        """
+        kind = type(model).__name__
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise PrepareError(
+                f"{kind} exchanges gradients between processes, and backend 'xla' partitions one program instead",
+                "prepare the module inside it",
+            )
+        if hasattr(model, "_orig_mod"):
+            raise UnsupportedError(
+                f"{kind} was made by torch.compile, and backend 'xla' compiles every step already",
+                "prepare the module that was given to torch.compile",
+            )
+        self._placement.module(model)
+        is_mixed = self._plan.precision.name != "no"
+        install_forward(model, PreparedForward(model, self.autocast, casts=is_mixed, flush=self.flush))
+        for name, parameter in model.named_parameters():
+            self._names.setdefault(id(parameter), name)
+        return model
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any | None) -> SpmdOptimizer:
+        """The optimizer around the moved parameters. Raises PrepareError when it updates others."""
+        check_parameters(optimizer)
+        adapt_groups(optimizer)
+        place_optimizer_state(optimizer, self._placement)
+        return SpmdOptimizer(optimizer, self._placement, is_syncing=self._is_syncing, flush=self.flush)
+
+    def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
+        """The user's own scheduler: it sets host numbers, and `SpmdOptimizer` makes them data."""
+        return scheduler
+
+    def prepare_loader(self, loader: DataLoader[Any], spec: LoaderSpec) -> PreparedLoader:
+        """Batches cut over the data shards; transfers start two batches ahead, and each batch begins a new graph."""
+        refuse_prepared(loader)
+        plan = self._plan
+        sharding = DataSharding(
+            num_shards=plan.num_data_shards,
+            first_shard=plan.first_data_shard,
+            num_local_shards=plan.num_local_data_shards,
+            split_batches=spec.split_batches,
+            even_batches=spec.even_batches,
+        )
+        several = self.topology.num_processes > 1
+        host = TorchHostLoader(loader).shard(
+            sharding, synchronize=self._from_main if several else None, rng_types=spec.rng_types
+        )
+
+        def place(batch: Any) -> Any:
+            return self._placement.batch(
+                batch, is_short_allowed=not spec.even_batches, full_size=host.total_batch_size
+            )
+
+        def hand_out(host_batch: Any, placed: Any) -> Any:
+            if not self._is_flushed:  # what the script left behind must not become part of this batch's graph
+                self.flush()
+            self._is_flushed = False
+            return placed if spec.lift is None else spec.lift(host_batch, placed)
+
+        return PreparedLoader(host, place=place, lift=hand_out, observer=_Boundary(self))
+
+    def unwrap(self, handle: Any) -> Any:
+        """The user's own module; its values live on the devices."""
+        return handle
+
+    def _from_main(self, value: Any) -> Any:
+        return self.collectives.all_gather_object(value)[0]
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 where it is safe, by torch's own list for XLA devices."""
+        if self._plan.precision.name == "no":
+            return nullcontext()
+        return torch.autocast("xla", dtype=torch.bfloat16)
+
+    def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
+        """The partitioner places the exchange of gradients; there is nothing to hold back."""
+        return nullcontext()
+
+    def backward(self, loss: Any, *, scale: float) -> Any:
+        """Trace the backward pass. A micro batch that closes no window ends its graph here."""
+        if isinstance(loss, LossCall):
+            result = differentiate(loss, scale)
+        else:
+            scaled(loss, scale).backward()
+            result = None
+        if not self._is_syncing():
+            self.flush()
+        return result
+
+    def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> torch.Tensor:
+        """Traced: the host does not wait for the norm."""
+        return torch.nn.utils.clip_grad_norm_(_parameters(target), max_norm, norm_type)
+
+    def clip_grad_value(self, target: Any, clip_value: float) -> None:
+        """Traced."""
+        torch.nn.utils.clip_grad_value_(_parameters(target), clip_value)
+
+    def train_step(self, spec: StepSpec) -> Callable[..., Any]:
+        """One graph for forward, backward, clipping and update."""
+        return fused_step(spec, flush=self.flush)
+
+    def _is_syncing(self) -> bool:
+        return self.gradient_state is None or self.gradient_state.sync_gradients
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def read_state(self, handle: Any) -> Iterator[Shard]:
+        """Everything is repeated on every device, so process 0 gives all of it."""
+        self.synchronize()
+        if self.topology.is_main_process:
+            yield from state.read(handle, self._names)
+
+    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Load shards of any mesh onto every device."""
+        state.write(handle, shards, self._names, self._placement)
+
+
+class _Boundary:
+    """Ends a graph where a loader ends, so that its last batch is the same program as the others."""
+
+    def __init__(self, engine: XlaEngine) -> None:
+        self._engine = engine
+
+    def loader_started(self, loader: PreparedLoader) -> None:
+        if self._engine.gradient_state is not None:
+            self._engine.gradient_state.loader_started(loader)
+
+    def loader_finished(self, loader: PreparedLoader) -> None:
+        if self._engine.gradient_state is not None:
+            self._engine.gradient_state.loader_finished(loader)
+        if not sys.is_finalizing():  # an abandoned loop may be collected after the runtime is gone
+            self._engine.flush()
+
+
+def _parameters(target: Any) -> Any:
+    return target.parameters() if isinstance(target, torch.nn.Module) else target
