@@ -50,7 +50,13 @@ def lint_imports(root: Path) -> subprocess.CompletedProcess[str]:
         "NO_COLOR": "1",
         "COLUMNS": "250",  # names of contracts are not to be wrapped
     }
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache", "--no-logo"]
+    command = [
+        sys.executable,
+        "-c",
+        "from importlinter.cli import lint_imports_command as run; run()",
+        "--no-cache",
+        "--no-logo",
+    ]
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
 
