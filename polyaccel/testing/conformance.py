@@ -97,8 +97,8 @@ def reference(
 
 
 def number(value: Any) -> float:
-    """A scalar of any framework as a float."""
-    return float(value)
+    """A scalar of any framework as a float; torch warns when a value with gradients is converted by float() itself."""
+    return float(value.item() if hasattr(value, "item") else value)
 
 
 class Conformance:
