@@ -101,6 +101,11 @@ def number(value: Any) -> float:
     return float(value.item() if hasattr(value, "item") else value)
 
 
+def on_host(value: Any) -> Any:
+    """An array of any framework, on any device, as numpy."""
+    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
+
+
 class Conformance:
     """Inherit, set `case`, and run with pytest. A test that the backend's capabilities exclude is not collected as a skip: it
     asserts the refusal instead."""
@@ -313,7 +318,7 @@ class Conformance:
         accelerator = self.accelerator()
         rows = 21  # three batches of eight, the last of five: completed where there are several data shards
         loader = accelerator.prepare(self.loader(accelerator, X[:rows], Y[:rows]))
-        seen = [np.asarray(accelerator.gather_for_metrics(batch["x"])) for batch in loader]
+        seen = [on_host(accelerator.gather_for_metrics(batch["x"])) for batch in loader]
         np.testing.assert_array_equal(np.concatenate(seen), X[:rows])
 
     def test_a_loader_knows_its_length_and_its_end(self) -> None:
