@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from polyaccel.protocols import LossCall, ProgramCall, StepSpec
 
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
@@ -30,78 +31,66 @@ class FusedStep:
         self.model = model
         self.optimizer = optimizer
         self.steps: Steps = engine.steps
-        self._jitted: dict[Hashable, Callable[..., Any] | None] = {}
-        # The last call of the script's own dialect, by the structure of its batch: its next batch needs no new one.
-        self._calls: dict[Hashable, tuple[ProgramCall, Hashable]] = {}
+        self._is_lone = spec.scale == 1.0
+        self._programs: dict[Hashable, _Fused | None] = {}
+        # A script of the engine's own dialect: by structure of its batch and mode of its model, the call and its program.
+        # The next batch of the kind needs neither a new call nor a look at its signature.
+        self._known: dict[Hashable, tuple[ProgramCall, _Fused | None]] = {}
         self._is_native = spec.bridge is None
+        self._source: Any = model.source
+        self._are_placed = engine.mesh.are_placed
 
     def __call__(self, batch: Any, sync: bool = True) -> Any:
         """One micro batch; with `sync` the update follows. Returns the loss, or a dict of the loss and the auxiliary values."""
-        if self._is_native:
-            leaves, treedef = jax.tree.flatten(batch)
-            key = (treedef, self.model.source.token)
-            found = self._calls.get(key)
-            if found is not None and _are_arrays(leaves):
-                return self._run(found[0], leaves, sync, found[1])
-            call = self.engine.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}))
-            if _are_arrays(leaves):
-                self._calls[(treedef, self.model.source.token)] = (call, call.signature)
-            return self._run(call, call.inputs, sync, call.signature)
-        bridge: Any = self.spec.bridge
-        call = bridge.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}), "loss")
-        return self._run(call, call.inputs, sync, call.signature)
+        if not self._is_native:
+            bridge: Any = self.spec.bridge
+            call = bridge.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}), "loss")
+            return self._run(call, self._program(call, sync), sync)
+        leaves, treedef = _flatten(batch)
+        key = (treedef, self._source.token, sync)
+        known = self._known.get(key)
+        if known is not None and self._are_placed(leaves):
+            call, program = known
+            call.inputs = leaves
+            if program is not None and not self.model.gradients:
+                return program.run(call)
+            return self._in_pieces(call, sync)
+        call = self.engine.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}))
+        program = self._program(call, sync)
+        result = self._run(call, program, sync)
+        if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):  # else some leaves are static parts of the call
+            self._known[key] = (call, program)
+        return result
 
-    def _run(self, call: ProgramCall, inputs: Any, sync: bool, signature: Hashable) -> Any:
-        if sync and self.spec.scale == 1.0 and not self.model.gradients:
-            optimizer = self.optimizer
-            key = (signature, optimizer.source.signature())
-            if call.wants_64bit:
-                with jax.enable_x64(True):
-                    return self._fused(call, inputs, key)
-            return self._fused(call, inputs, key)
-        call.inputs = inputs
-        return self._in_pieces(call, sync)
+    def _run(self, call: ProgramCall, program: _Fused | None, sync: bool) -> Any:
+        if program is None or self.model.gradients:
+            return self._in_pieces(call, sync)
+        if call.wants_64bit:
+            with jax.enable_x64(True):
+                return program.run(call)
+        return program.run(call)
 
-    def _fused(self, call: ProgramCall, inputs: Any, key: Hashable) -> Any:
-        engine, optimizer, model = self.engine, self.optimizer, self.model
-        call.inputs = inputs = engine.place(inputs)
-        function = self._jitted.get(key, _UNKNOWN)
-        if function is _UNKNOWN:
-            function = self._jitted[key] = self._compile(call, inputs)
-        if function is None:
-            call.inputs = inputs
-            return self._in_pieces(call, True)
-        stream = engine.stream
-        work: Work = function.work  # type: ignore[attr-defined]
-        work.call = call
-        others = () if len(work.models) == 1 else tuple([m.leaves for m in work.models if m is not model])
-        loss, outputs, trained, state, changed, following, scaler, skipped = function.jitted(  # type: ignore[union-attr]
-            (optimizer.trained_leaves(), optimizer.leaves),
-            optimizer.frozen_leaves(),
-            others,
-            tuple([m.buffer_arrays for m in work.models]),
-            stream.base,
-            stream.counter(call.draw),
-            inputs,
-            optimizer.hyperparameters(),
-            engine.scaler,
-        )
-        stream.spent(call.draw, following)
-        model.set_leaves(optimizer.take_over(trained, state))
-        optimizer.skipped = skipped
-        if scaler is not None:
-            engine.scaler = scaler
-        work.keep_buffers(changed)
-        return named_result(call.finish(loss, outputs))
+    def _program(self, call: ProgramCall, sync: bool) -> _Fused | None:
+        """The one program for a call; None where it runs in pieces.
 
-    def _compile(self, call: ProgramCall, inputs: Any) -> _Fused | None:
-        """The jitted step, or None where the loss gives gradients that are not this optimizer's alone: those accumulate."""
-        work = self.steps.work(call, with_grads=True)
-        _, program = work.program(specs_of(inputs))
-        mine = {f"{self.model.name}.{name}" for name in self.optimizer.names}
-        if self.model not in work.models or not mine.issuperset(program.grad_names):
+        That is with accumulation, and where the loss gives gradients that are not this optimizer's alone: those accumulate.
+        """
+        if not sync or not self._is_lone:
             return None
-        return _Fused(work, self._function(work))
+        with self.engine.dtypes(call.wants_64bit):
+            call.inputs = self.engine.place(call.inputs)
+            specs = specs_of(call.inputs)
+            key = (call.signature, specs, self.optimizer.source.signature())
+            if key in self._programs:
+                return self._programs[key]
+            work = self.steps.work(call, with_grads=True)
+            _, program = work.program(specs)
+            mine = {f"{self.model.name}.{name}" for name in self.optimizer.names}
+            fused = None
+            if self.model in work.models and mine.issuperset(program.grad_names):
+                fused = _Fused(self.engine, work, self.optimizer, self._function(work))
+            self._programs[key] = fused
+            return fused
 
     def _function(self, work: Work) -> Callable[..., Any]:
         engine, optimizer, model = self.engine, self.optimizer, self.model
@@ -139,18 +128,58 @@ class FusedStep:
 
 
 class _Fused:
-    __slots__ = ("jitted", "work")
+    """One compiled step. Everything that does not change from step to step is looked up here, once."""
 
-    def __init__(self, work: Work, jitted: Callable[..., Any]) -> None:
+    def __init__(self, engine: JaxEngine, work: Work, optimizer: JaxOptimizer, jitted: Callable[..., Any]) -> None:
+        self.engine = engine
         self.work = work
+        self.optimizer = optimizer
+        self.model = optimizer.model
         self.jitted = jitted
+        self._is_whole = optimizer.covers_model
+        self._hyperparameters = optimizer.hyperparameters
+        self._others = tuple(model for model in work.models if model is not optimizer.model)
+        self._idle: tuple[jax.Array, jax.Array] | None = None  # any key and counter, once the program is known not to draw
+
+    def run(self, call: ProgramCall) -> Any:
+        """The step on the call's inputs."""
+        engine, optimizer, model = self.engine, self.optimizer, self.model
+        if self._idle is not None:
+            base, counter = self._idle
+        else:
+            base, counter = engine.stream.base, engine.stream.counter(call.draw)
+            self.work.call = call  # a new input signature is built by the latest call
+        is_whole = self._is_whole
+        loss, outputs, trained, state, changed, following, scaler, skipped = self.jitted(
+            (model.leaves if is_whole else optimizer.trained_leaves(), optimizer.leaves),
+            {} if is_whole else optimizer.frozen_leaves(),
+            tuple([each.leaves for each in self._others]) if self._others else (),
+            tuple([each.buffer_arrays for each in self.work.models]) if self._others else (model.buffer_arrays,),
+            base,
+            counter,
+            call.inputs,
+            self._hyperparameters(),
+            engine.scaler,
+        )
+        if is_whole:
+            optimizer.leaves, model.leaves = state, trained
+        else:
+            model.leaves = optimizer.take_over(trained, state)
+        model.forget_views()
+        if following is not None:
+            engine.stream.spent(call.draw, following)
+        elif self._idle is None:
+            self._idle = (base, counter)
+        if scaler is not None:
+            optimizer.skipped = skipped
+            engine.scaler = scaler
+        if any(changed):
+            self.work.keep_buffers(changed)
+        result = call.finish(loss, outputs)
+        return named_result(result) if type(result) is tuple else result
 
 
-_UNKNOWN: Any = object()
-
-
-def _are_arrays(leaves: list[Any]) -> bool:
-    return all([isinstance(leaf, jax.Array) for leaf in leaves])
+_flatten = jax.tree_util.default_registry.flatten  # what jax.tree.flatten calls, without its wrapper
 
 
 def named_result(result: Any) -> Any:

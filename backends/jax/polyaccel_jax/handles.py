@@ -111,9 +111,13 @@ class JaxModel:
         """Take over new parameters (None: unchanged) and the buffers that changed."""
         if leaves is not None:
             self.leaves = leaves
-            self._params = None
         if changed_buffers:
             self.buffer_arrays.update(changed_buffers)
+        self.forget_views()
+
+    def forget_views(self) -> None:
+        """Note that the values changed."""
+        self._params = None
         self.version += 1
 
     def move_to_params(self, names: Iterable[str]) -> None:
@@ -203,9 +207,9 @@ class JaxOptimizer:
     def hyperparameters(self) -> Any:
         """The live hyperparameters as device scalars: sent again only when one of them changed."""
         tree = self.source.hyperparameters()
-        values, treedef = jax.tree.flatten(tree)
-        if not values:
+        if tree == ():
             return tree
+        values, treedef = jax.tree.flatten(tree)
         held = self._hyper
         if held is None or held[1] != treedef or held[0] != values:
             placed = jax.tree.unflatten(treedef, self.engine.mesh.replicate(values))

@@ -111,6 +111,7 @@ class FlaxCall:
             )
         self.inputs = inputs
         self.models: tuple[ProgramModel, ...] = tuple(models)
+        self._local: Callable[[Any], Any] = models[0].engine.local
         self.signature: Hashable = (
             function_key(function),
             is_loss,
@@ -136,9 +137,10 @@ class FlaxCall:
 
     def finish(self, loss: jax.Array | None, outputs: list[jax.Array]) -> Any:
         """The loss, (loss, auxiliary values), or the outputs of a forward pass; this process's part of each."""
-        structure = self._results.of(self.inputs)
+        results = self._results
+        structure = results.only if results.is_uniform else results.of(self.inputs)
         if structure is None:
-            return self._local(loss)  # type: ignore[arg-type]
+            return self._local(loss)
         tree = jax.tree.unflatten(structure, [self._local(output) for output in outputs])
         return tree if loss is None else (self._local(loss), tree)
 
@@ -146,8 +148,6 @@ class FlaxCall:
         """Remember the structure of what the function returned beside the loss (None: nothing) for inputs of these specs."""
         self._results.note(specs, structure)
 
-    def _local(self, array: jax.Array) -> jax.Array:
-        return self.models[0].engine.local(array)
 
 
 class Results:
@@ -155,18 +155,18 @@ class Results:
 
     def __init__(self) -> None:
         self._by_shapes: dict[Hashable, Any] = {}
-        self._only: Any = None
-        self._is_uniform = True
+        self.only: Any = None
+        self.is_uniform = True
 
     def note(self, specs: Sequence[ArraySpec], structure: Any) -> None:
         """Note the structure that a trace gave."""
         self._by_shapes[tuple(tuple(spec.shape) for spec in specs)] = structure
-        self._is_uniform = all(other == structure for other in self._by_shapes.values())
-        self._only = structure
+        self.is_uniform = all(other == structure for other in self._by_shapes.values())
+        self.only = structure
 
     def of(self, inputs: Sequence[Any]) -> Any:
         """The structure for these inputs."""
-        return self._only if self._is_uniform else self._by_shapes[tuple(tuple(np.shape(array)) for array in inputs)]
+        return self._by_shapes[tuple(tuple(np.shape(array)) for array in inputs)]
 
 
 class FlaxProgram:
