@@ -66,7 +66,8 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
                 "set PJRT_DEVICE=CPU before anything uses torch_xla",
             ) from error
     use_compilation_cache(config.compilation_cache)
-    xr.use_spmd()
+    if not xr.is_spmd():
+        xr.use_spmd()  # for the whole process; tensors that already live on one device are then repeated on all
     num_processes = xr.process_count()
     if rendezvous.num_processes not in (1, num_processes):
         raise LaunchError(
