@@ -29,8 +29,11 @@ def constant_pad_nd(self: jax.Array, pad: Sequence[int], value: Number = 0) -> j
 
 def _pad_by(mode: str, x: jax.Array, padding: Sequence[int]) -> jax.Array:
     amounts = _amounts(padding, x.ndim)
-    cut = tuple(slice(max(-before, 0), length - max(-after, 0)) for (before, after), length in zip(amounts, x.shape))
-    return jnp.pad(x[cut], [(max(before, 0), max(after, 0)) for before, after in amounts], mode=mode)
+    # cut after padding: what is reflected or repeated is the whole array's, also where its edge is then cut off
+    padded = jnp.pad(x, [(max(before, 0), max(after, 0)) for before, after in amounts], mode=mode)
+    return padded[
+        tuple(slice(max(-before, 0), length - max(-after, 0)) for (before, after), length in zip(amounts, padded.shape))
+    ]
 
 
 def _pad_backward(mode: str, grad_output: jax.Array, x: jax.Array, padding: Sequence[int]) -> jax.Array:
