@@ -75,6 +75,8 @@ def pytest_configure(config: pytest.Config) -> None:
             PJRT_DEVICE="CPU",
             CPU_NUM_DEVICES=str(_VIRTUAL_DEVICES),
         )
+    else:
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # torch and jax share the device
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
