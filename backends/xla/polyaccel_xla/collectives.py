@@ -47,7 +47,12 @@ class SpmdCollectives:
         tensor = torch.as_tensor(array).clone()
         if self._num_processes == 1:
             return tensor
-        kinds = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+        kinds = {
+            "sum": dist.ReduceOp.SUM,
+            "mean": dist.ReduceOp.SUM,
+            "max": dist.ReduceOp.MAX,
+            "min": dist.ReduceOp.MIN,
+        }
         dist.all_reduce(tensor, kinds[operation])
         return tensor / self._num_processes if operation == "mean" else tensor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,19 +26,18 @@ from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_torch.dialect.loaders import TorchHostLoader
+from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
+from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
 from polyaccel_xla import state
 from polyaccel_xla.collectives import SpmdCollectives, join, leave
 from polyaccel_xla.spmd import Placement
 from polyaccel_xla.step import (
-    PreparedForward,
-    SpmdOptimizer,
-    adapt_groups,
-    check_parameters,
+    Update,
+    bfloat16_autocast,
     differentiate,
     fused_step,
-    install_forward,
-    place_optimizer_state,
     scaled,
+    watch_evaluation,
 )
 
 if TYPE_CHECKING:
@@ -76,7 +76,9 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
             "start as many processes as the runtime has hosts; the CPU runtime has one",
         )
     if num_processes > 1:
-        _log.warning("backend 'xla' on %d hosts: this path follows torch_xla's documentation and is untested", num_processes)
+        _log.warning(
+            "backend 'xla' on %d hosts: this path follows torch_xla's documentation and is untested", num_processes
+        )
     owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.port)
     return XlaEngine(owns_group=owns_group)
 
@@ -91,7 +93,11 @@ def use_compilation_cache(setting: str) -> None:
         return
     if xr.device_type() == "CPU" or is_initialized:
         if setting != "auto":
-            reason = "the graphs of this process are cached already" if is_initialized else "the CPU runtime cannot load them"
+            reason = (
+                "the graphs of this process are cached already"
+                if is_initialized
+                else "the CPU runtime cannot load them"
+            )
             _log.warning("compilation_cache=%r is not used: %s", setting, reason)
         return
     folder = user_cache_folder() / "xla" if setting == "auto" else Path(setting)
@@ -100,7 +106,7 @@ def use_compilation_cache(setting: str) -> None:
 
 
 class XlaEngine:
-    """See `polyaccel.protocols.Engine`. Handles are the user's own modules and schedulers, and `SpmdOptimizer`s."""
+    """See `polyaccel.protocols.Engine`. Handles are the user's own modules and schedulers, and `PreparedOptimizer`s."""
 
     gradient_state: GradientState | None = None
     _plan: Plan
@@ -118,7 +124,8 @@ class XlaEngine:
         self.collectives = SpmdCollectives(self.topology.num_processes, self.flush)
         self._owns_group = owns_group
         self._is_flushed = False
-        self._names: dict[int, str] = {}
+        self._updates: weakref.WeakKeyDictionary[PreparedOptimizer, Update] = weakref.WeakKeyDictionary()
+        self._models: list[weakref.ref[torch.nn.Module]] = []  # in the order in which they were prepared
 
     @property
     def device(self) -> torch.device:
@@ -163,27 +170,37 @@ class XlaEngine:
                 f"{kind} exchanges gradients between processes, and backend 'xla' partitions one program instead",
                 "prepare the module inside it",
             )
-        if hasattr(model, "_orig_mod"):
+        if kind == "OptimizedModule":
             raise UnsupportedError(
-                f"{kind} was made by torch.compile, and backend 'xla' compiles every step already",
+                "the model was made by torch.compile, and backend 'xla' compiles every step already",
                 "prepare the module that was given to torch.compile",
             )
+        check_placeable(model, scales_loss=False)
         self._placement.module(model)
-        is_mixed = self._plan.precision.name != "no"
-        install_forward(model, PreparedForward(model, self.autocast, casts=is_mixed, flush=self.flush))
-        for name, parameter in model.named_parameters():
-            self._names.setdefault(id(parameter), name)
+        if self._plan.precision.name == "bf16":
+            add_autocast(model, bfloat16_autocast)
+        else:
+            remove_autocast(model)
+        watch_evaluation(model)
+        self._models.append(weakref.ref(model))
         return model
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any | None) -> SpmdOptimizer:
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, model: Any | None) -> PreparedOptimizer:
         """The optimizer around the moved parameters. Raises PrepareError when it updates others."""
-        check_parameters(optimizer)
-        adapt_groups(optimizer)
-        place_optimizer_state(optimizer, self._placement)
-        return SpmdOptimizer(optimizer, self._placement, is_syncing=self._is_syncing, flush=self.flush)
+        modules = self._prepared_models()
+        if not modules:
+            raise PrepareError(
+                f"the {type(optimizer).__name__} was prepared before its model",
+                "prepare the model together with its optimizer, or before it",
+            )
+        check_parameters(optimizer, modules)
+        update = Update(optimizer, self._placement, self.flush)
+        handle = PreparedOptimizer(optimizer, self.gradient_state, update=update)
+        self._updates[handle] = update
+        return handle
 
     def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
-        """The user's own scheduler: it sets host numbers, and `SpmdOptimizer` makes them data."""
+        """The user's own scheduler: it sets host numbers, and the update makes them data."""
         return scheduler
 
     def prepare_loader(self, loader: DataLoader[Any], spec: LoaderSpec) -> PreparedLoader:
@@ -203,9 +220,7 @@ class XlaEngine:
         )
 
         def place(batch: Any) -> Any:
-            return self._placement.batch(
-                batch, is_short_allowed=not spec.even_batches, full_size=host.total_batch_size
-            )
+            return self._placement.batch(batch, is_short_allowed=not spec.even_batches, full_size=host.total_batch_size)
 
         def hand_out(host_batch: Any, placed: Any) -> Any:
             if not self._is_flushed:  # what the script left behind must not become part of this batch's graph
@@ -226,9 +241,7 @@ class XlaEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 where it is safe, by torch's own list for XLA devices."""
-        if self._plan.precision.name == "no":
-            return nullcontext()
-        return torch.autocast("xla", dtype=torch.bfloat16)
+        return bfloat16_autocast() if self._plan.precision.name == "bf16" else nullcontext()
 
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """The partitioner places the exchange of gradients; there is nothing to hold back."""
@@ -255,7 +268,7 @@ class XlaEngine:
 
     def train_step(self, spec: StepSpec) -> Callable[..., Any]:
         """One graph for forward, backward, clipping and update."""
-        return fused_step(spec, flush=self.flush)
+        return fused_step(spec, self._updates[spec.optimizer], self.flush)
 
     def _is_syncing(self) -> bool:
         return self.gradient_state is None or self.gradient_state.sync_gradients
@@ -266,11 +279,14 @@ class XlaEngine:
         """Everything is repeated on every device, so process 0 gives all of it."""
         self.synchronize()
         if self.topology.is_main_process:
-            yield from state.read(handle, self._names)
+            yield from state.read(handle, self._prepared_models())
 
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
         """Load shards of any mesh onto every device."""
-        state.write(handle, shards, self._names, self._placement)
+        state.write(handle, shards, self._prepared_models(), self._placement)
+
+    def _prepared_models(self) -> list[torch.nn.Module]:
+        return [model for reference in self._models if (model := reference()) is not None]
 
 
 class _Boundary:

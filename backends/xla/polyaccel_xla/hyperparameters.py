@@ -107,12 +107,19 @@ class DeviceHyperparameters(TorchFunctionMode):
     def _convert(self, value: Any, like: torch.Tensor | Sequence[torch.Tensor]) -> Any:
         """A float, or a list of floats for a list of tensors, as device tensors; anything else as it is."""
         first = like if isinstance(like, torch.Tensor) else like[0]
-        if isinstance(value, torch.Tensor) and not value.dim() and value.device.type == "cpu" and value.is_floating_point():
+        if (
+            isinstance(value, torch.Tensor)
+            and not value.dim()
+            and value.device.type == "cpu"
+            and value.is_floating_point()
+        ):
             value = value.item()  # a learning rate given as a host tensor
         if isinstance(value, float):
             return self.tensor(value, first)
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, float) for item in value):
-            if len(set(value)) == 1:  # one number per tensor, all equal: every parameter has made the same number of steps
+            if (
+                len(set(value)) == 1
+            ):  # one number per tensor, all equal: every parameter has made the same number of steps
                 return [self.tensor(value[0], first)] * len(value)
             return [self.tensor(item, first) for item in value]
         return value
@@ -175,8 +182,5 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
             (torch, "_foreach_", "_"),
         )
     },
-    **{
-        function: _HERE._created
-        for function in (torch.zeros_like, torch.ones_like, torch.full_like, torch.Tensor.new_zeros)
-    },
+    **dict.fromkeys((torch.zeros_like, torch.ones_like, torch.full_like, torch.Tensor.new_zeros), _HERE._created),
 }

@@ -76,6 +76,9 @@ class Placement:
     def module(self, module: torch.nn.Module) -> None:
         """Move parameters and buffers, in place: every Parameter stays the object that optimizers and tied layers hold."""
         device = torch_xla.device()
+        tensors = _distinct((*module.parameters(), *module.buffers()))
+        if all(tensor.device == device for tensor in tensors):  # prepared before, by another Accelerator
+            return
         with _swapping_parameters():
             try:
                 module.to(device)
