@@ -13,9 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.compiler
-from polyaccel.errors import PolyaccelError, PrepareError
 from torch import nn
-from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -28,12 +26,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from polyaccel.errors import PolyaccelError, PrepareError
+
+from .decompositions import capture_decompositions
 from .programs import ArraySpec, Program, compile_program, refuse_missing
 from .sources import SourceNotes, source_of_error
 
 _COTANGENT = "polyaccel_cotangent"
-# Decomposed, its second result is not the log-sum-exp that the backward wants, and no fused kernel could serve it.
-_KEPT_WHOLE = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,)
 _LOCK = threading.RLock()  # capture exchanges module slots and process-wide flags
 
 
@@ -365,7 +364,7 @@ def _trace(
             fakes = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
             try:
                 with enable_python_dispatcher(), FunctionalTensorMode():
-                    module = make_fx(traced, decomposition_table=_decompositions())(*fakes)
+                    module = make_fx(traced, decomposition_table=capture_decompositions())(*fakes)
             except PolyaccelError:
                 raise
             except Exception as error:
@@ -422,7 +421,7 @@ def _run(
         value = reassigned.get(name, leaf)
         if value is not leaf or _is_written(leaf):
             layout.written.append(name)
-            written.append(value.detach())
+            written.append(value.detach().to(state.specs[name].dtype))
     layout.mutated_inputs.extend(index for index, leaf in enumerate(arguments) if _is_written(leaf))
     return [_plain(tensor) for tensor in (*(out.detach() for out in outputs), *grads, *written)]
 
@@ -504,27 +503,20 @@ def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    table = dict(core_aten_decompositions())
-    for whole in _KEPT_WHOLE:
-        table.pop(whole, None)
-    return table
-
-
 def _explained(error: Exception, paths: Mapping[int, str]) -> Exception:
     """Our error where the values of tensors decide what is computed; otherwise the original one with the place in a note."""
     source = source_of_error(error, paths)
-    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-        operation = str(getattr(error, "func", error))
-        what = "the shape of" if isinstance(error, DynamicOutputShapeException) else "Python code here uses the value of"
+    hint = "express the branch with torch.where, move it out of the model, or use the torch backend"
+    if isinstance(error, DataDependentOutputException):
         return PrepareError(
-            f"{what} {operation} depends on the data, so the model is no fixed program: {source}",
-            "express the branch with torch.where, move it out of the model, or use the torch backend",
+            f"Python code uses the value of a tensor ({error.func}), so the model is no fixed program: {source}", hint
+        )
+    if isinstance(error, DynamicOutputShapeException):
+        return PrepareError(
+            f"the shape of the result of {error.func} depends on values, so the model is no fixed program: {source}",
+            "use a mask with torch.where instead of selecting elements, move it out of the model, or use the torch backend",
         )
     if isinstance(error, GuardOnDataDependentSymNode | UnsupportedOperatorException):
-        return PrepareError(
-            f"PyTorch cannot capture this: {error}; {source}",
-            "express the branch with torch.where, move it out of the model, or use the torch backend",
-        )
+        return PrepareError(f"PyTorch cannot capture this: {error}; {source}", hint)
     error.add_note(f"while the model was captured: {source}")
     return error

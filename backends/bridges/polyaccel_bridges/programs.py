@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from polyaccel.errors import UnsupportedError
 from torch.fx import Graph, GraphModule, Node
+
+from polyaccel.errors import UnsupportedError
 
 from .lowerings import LOWERINGS, Lowering, promotion
 from .sources import draw_of_node, source_of_node
@@ -86,7 +87,8 @@ def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
     if missing:
         lines = [f"  {name} {place}" for name, places in missing.items() for place in places]
         raise UnsupportedError(
-            f"{len(missing)} operation{'s have' if len(missing) > 1 else ' has'} no lowering to jax:\n" + "\n".join(lines),
+            f"{len(missing)} operation{'s have' if len(missing) > 1 else ' has'} no lowering to jax:\n"
+            + "\n".join(lines),
             "write that part with other torch operations, register a lowering with polyaccel_bridges.lowerings.table.lowers, "
             "or use the torch backend",
         )
@@ -94,7 +96,6 @@ def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
 
 def _is_projection(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem" and getattr(node.target, "__module__", "") == "_operator"
-
 
 
 def constant_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -112,7 +113,9 @@ def spec_of(value: Any) -> ArraySpec | tuple[ArraySpec | None, ...] | None:
     if isinstance(value, torch.Tensor):
         return ArraySpec(tuple(int(size) for size in value.shape), numpy_dtype(value.dtype))
     if isinstance(value, list | tuple):
-        return tuple(ArraySpec(tuple(v.shape), numpy_dtype(v.dtype)) if isinstance(v, torch.Tensor) else None for v in value)
+        return tuple(
+            ArraySpec(tuple(v.shape), numpy_dtype(v.dtype)) if isinstance(v, torch.Tensor) else None for v in value
+        )
     return None
 
 

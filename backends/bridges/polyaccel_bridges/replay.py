@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+
 from polyaccel.errors import PolyaccelError
 
 from .programs import ArraySpec, Instruction, Program, Slot
@@ -70,9 +71,7 @@ def run_vjp_forward(
 ) -> tuple[list[jax.Array], dict[str, jax.Array], tuple[jax.Array, ...]]:
     """The outputs, the written buffers and the residuals for `run_vjp_backward` (a pytree of arrays, random masks included)."""
     outputs = run_program(graph.forward, [*_state(graph.state_names, params, buffers), *inputs], key)
-    values, written, residuals = _split(
-        outputs, len(graph.output_specs), len(graph.buffer_names), graph.num_residuals
-    )
+    values, written, residuals = _split(outputs, len(graph.output_specs), len(graph.buffer_names), graph.num_residuals)
     if graph.backward.draws_randomly:
         residuals.append(key)
     return values, dict(zip(graph.buffer_names, written, strict=True)), tuple(residuals)
@@ -148,7 +147,9 @@ def _check(step: Instruction, result: Any) -> None:
         pairs = [(result, step.expected)]
     else:
         if len(result) != len(step.expected):
-            raise PolyaccelError(f"the lowering of {step.name} gave {len(result)} results instead of {len(step.expected)}")
+            raise PolyaccelError(
+                f"the lowering of {step.name} gave {len(result)} results instead of {len(step.expected)}"
+            )
         pairs = [(value, spec) for value, spec in zip(result, step.expected, strict=True) if spec is not None]
     for value, spec in pairs:
         if value is None or tuple(value.shape) != spec.shape or value.dtype != spec.dtype:

@@ -161,13 +161,19 @@ def flash_attention_backward(
         grad_query, grad_key, grad_value = gradients(query, grad_out, lse, delta, attn_mask, 0)
     else:
 
-        def step(sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        def step(
+            sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
+        ) -> tuple[tuple[jax.Array, ...], jax.Array]:
             offset, queries, grads, lse, delta, mask = block
             one, two, three = gradients(queries, grads, lse, delta, mask, offset)
             return (sums[0] + two, sums[1] + three), one
 
         starts = jnp.arange(0, length, size, dtype=np.int32)
-        parts = (starts, *(_blocks(x, size) for x in (query, grad_out, lse, delta)), _mask_blocks(attn_mask, length, size))
+        parts = (
+            starts,
+            *(_blocks(x, size) for x in (query, grad_out, lse, delta)),
+            _mask_blocks(attn_mask, length, size),
+        )
         zeros = (jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide))
         (grad_key, grad_value), grad_blocks = lax.scan(step, zeros, parts)
         grad_query = _unblocked(grad_blocks)

@@ -41,3 +41,13 @@ def embedding_dense_backward(
         sums = sums / counts[rows][..., None]
     table = jnp.zeros((num_weights, grad.shape[-1]), sums.dtype).at[rows].add(sums, mode="promise_in_bounds")
     return table.astype(grad_output.dtype)
+
+
+@lowers(aten.embedding_renorm.default)
+def embedding_renorm(self: jax.Array, indices: jax.Array, max_norm: float, norm_type: float) -> jax.Array:
+    """Rows that `indices` name and that are longer than `max_norm` are shortened to it, with torch's epsilon of 1e-7."""
+    wide = self.astype(jnp.promote_types(self.dtype, jnp.float32))
+    norms = jnp.linalg.norm(wide, ord=norm_type, axis=1)
+    named = jnp.zeros(self.shape[0], jnp.bool_).at[_rows(indices, self.shape[0]).reshape(-1)].set(True)
+    scale = jnp.where(named & (norms > max_norm), max_norm / (norms + 1e-7), jnp.ones_like(norms))
+    return (wide * scale[:, None]).astype(self.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,21 +51,59 @@ def vdot(self: jax.Array, other: jax.Array) -> jax.Array:
     return product(jnp.conj(self), other)
 
 
-@lowers(aten.addmm.default, aten.addmv.default, aten.baddbmm.default)
-def addmm(
-    self: jax.Array, mat1: jax.Array, mat2: jax.Array, *, beta: complex = 1, alpha: complex = 1
-) -> jax.Array:
+@lowers(aten.addmm.default, aten.addmv.default)
+def addmm(self: jax.Array, mat1: jax.Array, mat2: jax.Array, *, beta: complex = 1, alpha: complex = 1) -> jax.Array:
     return _combine(self, product(mat1, mat2), beta, alpha)
+
+
+def _wide(dtype: Any) -> Any:
+    """Where scaled sums meet, PyTorch rounds 16-bit results once, at the end."""
+    return jnp.promote_types(dtype, np.float32) if jnp.issubdtype(dtype, np.inexact) else dtype
+
+
+@lowers(aten.baddbmm.default)
+def baddbmm(
+    self: jax.Array, batch1: jax.Array, batch2: jax.Array, *, beta: complex = 1, alpha: complex = 1
+) -> jax.Array:
+    wide = _wide(batch1.dtype)
+    total = jnp.matmul(batch1, batch2, precision=precision_of(batch1), preferred_element_type=wide)
+    return _combine(self.astype(wide), total, beta, alpha).astype(batch1.dtype)
 
 
 @lowers(aten.addbmm.default)
 def addbmm(
     self: jax.Array, batch1: jax.Array, batch2: jax.Array, *, beta: complex = 1, alpha: complex = 1
 ) -> jax.Array:
-    total = jnp.einsum("bij,bjk->ik", batch1, batch2, precision=precision_of(batch1))
-    return _combine(self, total, beta, alpha)
+    total = jnp.einsum(
+        "bij,bjk->ik", batch1, batch2, precision=precision_of(batch1), preferred_element_type=_wide(batch1.dtype)
+    )
+    return _combine(self.astype(total.dtype), total, beta, alpha).astype(batch1.dtype)
 
 
 @lowers(aten.addr.default)
 def addr(self: jax.Array, vec1: jax.Array, vec2: jax.Array, *, beta: complex = 1, alpha: complex = 1) -> jax.Array:
-    return _combine(self, jnp.outer(vec1, vec2), beta, alpha)
+    wide = _wide(vec1.dtype)
+    total = jnp.outer(vec1.astype(wide), vec2.astype(wide))
+    return _combine(self.astype(wide), total, beta, alpha).astype(vec1.dtype)
+
+
+@lowers(aten._trilinear.default)
+def _trilinear(
+    i1: jax.Array,
+    i2: jax.Array,
+    i3: jax.Array,
+    expand1: Sequence[int],
+    expand2: Sequence[int],
+    expand3: Sequence[int],
+    sumdim: Sequence[int],
+    unroll_dim: int = 1,
+) -> jax.Array:
+    """The product of three arrays that lack the dims in `expand*`, summed over `sumdim` (what nn.Bilinear computes)."""
+    ndim = i1.ndim + len(expand1)
+    letters = "abcdefghijklmnopqrstuvwxyz"[:ndim]
+    terms = ["".join(c for d, c in enumerate(letters) if d not in absent) for absent in (expand1, expand2, expand3)]
+    result = "".join(c for d, c in enumerate(letters) if d not in sumdim)
+    out = jnp.einsum(f"{','.join(terms)}->{result}", i1, i2, i3, precision=precision_of(i1), optimize="optimal")
+    missing = [d for d, c in enumerate(letters) if d not in sumdim and not any(c in term for term in terms)]
+    assert not missing
+    return out

@@ -1,4 +1,4 @@
-"""Batch, layer and group normalization. Statistics are taken in at least 32 bits, as PyTorch's kernels do."""
+"""Batch, layer and group normalization of 32 and 64-bit arrays; the capture widens narrower ones (`decompositions.py`)."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from jax import lax
 
 from .table import lowers
 
 aten = torch.ops.aten
-
-_WIDE = np.dtype(np.float32)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, _WIDE))
 
 
 def _moments(x: jax.Array, dims: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -31,24 +24,19 @@ def _per_channel(values: jax.Array, ndim: int) -> jax.Array:
     return values.reshape(1, -1, *[1] * (ndim - 2))
 
 
-def _scaled(
-    normal: jax.Array, weight: jax.Array | None, bias: jax.Array | None, dtype: np.dtype  # type: ignore[type-arg]
-) -> jax.Array:
+def _scaled(normal: jax.Array, weight: jax.Array | None, bias: jax.Array | None) -> jax.Array:
     if weight is not None:
         normal = normal * weight.astype(normal.dtype)
-    if bias is not None:
-        normal = normal + bias.astype(normal.dtype)
-    return normal.astype(dtype)
+    return normal if bias is None else normal + bias.astype(normal.dtype)
 
 
 def _trained(
     x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    wide = _wide(x)
-    mean, variance = _moments(wide, (0, *range(2, x.ndim)))
-    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
+    mean, variance = _moments(x, (0, *range(2, x.ndim)))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, x.dtype))
     scale, shift = (None if v is None else _per_channel(v, x.ndim) for v in (weight, bias))
-    out = _scaled((wide - mean) * rstd, scale, shift, x.dtype)
+    out = _scaled((x - mean) * rstd, scale, shift)
     return out, mean.reshape(-1), rstd.reshape(-1), variance.reshape(-1)
 
 
@@ -60,11 +48,10 @@ def _evaluated(
     running_var: jax.Array,
     eps: float,
 ) -> jax.Array:
-    wide = _wide(x)
-    mean = _per_channel(running_mean, x.ndim).astype(wide.dtype)
-    rstd = lax.rsqrt(_per_channel(running_var, x.ndim).astype(wide.dtype) + jnp.asarray(eps, wide.dtype))
+    mean = _per_channel(running_mean, x.ndim).astype(x.dtype)
+    rstd = lax.rsqrt(_per_channel(running_var, x.ndim).astype(x.dtype) + jnp.asarray(eps, x.dtype))
     scale, shift = (None if v is None else _per_channel(v, x.ndim) for v in (weight, bias))
-    return _scaled((wide - mean) * rstd, scale, shift, x.dtype)
+    return _scaled((x - mean) * rstd, scale, shift)
 
 
 def _moved(old: jax.Array, new: jax.Array, momentum: float) -> jax.Array:
@@ -85,7 +72,7 @@ def _native_batch_norm_legit_functional(
 ) -> tuple[jax.Array, ...]:
     if not training:
         out = _evaluated(input, weight, bias, running_mean, running_var, eps)
-        nothing = jnp.zeros((0,), _wide(input).dtype)
+        nothing = jnp.zeros((0,), input.dtype)
         return out, nothing, nothing, running_mean, running_var
     out, mean, rstd, variance = _trained(input, weight, bias, eps)
     count = input.size // input.shape[1]
@@ -110,7 +97,7 @@ def _native_batch_norm_legit_no_training(
     momentum: float,
     eps: float,
 ) -> tuple[jax.Array, ...]:
-    nothing = jnp.zeros((0,), _wide(input).dtype)
+    nothing = jnp.zeros((0,), input.dtype)
     return _evaluated(input, weight, bias, running_mean, running_var, eps), nothing, nothing
 
 
@@ -122,10 +109,9 @@ def native_layer_norm(
     bias: jax.Array | None,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = _wide(input)
-    mean, variance = _moments(wide, tuple(range(input.ndim - len(normalized_shape), input.ndim)))
-    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
-    return _scaled((wide - mean) * rstd, weight, bias, input.dtype), mean, rstd
+    mean, variance = _moments(input, tuple(range(input.ndim - len(normalized_shape), input.ndim)))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, input.dtype))
+    return _scaled((input - mean) * rstd, weight, bias), mean, rstd
 
 
 @lowers(aten.native_group_norm.default)
@@ -139,9 +125,9 @@ def native_group_norm(
     group: int,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = _wide(input).reshape(N, group, C // group * HxW)
-    mean, variance = _moments(wide, (2,))
-    rstd = lax.rsqrt(variance + jnp.asarray(eps, wide.dtype))
+    groups = input.reshape(N, group, C // group * HxW)
+    mean, variance = _moments(groups, (2,))
+    rstd = lax.rsqrt(variance + jnp.asarray(eps, input.dtype))
     scale, shift = (None if v is None else _per_channel(v, input.ndim) for v in (weight, bias))
-    normal = ((wide - mean) * rstd).reshape(input.shape)
-    return _scaled(normal, scale, shift, input.dtype), mean.reshape(N, group), rstd.reshape(N, group)
+    normal = ((groups - mean) * rstd).reshape(input.shape)
+    return _scaled(normal, scale, shift), mean.reshape(N, group), rstd.reshape(N, group)

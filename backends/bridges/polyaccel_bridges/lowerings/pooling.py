@@ -52,7 +52,9 @@ class _Windows:
 def _sliding(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> _Windows:
     span = size + 2 * padding - dilation * (kernel - 1) - 1
     count = (-(-span // stride) if ceil_mode else span // stride) + 1
-    if ceil_mode and (count - 1) * stride >= size + padding:  # the last window must start inside the input or left padding
+    if (
+        ceil_mode and (count - 1) * stride >= size + padding
+    ):  # the last window must start inside the input or left padding
         count -= 1
     starts = np.arange(count, dtype=np.int64) * stride - padding
     return _Windows(size, starts, np.full(count, kernel, np.int64), dilation, stride)
@@ -130,9 +132,7 @@ def _max_pool(x: jax.Array, windows: Sequence[_Windows]) -> tuple[jax.Array, jax
     return best, where.astype(np.int64)
 
 
-def _max_pool_backward(
-    grad: jax.Array, x: jax.Array, windows: Sequence[_Windows], indices: jax.Array
-) -> jax.Array:
+def _max_pool_backward(grad: jax.Array, x: jax.Array, windows: Sequence[_Windows], indices: jax.Array) -> jax.Array:
     lead = x.ndim - len(windows)
     indices = indices.astype(np.int32)
     if all(w.stride for w in windows):
@@ -142,11 +142,15 @@ def _max_pool_backward(
             part = jnp.where(chosen, grad, jnp.zeros_like(grad))
             total = total + _spread(part, lead, windows, offsets)
         return total
-    flat = grad.reshape(-1, int(np.prod(grad.shape[lead:])))
-    rows = jnp.arange(flat.shape[0], dtype=np.int32)[:, None]
-    size = int(np.prod(x.shape[lead:]))
-    out = jnp.zeros((flat.shape[0], size), grad.dtype).at[rows, indices.reshape(flat.shape)].add(flat)
-    return out.reshape(x.shape)
+    return _scatter_to_positions(grad, x.shape, len(windows), indices)
+
+
+def _scatter_to_positions(grad: jax.Array, shape: Sequence[int], count: int, indices: jax.Array) -> jax.Array:
+    """Zeros of `shape`, with every gradient added at its position among the last `count` dims."""
+    lead, size = int(np.prod(shape[:-count])), int(np.prod(shape[-count:]))
+    rows = jnp.arange(lead, dtype=np.int32)[:, None]
+    out = jnp.zeros((lead, size), grad.dtype).at[rows, indices.reshape(lead, -1)].add(grad.reshape(lead, -1))
+    return out.reshape(tuple(shape))
 
 
 def _spread(part: jax.Array, lead: int, windows: Sequence[_Windows], offsets: Sequence[int]) -> jax.Array:
@@ -181,7 +185,6 @@ def _sliding_windows(
     steps = _expand(stride, count) if len(stride) else kernel
     config = zip(x.shape[-count:], kernel, steps, _expand(padding, count), _expand(dilation, count), strict=True)
     return [_sliding(*sizes, ceil_mode) for sizes in config]
-
 
 
 def _register_sliding_max(count: int, forward: Any, backward: Any) -> None:
@@ -299,3 +302,52 @@ _register_adaptive_avg(2, aten._adaptive_avg_pool2d.default, aten._adaptive_avg_
 _register_adaptive_avg(3, aten._adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d_backward.default)
 _register_sliding_avg(2, aten.avg_pool2d.default, aten.avg_pool2d_backward.default)
 _register_sliding_avg(3, aten.avg_pool3d.default, aten.avg_pool3d_backward.default)
+
+
+def _fractional_starts(samples: jax.Array, size: int, count: int, kernel: int) -> jax.Array:
+    """(n, c) draws in [0, 1) -> (n, c, count) first elements of pseudo-random windows (https://arxiv.org/abs/1412.6071)."""
+    last = jnp.full((*samples.shape, 1), size - kernel, np.int32)
+    if count == 1:
+        return last
+    alpha = jnp.asarray((size - kernel) / (count - 1), samples.dtype)
+    index = jnp.arange(count - 1, dtype=samples.dtype)
+    base = (samples * alpha).astype(np.int32)[..., None]
+    return jnp.concatenate([((index + samples[..., None]) * alpha).astype(np.int32) - base, last], -1)
+
+
+def _register_fractional_max(count: int, forward: Any, backward: Any) -> None:
+    @lowers(forward)
+    def fractional_max_pool(
+        self: jax.Array, kernel_size: Sequence[int], output_size: Sequence[int], random_samples: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        kernel, sizes = _expand(kernel_size, count), self.shape[-count:]
+        x = self.reshape(-1, *sizes)  # (n * c, *sizes)
+        samples = jnp.broadcast_to(random_samples, (*random_samples.shape[:2], count)).reshape(-1, count)
+        flat = jnp.zeros((x.shape[0], *[1] * (2 * count)), np.int32)
+        for dim, (size, out, width) in enumerate(zip(sizes, output_size, kernel, strict=True)):
+            # torch draws for the last dim first in two dims, and for the first dim first in three.
+            draws = samples[:, count - 1 - dim] if count == 2 else samples[:, dim]
+            positions = _fractional_starts(draws, size, out, width)[..., None] + jnp.arange(width, dtype=np.int32)
+            shape = [1] * (2 * count)
+            shape[dim], shape[count + dim] = out, width
+            flat = flat * size + positions.reshape(-1, *shape)
+        flat = flat.reshape(x.shape[0], *output_size, -1)  # the windows' elements come last
+        values = jnp.take_along_axis(x.reshape(x.shape[0], -1), flat.reshape(x.shape[0], -1), 1).reshape(flat.shape)
+        best = jnp.argmax(values, -1)[..., None]
+        shape_out = (*self.shape[:-count], *output_size)
+        taken = jnp.take_along_axis(values, best, -1).reshape(shape_out)
+        return taken, jnp.take_along_axis(flat, best, -1).reshape(shape_out).astype(np.int64)
+
+    @lowers(backward)
+    def fractional_max_pool_backward(
+        grad_output: jax.Array,
+        self: jax.Array,
+        kernel_size: Sequence[int],
+        output_size: Sequence[int],
+        indices: jax.Array,
+    ) -> jax.Array:
+        return _scatter_to_positions(grad_output, self.shape, count, indices.astype(np.int32))
+
+
+_register_fractional_max(2, aten.fractional_max_pool2d.default, aten.fractional_max_pool2d_backward.default)
+_register_fractional_max(3, aten.fractional_max_pool3d.default, aten.fractional_max_pool3d_backward.default)

@@ -1,0 +1,118 @@
+"""Which ATen operations the capture takes apart: PyTorch's core set, with what our lowerings want whole or done differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._decomp import core_aten_decompositions
+
+aten = torch.ops.aten
+_NARROW = (torch.float16, torch.bfloat16)
+_Tensors = tuple[torch.Tensor, ...]
+
+
+def capture_decompositions() -> dict[Any, Callable[..., Any]]:
+    """The table for `make_fx`. An entry that returns NotImplemented leaves the operation whole."""
+    table = dict(core_aten_decompositions())
+    # Decomposed, its second result is not the log-sum-exp that the backward wants, and no fused kernel could serve it.
+    table.pop(aten._scaled_dot_product_flash_attention_for_cpu.default, None)
+    return table | _WIDE_NORMALIZATIONS
+
+
+# PyTorch's shape functions say that normalizing 16-bit inputs saves 16-bit statistics. Its kernels save 32 bits wherever
+# autocast leads to them, and so do we: cast, normalize in 32 bits, cast back. XLA fuses the casts.
+
+
+def _wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> _Tensors:
+    if input.dtype not in _NARROW:
+        return NotImplemented
+    out, mean, rstd = aten.native_layer_norm.default(input.float(), normalized_shape, _wide(weight), _wide(bias), eps)
+    return out.to(input.dtype), mean, rstd
+
+
+def _group_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> _Tensors:
+    if input.dtype not in _NARROW:
+        return NotImplemented
+    wide = aten.native_group_norm.default(input.float(), _wide(weight), _wide(bias), N, C, HxW, group, eps)
+    return wide[0].to(input.dtype), wide[1], wide[2]
+
+
+def _batch_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> _Tensors:
+    if input.dtype not in _NARROW:
+        return NotImplemented
+    out, mean, rstd, new_mean, new_var = aten._native_batch_norm_legit_functional.default(
+        input.float(), _wide(weight), _wide(bias), running_mean.float(), running_var.float(), training, momentum, eps
+    )
+    return out.to(input.dtype), mean, rstd, new_mean.to(running_mean.dtype), new_var.to(running_var.dtype)
+
+
+def _batch_norm_without_statistics(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> _Tensors:
+    if input.dtype not in _NARROW:
+        return NotImplemented
+    out, mean, rstd = aten._native_batch_norm_legit.no_stats(
+        input.float(), _wide(weight), _wide(bias), training, momentum, eps
+    )
+    return out.to(input.dtype), mean, rstd
+
+
+def _batch_norm_evaluated(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor,
+    running_var: torch.Tensor,
+    momentum: float,
+    eps: float,
+) -> _Tensors:
+    if input.dtype not in _NARROW:
+        return NotImplemented
+    out, mean, rstd = aten._native_batch_norm_legit_no_training.default(
+        input.float(), _wide(weight), _wide(bias), running_mean.float(), running_var.float(), momentum, eps
+    )
+    return out.to(input.dtype), mean, rstd
+
+
+_WIDE_NORMALIZATIONS: dict[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_without_statistics,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm_evaluated,
+}
