@@ -164,10 +164,10 @@ def use_fused_kernels(optimizer: Optimizer, modules: Iterable[nn.Module]) -> boo
     """Switch an optimizer to torch's fused kernels where the user left the choice to torch; True if it was switched.
 
     Same formula, equal within rounding, one kernel for all parameters. Only torch's own SGD, Adam, AdamW and (on CPU) Adagrad,
-    without state yet, with float tensors on a device that has the kernels and no sparse gradients.
+    with float tensors on a device that has the kernels and no sparse gradients.
     """
     kind = type(optimizer)
-    if kind not in (SGD, Adam, AdamW, Adagrad) or optimizer.state:
+    if kind not in (SGD, Adam, AdamW, Adagrad) or not _counts_steps_as_kernels_do(optimizer):
         return False
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     devices = {parameter.device.type for parameter in parameters}
@@ -189,6 +189,14 @@ def use_fused_kernels(optimizer: Optimizer, modules: Iterable[nn.Module]) -> boo
     # What the constructors do for fused=True: GradScaler then hands scale and overflow flag to the kernel.
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     return True
+
+
+def _counts_steps_as_kernels_do(optimizer: Optimizer) -> bool:
+    """The kernels want step counters in float32 beside the parameter; state from an earlier run may have them elsewhere."""
+    steps = [(p, state["step"]) for p, state in optimizer.state.items() if "step" in state]
+    return all(
+        isinstance(step, torch.Tensor) and step.dtype == torch.float32 and step.device == p.device for p, step in steps
+    )
 
 
 def _has_sparse_gradients(module: nn.Module) -> bool:
