@@ -32,21 +32,24 @@ _HEARTBEAT_TIMEOUT_S = 60
 
 
 class JaxEngine:
-    """Implements ProgramEngine. `num_compiles` counts the programs that were traced and compiled."""
+    """Implements ProgramEngine. `num_compiles` counts the programs that were traced and compiled.
+
+    `devices`: use these alone; by default all of the job's.
+    """
 
     plan: Plan
     mesh: DeviceMesh
     steps: Steps
 
-    def __init__(self, config: Config, rendezvous: Rendezvous) -> None:
+    def __init__(self, config: Config, rendezvous: Rendezvous, devices: Sequence[jax.Device] | None = None) -> None:
         if config.cpu:
             _use_cpu_only()
         if rendezvous.num_processes > 1:
             _join(rendezvous)
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None
-        self._devices: list[jax.Device] = jax.devices(platform)
-        local = jax.local_devices(backend=platform)
+        self._devices: list[jax.Device] = list(devices or jax.devices(platform))
+        local = [device for device in self._devices if device in jax.local_devices(backend=platform)]
         self.topology = Topology(
             process_index=rendezvous.process_index,
             num_processes=rendezvous.num_processes,
@@ -56,6 +59,7 @@ class JaxEngine:
             device_kind=local[0].device_kind,
         )
         self.device: jax.Device = local[0]
+        self._local_devices = local
         self.collectives = JaxCollectives(self._devices, self.topology)
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.num_compiles = 0
@@ -105,7 +109,7 @@ class JaxEngine:
         """Return when the devices have finished all work given to them."""
         # Work runs in order on each device: an array placed now is ready when all before it is.
         jax.effects_barrier()
-        fence = [jax.device_put(np.float32(0), device) for device in jax.local_devices(backend=self.device.platform)]
+        fence = [jax.device_put(np.float32(0), device) for device in self._local_devices]
         jax.block_until_ready([_fence(array) for array in fence])
 
     def close(self) -> None:
