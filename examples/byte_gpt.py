@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from polyaccel import Accelerator, set_seed
 
-GLOBAL_BATCH, CONTEXT = 16, 128
+GLOBAL_BATCH, CONTEXT = 8, 64
 
 
 class Block(nn.Module):
