@@ -86,10 +86,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # None lets pytest's own rules decide; only a folder directly under tests/ is ever left out here.
-    if collection_path.parent == TESTS and _why_not(collection_path.name, config):
-        return True
-    return None
+    # Files are asked about too: pytest does not ask about a folder that stands on its command line.
+    if collection_path != TESTS and collection_path.is_relative_to(TESTS):
+        folder = TESTS / collection_path.relative_to(TESTS).parts[0]
+        if folder.is_dir() and _why_not(folder.name, config):
+            return True
+    return None  # pytest's own rules decide
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
