@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch_job
 from torch import nn
+from torch_network import X, Y, mean_squared_error, network
 
 JOB = Path(torch_job.__file__)
 
@@ -45,14 +46,14 @@ def answers(tmp_path_factory) -> list[dict]:
 
 def one_process(steps_per_update: int = 1) -> dict:
     """Two epochs over the same global batches: eight samples, or sixteen."""
-    model = torch_job.network()
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
     for _ in range(2):
         for start in range(0, 16, 8 * steps_per_update):
             batches = [slice(first, first + 8) for first in range(start, start + 8 * steps_per_update, 8)]
             for rows in batches:
-                loss = torch_job.mean_squared_error(model, (torch_job.X[rows], torch_job.Y[rows]))
+                loss = mean_squared_error(model, (X[rows], Y[rows]))
                 (loss / len(batches)).backward()
                 losses.append(loss.item())
             nn.utils.clip_grad_norm_(model.parameters(), 0.3)

@@ -15,29 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch_network import X, Y, accelerator, mean_squared_error, network
 
-from polyaccel import Accelerator
 from polyaccel.errors import PolyaccelError
-
-X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
-Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(1))
-
-
-def network(seed: int = 7) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-
-
-def mean_squared_error(model, batch):
-    return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 def flat(model) -> list[float]:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
-
-
-def accelerator(**options) -> Accelerator:
-    return Accelerator(backend="torch", cpu=True, **options)
 
 
 def prepared(run, batch_size=4, optimizer=torch.optim.AdamW, **options):

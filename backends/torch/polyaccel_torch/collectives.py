@@ -30,7 +30,7 @@ class ProcessCollectives:
         self._check_equal(tensor, "all_gather")
         part = _on_wire(tensor.reshape(1) if not tensor.dim() else tensor)
         gathered = part.new_empty((self._num_processes * part.shape[0], *part.shape[1:]))
-        _all_gather_single(gathered, part)
+        _all_gather_single(gathered, part, group=self._group_for(part))
         return gathered.view(tensor.dtype) if tensor.dtype == torch.bool else gathered
 
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "mean", "max", "min"]) -> torch.Tensor:
@@ -41,7 +41,7 @@ class ProcessCollectives:
         if is_flag and operation in ("sum", "mean"):
             tensor = tensor.long()
         reduced = _on_wire(tensor).clone()
-        dist.all_reduce(reduced, _OPERATIONS[operation])
+        dist.all_reduce(reduced, _OPERATIONS[operation], group=self._group_for(reduced))
         if operation == "mean":
             return reduced / self._num_processes
         return reduced.bool() if is_flag and operation != "sum" else reduced
@@ -51,7 +51,7 @@ class ProcessCollectives:
         tensor = tensor.detach()
         self._check_equal(tensor, "broadcast")
         sent = _on_wire(tensor).clone()
-        dist.broadcast(sent, from_process)
+        dist.broadcast(sent, from_process, group=self._group_for(sent))
         return sent.bool() if tensor.dtype == torch.bool else sent
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -84,10 +84,13 @@ class ProcessCollectives:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """0-d tensors averaged, and 0-d tensors added up, over processes in one exchange that does not wait for the device."""
         together = torch.stack([tensor.detach().double() for tensor in (*means, *sums)])
-        dist.all_reduce(together)
+        dist.all_reduce(together, group=self._group_for(together))
         together[: len(means)] /= self._num_processes
         results = [value.to(tensor.dtype) for value, tensor in zip(together.unbind(), (*means, *sums), strict=True)]
         return results[: len(means)], results[len(means) :]
+
+    def _group_for(self, tensor: torch.Tensor) -> Any:
+        return self._host_group if tensor.device.type == "cpu" else None  # NCCL takes no tensors in host memory
 
     def _gather_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         gathered = tensor.new_empty(self._num_processes * tensor.numel())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,8 @@ def join(place: Rendezvous, *, use_cpu: bool, timeout: timedelta = JOIN_TIMEOUT)
     device = choose_device(place, use_cpu=use_cpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif place.num_local_processes > 1:
+        _share_cores(place.num_local_processes)
     topology = Topology(
         process_index=place.process_index,
         num_processes=place.num_processes,
@@ -114,8 +118,16 @@ def _connect(place: Rendezvous, device: torch.device, timeout: timedelta) -> Non
         ) from error
 
 
+def _share_cores(num_processes: int) -> None:
+    """Fewer threads where the processes of this machine would otherwise fight for its cores (torch takes all by default)."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if torch.get_num_threads() * num_processes > num_cores:
+        torch.set_num_threads(max(1, num_cores // num_processes))
+
+
 def _leave_at_exit() -> None:
-    if dist.is_initialized():
+    # After an uncaught exception the peers may never answer, and a goodbye could wait for them.
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
 
 

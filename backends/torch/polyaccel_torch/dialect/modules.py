@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from polyaccel import trees
-from polyaccel.errors import PrepareError
+from polyaccel.errors import CheckpointError, PrepareError
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 _HALF = (torch.float16, torch.bfloat16)
@@ -92,9 +92,17 @@ def is_on(module: nn.Module, device: torch.device) -> bool:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers by the names of `module.state_dict()`; a tied parameter once, by its first name."""
+    """Parameters and persistent buffers by the names of `module.state_dict()`; a tied parameter once, by its first name.
+
+    Raises CheckpointError for state that is no tensor.
+    """
     seen: set[int] = set()
     for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(
+                f"{type(module).__name__}.{name} is a {type(tensor).__name__}, and only tensors can be saved by shards",
+                "keep it in a buffer (register_buffer), or save the module's own state_dict",
+            )
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             yield name, tensor
