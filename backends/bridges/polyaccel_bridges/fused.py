@@ -1,0 +1,185 @@
+"""A recording on one data shard, captured whole: model calls, the user's operations and the backward as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from polyaccel.protocols import ArraySpec, ProgramResult
+
+from . import scope as capturing
+from .calls import ForwardProgram, TrainingProgram, numpy_dtypes, tensor_specs
+from .capture import TensorSpec, capture_forward, capture_training
+from .exchange import torch_dtype
+from .packing import thaw
+from .shadows import freeze_result
+
+if TYPE_CHECKING:
+    from .tape import Entry
+    from .tape_calls import TapeRecipe
+
+DRAW_SHIFT = 20  # every operation has 2**20 random draws of its own, whatever else is captured with it
+
+
+def number_draws(position: int) -> None:
+    """During a capture: the random draws of the operation at `position` are the same ones in every program it is part of."""
+    torch.default_generator.manual_seed(position << DRAW_SHIFT)
+
+
+def run_entry(
+    entry: Entry, leaf: Any, scope: capturing.CaptureScope, *, allow_grad: bool = True
+) -> list[torch.Tensor]:
+    """Run one recorded operation inside a capture; its tensors in order."""
+    number_draws(entry.position)
+    with entry.modes.active(allow_grad=allow_grad):
+        args, kwargs = thaw(entry.arguments, leaf)
+        if entry.model is not None:
+            assert entry.model.prepared is not None
+            result = scope.call(entry.model.prepared, args, kwargs)
+        else:
+            result = entry.func(*args, **kwargs)
+    return freeze_result(result)[1]
+
+
+class _FusedProgram:
+    """A captured program whose buffers may come from its inputs."""
+
+    def __init__(self, inner: Any, num_inputs: int, buffer_inputs: dict[str, int], *, keeps_buffers: bool) -> None:
+        self.grad_names = inner.grad_names
+        self.output_axes = inner.output_axes
+        self.draws_randomly = inner.draws_randomly
+        self._inner = inner
+        self._num_inputs = num_inputs
+        self._buffer_inputs = buffer_inputs
+        self._keeps_buffers = keeps_buffers
+
+    def __call__(
+        self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
+    ) -> ProgramResult:
+        start = {**buffers, **{name: inputs[index] for name, index in self._buffer_inputs.items()}}
+        result: ProgramResult = self._inner(params, start, key, inputs[: self._num_inputs], loss_scale)
+        if not self._keeps_buffers:
+            result.buffers = {}
+        return result
+
+
+def fused_program(
+    recipe: TapeRecipe, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any
+) -> Any:
+    """The program of a recipe with one recording."""
+    part = recipe.parts[0]
+    is_scaled = with_grads and recipe.recorder.engine.plan.precision.loss_scaling is not None
+    own = specs[: part.num_inputs]
+    dtypes = input_dtypes(recipe, 0, own)
+    modules = {model.handle.name: model.module for model in part.models}
+    prepared = [model.prepared for model in part.models if model.prepared is not None]
+    autocast = recipe.recorder.autocast_dtype
+
+    def run(leaves: Sequence[torch.Tensor]) -> dict[tuple[int, int], torch.Tensor]:
+        env: dict[tuple[int, int], torch.Tensor] = {}
+        scope = capturing.CaptureScope(prepared, autocast)
+
+        def value(entry: Entry, found: tuple[Any, ...], numbers: dict[int, torch.Tensor]) -> Any:
+            kind = found[1]
+            if kind == "r":
+                return env[found[2], found[3]]
+            if kind == "i":
+                return leaves[found[2]]
+            if kind == "p":
+                index, name = found[2]
+                return part.models[index].slot(name)
+            return numbers[found[2]] if entry.numbers is None else entry.numbers[found[2]]
+
+        floats = float_inputs(part.entries)
+        with scope.active():
+            for entry in part.entries:
+                numbers = {n: leaves[index] for n, index in enumerate(floats.get(entry.position, ()))}
+                tensors = run_entry(
+                    entry,
+                    lambda found, entry=entry, numbers=numbers: value(entry, found, numbers),
+                    scope,
+                    allow_grad=with_grads,
+                )
+                for out, tensor in enumerate(tensors):
+                    env[entry.position, out] = tensor
+        return env
+
+    axes = [wanted_axis(recipe, place) for place in recipe.wanted]
+    inputs = tensor_specs(own, dtypes)
+    inner: Any
+    if with_grads:
+        assert recipe.loss is not None
+        _, position, out = recipe.loss
+
+        def step(*leaves: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+            env = run(leaves)
+            loss = env[position, out]
+            aux = [loss, *(env[place[1], place[2]] for place in recipe.wanted)]
+            return (loss * leaves[-1] if is_scaled else loss), aux
+
+        scale = [TensorSpec((), torch.float32)] if is_scaled else []
+        graph = capture_training(step, modules, [*inputs, *scale], autocast=None)
+        inner = TrainingProgram(graph, numpy_dtypes(dtypes), axes, is_scaled=is_scaled)
+    else:
+
+        def look(*leaves: torch.Tensor) -> list[torch.Tensor]:
+            env = run(leaves)
+            return [env[place[1], place[2]] for place in recipe.wanted]
+
+        inner = ForwardProgram(capture_forward(look, modules, inputs, autocast=None), numpy_dtypes(dtypes), axes)
+    return _FusedProgram(inner, part.num_inputs, part.buffer_inputs, keeps_buffers=not part.is_executed)
+
+
+def float_inputs(entries: Sequence[Entry]) -> dict[int, list[int]]:
+    """By position of an operation: the inputs that hold its changing Python floats, in order."""
+    from .tape_calls import operands_of
+
+    found: dict[int, list[int]] = {}
+    num_inputs = 0
+    for entry in entries:
+        for leaf in operands_of(entry):
+            if leaf[1] == "i":
+                num_inputs = max(num_inputs, leaf[2] + 1)
+        if entry.numbers is None:
+            count = sum(1 for leaf in _floats(entry))
+            found[entry.position] = list(range(num_inputs, num_inputs + count))
+            num_inputs += count
+    return found
+
+
+def _floats(entry: Entry) -> list[tuple[Any, ...]]:
+    from .packing import described
+
+    return [leaf for leaf in described(entry.arguments) if leaf[1] == "f"]
+
+
+def input_dtypes(recipe: TapeRecipe, part: int, specs: Sequence[ArraySpec]) -> list[torch.dtype]:
+    """The dtypes that user code saw of a recording's inputs."""
+    from .tape_calls import operands_of
+
+    known: dict[int, torch.dtype] = {}
+    for entry in recipe.parts[part].entries:
+        for leaf in operands_of(entry):
+            if leaf[1] == "i":
+                known[leaf[2]] = leaf[3]
+    return [known.get(index, torch_dtype(spec.dtype)) for index, spec in enumerate(specs)]
+
+
+def wanted_axis(recipe: TapeRecipe, place: Any) -> int | None:
+    """The batch dim of a recorded value on one shard: dim 0 where it has the batch's size."""
+    spec = recipe.spec(place)
+    batch_size = next((shape[0] for shape in _batch_shapes(recipe)), None)
+    return 0 if spec.shape and spec.shape[0] == batch_size else None
+
+
+def _batch_shapes(recipe: TapeRecipe) -> list[torch.Size]:
+    from .tape_calls import operands_of
+
+    return [
+        leaf[4]
+        for part in recipe.parts
+        for entry in part.entries
+        for leaf in operands_of(entry)
+        if leaf[1] == "i" and leaf[6] == 0
+    ]

@@ -1,0 +1,147 @@
+"""What a captured program took for granted about Python state, and the cheap check before every step that it still holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import is_
+from types import CodeType, FunctionType, MethodType
+from typing import Any, final
+
+import torch
+from torch import nn
+
+from polyaccel.errors import PrepareError
+
+from .packing import Identity
+
+_SCALARS = (bool, int, float, str, bytes, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = frozenset({"_parameters", "_buffers", "_modules", "_version", "dump_patches", "call_super_init"})
+
+
+@final
+class ModuleToken:
+    """Stands for one state of a module tree: modes, flags, scalar attributes, submodules, what is trainable."""
+
+    __slots__ = ("is_training", "trainable")
+
+    def __init__(self, is_training: bool, trainable: frozenset[str]) -> None:
+        self.is_training = is_training
+        self.trainable = trainable
+
+
+@final
+class ModuleGuard:
+    """Gives the token of a module's present state; the same state gives the same token again."""
+
+    def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
+        self._module = module
+        self._names = names  # parameters and buffers that are managed, by id
+        self._scalars: list[tuple[Mapping[str, Any], str]] = []
+        self._scalar_values: list[Any] = []
+        self._objects: list[tuple[Mapping[str, Any], str]] = []
+        self._object_values: list[Any] = []
+        self._token: ModuleToken | None = None
+        self._tokens: dict[tuple[Any, ...], ModuleToken] = {}
+
+    def token(self) -> ModuleToken:
+        """The token of now. Raises PrepareError for parameters or buffers that were put in after prepare."""
+        if (
+            self._token is not None
+            and [holder.get(key) for holder, key in self._scalars] == self._scalar_values
+            and all(map(is_, [holder.get(key) for holder, key in self._objects], self._object_values))
+        ):
+            return self._token
+        self._walk()
+        self._token = self._find()
+        return self._token
+
+    def _find(self) -> ModuleToken:
+        trainable = frozenset(
+            self._names[id(p)] for p in self._module.parameters() if p.requires_grad and id(p) in self._names
+        )
+        state = (
+            tuple((id(holder), key) for holder, key in (*self._scalars, *self._objects)),
+            tuple((type(value), value) for value in self._scalar_values),
+            tuple(Identity(value) for value in self._object_values),
+        )
+        token = self._tokens.get(state)
+        if token is None:
+            token = self._tokens[state] = ModuleToken(self._module.training, trainable)
+        return token
+
+    def _walk(self) -> None:
+        scalars: list[tuple[Mapping[str, Any], str]] = []
+        objects: list[tuple[Mapping[str, Any], str]] = []
+        for path, module in self._module.named_modules():
+            own = module.__dict__
+            for key, value in own.items():
+                if isinstance(value, _SCALARS) and key not in _OWN:
+                    scalars.append((own, key))
+                elif isinstance(value, torch.Tensor | nn.Module | FunctionType | MethodType):
+                    objects.append((own, key))
+            objects.extend((module._modules, key) for key in module._modules)
+            objects.extend((own[hooks], key) for hooks in _HOOKS for key in own[hooks])
+            for holder in (module._parameters, module._buffers):
+                for key, tensor in holder.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in self._names:
+                        raise PrepareError(
+                            f"{f'{path}.' if path else ''}{key} of {type(self._module).__name__} was put in after prepare",
+                            "build the whole model before accelerator.prepare, and change values with load_state_dict or copy_",
+                        )
+                    objects.append((holder, key))
+                    if holder is module._parameters:
+                        scalars.append((tensor.__dict__, "_requires_grad"))
+        self._scalars, self._objects = scalars, objects
+        self._scalar_values = [holder.get(key) for holder, key in scalars]
+        self._object_values = [holder.get(key) for holder, key in objects]
+
+
+# -- functions -----------------------------------------------------------------------------------------------------------
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+@final
+class FunctionGuard:
+    """The names outside a function that it reads: closure cells, defaults, and the globals it mentions."""
+
+    def __init__(self, function: Any) -> None:
+        plain = function.__func__ if isinstance(function, MethodType) else function
+        self.code: CodeType | None = plain.__code__ if isinstance(plain, FunctionType) else None
+        self._globals: tuple[str, ...] = ()
+        if self.code is not None:
+            names = {name for code in _codes(self.code) for name in code.co_names}
+            self._globals = tuple(sorted(name for name in names if name in plain.__globals__))
+
+    def outside(self, function: Any) -> dict[str, Any]:
+        """What a function of this code sees now, by name: cells and defaults whole, globals only where they are data."""
+        found: dict[str, Any] = {}
+        if isinstance(function, MethodType):
+            found["self"] = function.__self__
+            function = function.__func__
+        if not isinstance(function, FunctionType):
+            found["function"] = function
+            return found
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            try:
+                found[name] = cell.cell_contents
+            except ValueError:  # a name that is not bound yet
+                continue
+        if function.__defaults__:
+            found["defaults"] = function.__defaults__
+        if function.__kwdefaults__:
+            found["keyword defaults"] = function.__kwdefaults__
+        scope = function.__globals__
+        for name in self._globals:
+            value = scope.get(name)
+            if isinstance(value, (*_SCALARS, torch.Tensor, nn.Module)):
+                found[name] = value
+        return found

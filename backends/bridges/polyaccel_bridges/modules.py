@@ -1,0 +1,249 @@
+"""A user's nn.Module on an engine that runs programs: what the engine reads of it, and the module that user code goes on with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from polyaccel.errors import PrepareError, UnsupportedError
+from torch import nn
+
+from . import capture
+from . import scope as capturing
+from .exchange import to_numpy
+from .guards import ModuleGuard
+from .state_cells import Kind, StateCell
+from .tensors import DeviceParameter, DeviceTensor
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .tape import Recorder
+
+
+@final
+class ManagedModel:
+    """A module whose parameters and buffers an engine owns (the ModelSource of the bridge).
+
+    From `attach` on, every parameter and buffer object of the module, wherever user code holds it, reads and writes the engine's
+    arrays.
+    """
+
+    def __init__(self, module: nn.Module, recorder: Recorder) -> None:
+        self.module = module
+        self.recorder = recorder
+        self.handle: Any = None
+        self.touched: dict[int, StateCell] = {}  # cells whose host copy may have been written to
+        self.names: dict[int, str] = {}  # of managed tensors, by id
+        self._slots: dict[str, tuple[dict[str, Any], str]] = {}  # where the tensor of a name sits
+        self._cells: dict[tuple[Kind, str], StateCell] = {}
+        self._params: dict[str, torch.Tensor] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        for place in capture._collect({"": module}).places:
+            name = place.name.removeprefix(".")
+            tensor = place.holder[place.key]
+            self.names[id(tensor)] = name
+            self._slots.setdefault(name, (place.holder, place.key))
+            (self._params if isinstance(tensor, nn.Parameter) else self._buffers)[name] = tensor
+        self._refuse_unreadable()
+        everything = (*self._params.values(), *self._buffers.values())
+        self.wants_64bit = any(tensor.dtype in (torch.int64, torch.float64, torch.complex128) for tensor in everything)
+        self.guard = ModuleGuard(module, self.names)
+        self.prepared: PreparedModule | None = None
+
+    def _refuse_unreadable(self) -> None:
+        for name, tensor in {**self._params, **self._buffers}.items():
+            if isinstance(tensor, DeviceTensor):
+                raise PrepareError(
+                    f"{name} of {type(self.module).__name__} belongs to a model that was prepared before",
+                    "prepare a model once and use what accelerator.prepare returned",
+                )
+            if tensor.is_meta:
+                raise PrepareError(
+                    f"{name} of {type(self.module).__name__} is on the meta device and has no values",
+                    "initialise the model first: model.to_empty(device='cpu') and load_state_dict or its init functions",
+                )
+
+    # -- ModelSource -----------------------------------------------------------------------------------------------------
+
+    def read(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """(params, buffers) by the module's own names; tied ones once, under the first name."""
+        return (
+            {name: to_numpy(tensor.detach().cpu()) for name, tensor in self._params.items()},
+            {name: to_numpy(tensor.detach().cpu()) for name, tensor in self._buffers.items()},
+        )
+
+    def attach(self, handle: Any) -> None:
+        """The engine owns the values now: the module's tensors become windows on them."""
+        self.handle = handle
+        for name, tensor in self._params.items():
+            self._exchange(name, tensor, DeviceParameter.make_parameter(self.recorder, tensor, self.cell("params", name)))
+        for name, tensor in self._buffers.items():
+            window = DeviceTensor.make(self.recorder, tensor.shape, tensor.dtype, cell=self.cell("buffers", name))
+            self._exchange(name, tensor, window)
+        self._params.clear()
+        self._buffers.clear()
+        self.recorder.adopt(self)
+
+    def _exchange(self, name: str, tensor: torch.Tensor, window: DeviceTensor) -> None:
+        """The user's own tensor object becomes the window: optimizers, lists and closures that hold it see the engine's value."""
+        tensor.grad = None
+        try:
+            torch.utils.swap_tensors(tensor, window)
+        except RuntimeError as error:
+            raise PrepareError(
+                f"{name} of {type(self.module).__name__} is still in use by a computation: {error}",
+                "prepare the model before its first forward pass, or delete what holds its outputs",
+            ) from error
+
+    # -- values ------------------------------------------------------------------------------------------------------------
+
+    def cell(self, kind: Kind, name: str) -> StateCell:
+        """The one cell of an array."""
+        found = self._cells.get((kind, name))
+        if found is None:
+            found = self._cells[kind, name] = StateCell(self, kind, name)
+        return found
+
+    def slot(self, name: str) -> torch.Tensor | None:
+        """What fills the slot of a parameter or buffer at this moment (during a capture: a fake)."""
+        holder, key = self._slots[name]
+        now: torch.Tensor | None = holder.get(key)
+        return now
+
+    def push_writes(self) -> None:
+        """Give everything that user code wrote on the host to the engine; cheap when nothing was."""
+        if not self.touched:
+            return
+        written = [cell for cell in self.touched.values() if cell.is_written()]
+        state = [cell for cell in written if cell.kind != "grads"]
+        if state:
+            self.handle.assign({cell.name: to_numpy(cell.host()) for cell in state})
+        for cell in written:
+            if cell.kind == "grads":
+                cell.push()
+            else:
+                cell.note_clean()
+        self.touched.clear()
+        for cell in written:
+            self.touched[id(cell)] = cell
+
+    def forget_grads(self, names: Sequence[str] | None = None) -> None:
+        """Drop host copies of gradients that are no more."""
+        for cell in list(self.touched.values()):
+            if cell.kind == "grads" and (names is None or cell.name in names):
+                del self.touched[id(cell)]
+                self._cells.pop((cell.kind, cell.name), None)
+
+    def unwrap(self) -> nn.Module:
+        """The user's module."""
+        return self.module
+
+
+class PreparedModule(nn.Module):
+    """What user code holds for a prepared model: called, read, saved and frozen like the user's module, run by the engine.
+
+    A call under `torch.no_grad()` runs at once; a call that may need gradients is recorded until its values or gradients are
+    asked for. Everything else (attributes, `state_dict`, `named_parameters`) is the user's module's, without a prefix.
+    """
+
+    def __init__(self, model: ManagedModel) -> None:
+        object.__setattr__(self, "_model", model)
+        super().__init__()
+        self._modules["module"] = model.module
+
+    module: nn.Module
+    _model: ManagedModel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's forward, on the engine's devices."""
+        scope = capturing.current()
+        if scope is not None:
+            return scope.call(self, args, kwargs)
+        return self._model.recorder.call_model(self._model, args, kwargs)
+
+    # -- the user's module shows through ---------------------------------------------------------------------------------
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self._model.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        pass  # nn.Module.__init__ sets it; afterwards train() and eval() act on the user's module
+
+    def train(self, mode: bool = True) -> PreparedModule:
+        """As in torch."""
+        self.module.train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._model.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" or name.startswith("_") or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._model.module, name, value)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The user's module's."""
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """The user's module's."""
+        return self.module.named_buffers(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The user's module's."""
+        return self.module.named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The user's module's."""
+        return self.module.named_children()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The user's module's, with present values."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The user's module's; values are copied to the engine's devices (`assign` makes no difference here)."""
+        return self.module.load_state_dict(state_dict, strict=strict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch."""
+        if set_to_none:
+            self._model.forget_grads()
+            self._model.handle.zero_grad(None)
+        else:
+            super().zero_grad(set_to_none=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PreparedModule:
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            example = torch.empty(0, dtype=tensor.dtype)
+            made = fn(example)
+            if made.dtype != example.dtype or made.device != example.device:
+                raise UnsupportedError(
+                    f"a prepared {type(self.module).__name__} cannot change from {example.dtype} on {example.device} to"
+                    f" {made.dtype} on {made.device}",
+                    "convert the model before accelerator.prepare, or use mixed_precision",
+                )
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self.module, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _same, (copy.deepcopy(self.module),)
+
+    def __repr__(self) -> str:
+        return f"Prepared({self.module!r})"
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module

@@ -1,0 +1,171 @@
+"""A user's torch.optim optimizer on an engine that runs programs: torch's groups and schedulers stay, the engine holds the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from polyaccel.errors import PrepareError, UnsupportedError
+from torch.optim import Optimizer
+
+from .torch_optimizers import lower_optimizer
+
+if TYPE_CHECKING:
+    from .modules import ManagedModel
+    from .tape import Recorder
+
+
+@final
+class TorchOptimizerSource:
+    """The update rule of a live torch optimizer over one managed model (an OptimizerSource)."""
+
+    def __init__(self, optimizer: Optimizer, recorder: Recorder) -> None:
+        self.optimizer = optimizer
+        self.recorder = recorder
+        self.managed = _model_of(optimizer, recorder)
+        self.model: Any = self.managed.handle
+        self.rule = lower_optimizer(optimizer, self.managed.names)
+        self.handle: Any = None
+        self._hyper: tuple[Any, tuple[tuple[Any, ...], ...]] | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """The parameters it updates."""
+        return self.rule.names
+
+    def init(self, params: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The state before the first step."""
+        return self.rule.init(params)
+
+    def hyperparameters(self) -> Any:
+        """The groups' present numbers, as nested tuples: the same object as long as none changed."""
+        array = self.rule.hyperparameters()
+        if self._hyper is None or self._hyper[0] is not array:
+            self._hyper = (array, tuple(tuple(row) for row in array))
+        return self._hyper[1]
+
+    def signature(self) -> Hashable:
+        """What a traced update was specialised on."""
+        return self.rule.signature()
+
+    def update(self, params: Any, grads: Any, state: Any, hyper: Any) -> tuple[Any, Any]:
+        """Pure and traceable."""
+        return self.rule.update(params, grads, state, hyper)
+
+    def attach(self, handle: Any) -> None:
+        """The engine holds the state now; what the live optimizer had gathered goes with it."""
+        self.handle = handle
+        live = self.rule.live_state()
+        if live:
+            handle.state = self.rule.import_state(live, self.model.params)
+            self.optimizer.state.clear()
+
+
+def _model_of(optimizer: Optimizer, recorder: Recorder) -> ManagedModel:
+    owners: list[ManagedModel] = []
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            owner = next((model for model in recorder.models if id(parameter) in model.names), None)
+            if owner is None:
+                raise PrepareError(
+                    f"parameter {position} of group {index} of {type(optimizer).__name__} (shape {tuple(parameter.shape)}) is in"
+                    " no prepared model",
+                    "make the optimizer from model.parameters() of a model that is prepared before it or in the same call",
+                )
+            if owner not in owners:
+                owners.append(owner)
+    if len(owners) != 1:
+        names = ", ".join(type(owner.module).__name__ for owner in owners) or "none"
+        raise PrepareError(
+            f"{type(optimizer).__name__} holds parameters of {len(owners)} prepared models ({names}); it can train one",
+            "make one optimizer per model, or put the models into one nn.Module and prepare that",
+        )
+    return owners[0]
+
+
+class PreparedOptimizer(Optimizer):
+    """What user code holds for a prepared optimizer: it shares the user's groups, and its step runs on the engine."""
+
+    def __init__(self, source: TorchOptimizerSource) -> None:
+        # Not Optimizer.__init__: the groups are the user's own, checked when that optimizer was made.
+        self.optimizer = source.optimizer
+        self._source = source
+        self.defaults = source.optimizer.defaults
+        self._step_count = 0
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The user's optimizer's own."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:  # type: ignore[override]
+        """The state by parameter, fetched: a copy (change it through load_state_dict)."""
+        packed = self.state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {parameters[index]: entries for index, entries in packed["state"].items()}
+
+    def _syncs(self) -> bool:
+        state = self._source.handle.engine.gradient_state
+        return state is None or bool(state.sync_gradients)
+
+    def step(self, closure: Callable[..., Any] | None = None) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients; nothing while gradients accumulate.
+
+        Raises UnsupportedError for a closure: a compiled step cannot call back.
+        """
+        if closure is not None:
+            raise UnsupportedError(
+                f"{type(self.optimizer).__name__}.step(closure) calls the loss several times in one step",
+                "compute the loss once, call accelerator.backward(loss) and optimizer.step()",
+            )
+        if not self._syncs():
+            return
+        source = self._source
+        source.recorder.settle()
+        source.managed.push_writes()
+        source.handle.step()
+        source.rule.mark_stepped()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of its parameters; nothing while gradients accumulate."""
+        if not self._syncs():
+            return
+        self._source.managed.push_writes()
+        self._source.managed.forget_grads(self._source.names())
+        self._source.handle.zero_grad(set_to_none)
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last step changed nothing because of gradients that were not finite (fp16). Waits for the device."""
+        return bool(self._source.handle.step_was_skipped)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the compiled update knows its parameters."""
+        raise UnsupportedError(
+            f"add_param_group on a prepared {type(self.optimizer).__name__}",
+            "add every group before accelerator.prepare; freeze parameters with requires_grad_(False) until they are wanted",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's own layout, with CPU tensors."""
+        return self._source.rule.state_dict(self._source.handle.state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Continue from a state that `state_dict` of this or of torch's optimizer gave."""
+        source = self._source
+        source.handle.state = source.rule.load_state_dict(state_dict, source.model.params)
+
+    def __repr__(self) -> str:
+        return f"Prepared({self.optimizer!r})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("optimizer", "_source"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+

@@ -1,0 +1,653 @@
+"""Records what a training loop does with a model's outputs, so that forward, loss and backward become one compiled program.
+
+Recordings form a tree (a trie): every step of a loop walks down the path that the step before made, one look-up per operation, and
+finds shapes, structure and the compiled program there. An operation that was not seen before is tried on fake tensors once.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import numpy as np
+import torch
+from polyaccel.errors import PrepareError
+
+from . import scope as capturing
+from .calls import TorchCall, handles, rebuild
+from .dispatch import NOT_RECORDED, is_inplace_name
+from .exchange import placed_array
+from .forwards import Forwards
+from .modules import ManagedModel
+from .packing import LEAF, Key, freeze, settle, thaw
+from .shadows import Fakes, Modes, OutSpec, ValueDependent, fake_leaf, freeze_result, infer, spec_of
+from .tensors import ArrayCell, DeviceParameter, DeviceTensor, host_copy, refuse_shape
+
+if TYPE_CHECKING:
+    from .guards import FunctionGuard
+
+_log = logging.getLogger(__name__)
+_MAX_CALLS = 32  # model calls in one recording; a loop that only looks at outputs is computed in parts of this size
+_AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_T = torch.Tensor
+# Where a Python float that changes from step to step may become an input of the program.
+_ARITHMETIC = frozenset(
+    {
+        _T.__add__, _T.__radd__, _T.__sub__, _T.__rsub__, _T.__mul__, _T.__rmul__, _T.__truediv__, _T.__rtruediv__,
+        _T.add, _T.sub, _T.mul, _T.div, torch.add, torch.sub, torch.mul, torch.div, _T.__iadd__, _T.__imul__,
+    }
+)  # fmt: skip
+
+
+class Ref(NamedTuple):
+    """A place in a recording: output `out` of the operation at `position`."""
+
+    session: Session
+    position: int
+    out: int
+
+
+@final
+class Entry:
+    """One recorded operation or model call after a certain sequence of others: a node of the trie."""
+
+    __slots__ = (
+        "arguments", "children", "func", "is_eager", "model", "modes", "numbers", "parent", "position", "recipes", "same", "specs",
+        "structure", "token", "updates", "value",
+    )  # fmt: skip
+
+    def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None) -> None:
+        self.parent = parent
+        self.position: int = -1 if parent is None else parent.position + 1
+        self.func = func
+        self.arguments = arguments
+        self.modes = modes
+        self.numbers = numbers  # static floats; None: they are inputs
+        self.model: ManagedModel | None = None
+        self.token: Any = None
+        self.structure: Key = None
+        self.specs: list[OutSpec] = []
+        self.same: dict[int, int] = {}  # outputs that are operands themselves -> which
+        self.updates: list[tuple[int, OutSpec]] = []  # operands whose metadata the operation changes
+        self.value: Any = None  # what an operation without tensors in its result gives
+        self.is_eager = False  # plain torch runs it
+        self.children: dict[Key, Entry | Floats] = {}
+        self.recipes: dict[Key, Any] = {}
+
+
+@final
+class Floats:
+    """The entries of one operation that differ in their Python floats."""
+
+    __slots__ = ("dynamic", "variants")
+
+    def __init__(self) -> None:
+        self.variants: dict[tuple[float, ...], Entry] = {}
+        self.dynamic: Entry | None = None
+
+
+@final
+class Session:
+    """One recording: a path in the trie, and the values that entered it."""
+
+    def __init__(self, root: Entry, draw: int) -> None:
+        self.entry = root
+        self.draw = draw
+        self.inputs: list[Any] = []
+        self.axes: list[int | None] = []
+        self.models: list[ManagedModel] = []
+        self.results: list[list[weakref.ref[DeviceTensor]]] = []
+        self.externals: list[DeviceTensor] = []  # values of older recordings that still need gradients
+        self.batch_size: int | None = None
+        self.num_calls = 0
+        self.has_effects = False  # a model call may have changed buffers
+        self.is_executed = False  # its model calls ran, for the sake of their values
+        self.num_executed = 0  # operations that ran
+        self.start_buffers: dict[ManagedModel, dict[str, Any]] = {}  # what the first run of its model calls started from
+        self.start_params: list[Mapping[str, Any]] = []
+        self.shadows: Shadows | None = None
+        self._inputs: dict[tuple[int, int], int] = {}
+        self._kept: list[Any] = []
+
+    def input(self, tensor: torch.Tensor) -> tuple[int, int | None]:
+        """The index of a tensor among the inputs, and its batch dim; its present value is what enters."""
+        version = 0 if isinstance(tensor, DeviceTensor) or tensor.is_inference() else tensor._version
+        found = self._inputs.get((id(tensor), version))
+        if found is not None:
+            return found, self.axes[found]
+        value: Any
+        axis: int | None
+        if isinstance(tensor, DeviceTensor):
+            value, axis = tensor._cell.feed()
+        else:
+            value, axis = placed_array(tensor), 0
+            if value is None:
+                value = host_copy(tensor)
+                axis = 0 if tensor.dim() and tensor.shape[0] == self.batch_size else None
+            elif not tensor.dim():
+                axis = None
+        if axis == 0 and self.batch_size is None:
+            self.batch_size = tensor.shape[0]
+        self._kept.append(tensor)
+        self._inputs[id(tensor), version] = len(self.inputs)
+        return self.add(value, axis), axis
+
+    def add(self, value: Any, axis: int | None) -> int:
+        """A further input; returns its index."""
+        self.inputs.append(value)
+        self.axes.append(axis)
+        return len(self.inputs) - 1
+
+    def mark(self) -> tuple[int, int, int, int]:
+        """The present extent, for `rewind`."""
+        return len(self.inputs), len(self.models), len(self.externals), len(self._kept)
+
+    def rewind(self, mark: tuple[int, int, int, int]) -> None:
+        """Forget what was added since `mark`."""
+        inputs, models, externals, kept = mark
+        if len(self.inputs) > inputs:
+            self._inputs = {key: index for key, index in self._inputs.items() if index < inputs}
+        del self.inputs[inputs:], self.axes[inputs:], self.models[models:], self.externals[externals:], self._kept[kept:]
+        del self.start_params[models:]
+
+    def model_index(self, model: ManagedModel) -> int:
+        """The index of a model of this recording."""
+        for index, found in enumerate(self.models):
+            if found is model:
+                return index
+        self.models.append(model)
+        self.start_params.append(model.handle.params)
+        return len(self.models) - 1
+
+    def path(self) -> list[Entry]:
+        """All entries, in order."""
+        entries: list[Entry] = []
+        entry: Entry | None = self.entry
+        while entry is not None and entry.parent is not None:
+            entries.append(entry)
+            entry = entry.parent
+        return entries[::-1]
+
+    def live(self) -> list[tuple[int, int, DeviceTensor]]:
+        """Every recorded value that user code still holds."""
+        found = []
+        for position, refs in enumerate(self.results):
+            for out, ref in enumerate(refs):
+                tensor = ref()
+                if tensor is not None and tensor._ref is not None and tensor._ref.session is self:
+                    if tensor._ref.position == position and tensor._ref.out == out:
+                        found.append((position, out, tensor))
+        return found
+
+    def refuse_changed_parameters(self) -> None:
+        """Raise, as torch does, where parameters changed since they were used."""
+        for model, before in zip(self.models, self.start_params, strict=True):
+            now = model.handle.params
+            if now is not before and any(now[name] is not value for name, value in before.items()):
+                raise RuntimeError(
+                    f"a parameter of {type(model.module).__name__} was changed (by an optimizer step or a write) after a forward"
+                    " pass whose gradients are still wanted: call accelerator.backward before the change"
+                )
+
+
+@final
+class Shadows:
+    """Fake tensors for every value of a recording: what a new operation gives is tried on them."""
+
+    def __init__(self, session: Session) -> None:
+        self.fakes = Fakes()
+        self.env: dict[tuple[int, int], torch.Tensor] = {}
+        self.position = -1  # the last entry that was followed
+        self._leaves: dict[Key, torch.Tensor] = {}
+        for entry in session.path():
+            self.follow(entry)
+
+    def follow(self, entry: Entry) -> None:
+        """Bring the shadows to after `entry`."""
+        if entry.model is not None:
+            with self.fakes.active(), torch.enable_grad():
+                made = [fake_leaf(spec) for spec in entry.specs]
+                tensors = [tensor.clone() if tensor.requires_grad else tensor for tensor in made]
+        else:
+            with self.fakes.active(), entry.modes.active():
+                args, kwargs = thaw(entry.arguments, lambda described: self.leaf(described, entry.numbers))
+                _, tensors = freeze_result(entry.func(*args, **kwargs))
+        self.keep(entry.position, tensors)
+
+    def keep(self, position: int, tensors: list[torch.Tensor]) -> None:
+        """Note the results at `position`."""
+        self.position = position
+        for out, tensor in enumerate(tensors):
+            self.env[position, out] = tensor
+
+    def leaf(self, described: tuple[Any, ...], numbers: tuple[float, ...] | None) -> Any:
+        """The fake of an operand; call it inside the fake mode."""
+        kind = described[1]
+        if kind == "r":
+            return self.env[described[2], described[3]]
+        if kind == "f":
+            return torch.empty(()) if numbers is None else numbers[described[2]]
+        found = self._leaves.get(described)
+        if found is None:
+            dtype, shape, requires_grad = described[3:6]
+            found = self._leaves[described] = fake_leaf(OutSpec(shape, dtype, requires_grad))
+        return found
+
+
+@final
+class Recorder:
+    """One per bridge: the current recording, the trie, and the models that take part."""
+
+    def __init__(self) -> None:
+        self.models: list[ManagedModel] = []
+        self.forwards = Forwards(self)
+        self._engine: Any = None
+        self._root = Entry(None, None, None, Modes(True, None), ())
+        self._session: Session | None = None
+        self._recaptures: dict[Any, int] = {}
+        self._autocast: torch.dtype | None = None
+
+    # -- what it works for -------------------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Any:
+        """The engine that runs the programs."""
+        if self._engine is None:
+            raise PrepareError("no model was prepared yet", "call accelerator.prepare(model, ...) first")
+        return self._engine
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the job."""
+        count: int = self.engine.topology.num_processes
+        return count
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What prepared models compute in, beside float32."""
+        return _AUTOCAST[self.engine.plan.precision.name]
+
+    def adopt(self, model: ManagedModel) -> None:
+        """A model's values belong to the engine now."""
+        self._engine = model.handle.engine
+        self.models.append(model)
+
+    def use(self, engine: Any) -> None:
+        """The engine, for values that come before the first model."""
+        self._engine = self._engine or engine
+
+    # -- recording -----------------------------------------------------------------------------------------------------------
+
+    def record(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of `func`, to be computed later; NOT_RECORDED where plain torch has to run it now."""
+        session = self._open()
+        mark = session.mark()
+        operands: list[DeviceTensor] = []
+        numbers: list[float] = []
+        modes = Modes.now()
+        arguments = self._freeze((args, dict(kwargs)), session, operands, numbers, modes)
+        key = (func, modes, arguments)
+        entry = self._find(session, key, tuple(numbers))
+        if entry is None:
+            entry = self._try(session, key, tuple(numbers), operands)
+        if entry.is_eager:
+            session.rewind(mark)
+            return NOT_RECORDED
+        if entry.value is not None:
+            session.rewind(mark)
+            return entry.value[0]
+        if entry.numbers is None:
+            for value in numbers:
+                session.add(np.float32(value), None)
+        return self._append(session, entry, operands)
+
+    def call_model(self, model: ManagedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a prepared model gives: recorded where gradients or recorded values are involved, else computed at once."""
+        token = model.guard.token()
+        modes = Modes.now()
+        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        needs_grad = modes.is_grad_enabled and (bool(token.trainable) or any(t.requires_grad for t in tensors))
+        if not needs_grad and not any(isinstance(t, DeviceTensor) and t._cell is None for t in tensors):
+            self.settle_effects(model, "buffers")
+            return self.forwards.call(model, token, modes, args, kwargs)
+        session = self._open()
+        if session.is_executed or session.num_calls >= _MAX_CALLS:
+            self._close(session)
+            session = self._open()
+        operands: list[DeviceTensor] = []
+        numbers: list[float] = []
+        index = session.model_index(model)
+        if session.batch_size is None:
+            first = next((t for t in tensors if t.dim()), None)
+            session.batch_size = None if first is None else first.shape[0]
+        arguments = self._freeze((args, dict(kwargs)), session, operands, numbers, modes)
+        key = ((model, token, index), modes, arguments)
+        entry = self._find(session, key, tuple(numbers))
+        if entry is None:
+            entry = self._look_at_model(session, model, token, key, tuple(numbers))
+        session.num_calls += 1
+        session.has_effects = session.has_effects or (token.is_training and bool(model.handle.buffers))
+        return self._append(session, entry, operands)
+
+    def _open(self) -> Session:
+        session = self._session
+        if session is None:
+            for model in self.models:
+                model.push_writes()
+            session = self._session = Session(self._root, self.engine.current_key()[1])
+        return session
+
+    def _freeze(
+        self, tree: Any, session: Session, operands: list[DeviceTensor], numbers: list[float], modes: Modes
+    ) -> Key:
+        def tensor(found: torch.Tensor) -> Key:
+            operands.append(found)  # type: ignore[arg-type]  # plain tensors too: positions count
+            if isinstance(found, DeviceTensor):
+                if found._recorder is not self:
+                    raise PrepareError("a value of another Accelerator's model was used", "use one Accelerator per script")
+                ref = found._ref
+                if ref is not None and ref.session is session:
+                    return (LEAF, "r", ref.position, ref.out, found._cell is not None)
+                if ref is not None and found._requires_grad and modes.is_grad_enabled:
+                    return self._external(session, found)
+                if isinstance(found, DeviceParameter):
+                    model: ManagedModel = found._cell._model
+                    index = session.model_index(model)
+                    place = (index, found._cell.name)
+                    return (LEAF, "p", place, found._dtype, found._shape, found._requires_grad)
+                if found._cell is None:
+                    self.compute(found)
+                index, axis = session.input(found)
+                is_spent = found._is_spent and found._requires_grad
+                return (LEAF, "i", index, found._dtype, found._shape, is_spent, axis)
+            if found.requires_grad and modes.is_grad_enabled:
+                capturing.refuse_foreign(found)
+            index, axis = session.input(found)
+            return (LEAF, "i", index, found.dtype, found.shape, False, axis)
+
+        def number(value: float) -> Key:
+            numbers.append(value)
+            return (LEAF, "f", len(numbers) - 1)
+
+        return freeze(tree, tensor, number)
+
+    def _external(self, session: Session, tensor: DeviceTensor) -> Key:
+        for index, found in enumerate(session.externals):
+            if found is tensor:
+                break
+        else:
+            session.externals.append(tensor)
+            index = len(session.externals) - 1
+        return (LEAF, "x", index, tensor._dtype, tensor._shape, True)
+
+    def _find(self, session: Session, key: Key, numbers: tuple[float, ...]) -> Entry | None:
+        found = session.entry.children.get(key)
+        if type(found) is Floats:
+            return found.dynamic or found.variants.get(numbers)
+        return found  # type: ignore[return-value]
+
+    def _append(self, session: Session, entry: Entry, operands: list[DeviceTensor]) -> Any:
+        position = entry.position
+        session.entry = entry
+        if session.shadows is not None and session.shadows.position < position:
+            session.shadows.follow(entry)
+        made: list[DeviceTensor] = []
+        for out, spec in enumerate(entry.specs):
+            same = entry.same.get(out)
+            if same is not None:
+                made.append(operands[same])
+            else:
+                ref = Ref(session, position, out)
+                made.append(
+                    DeviceTensor.make(self, spec.shape, spec.dtype, requires_grad=spec.requires_grad, ref=ref)
+                )
+        for operand, spec in entry.updates:
+            changed = operands[operand]
+            changed._shape, changed._dtype, changed._requires_grad = spec
+        session.results.append([weakref.ref(tensor) for tensor in made])
+        return rebuild(entry.structure, made.__getitem__)
+
+    # -- operations not seen before ------------------------------------------------------------------------------------------
+
+    def _add(self, session: Session, entry: Entry, key: Key, numbers: tuple[float, ...]) -> Entry:
+        children = session.entry.children
+        if not numbers:
+            children[settle(key)] = entry
+            return entry
+        floats = children.get(key)
+        if type(floats) is not Floats:
+            floats = children[settle(key)] = Floats()
+        if entry.numbers is None:
+            floats.dynamic = entry
+        else:
+            floats.variants[numbers] = entry
+        return entry
+
+    def _try(self, session: Session, key: Any, numbers: tuple[float, ...], operands: list[DeviceTensor]) -> Entry:
+        func, modes, arguments = key
+        known = session.entry.children.get(key)
+        is_changed = type(known) is Floats and bool(known.variants) and func in _ARITHMETIC
+        entry = Entry(session.entry, func, settle(arguments), modes, None if is_changed else numbers)
+        if session.shadows is None:
+            session.shadows = Shadows(session)
+        shadows = session.shadows
+        described: list[tuple[Any, ...]] = []
+
+        def leaf(found: tuple[Any, ...]) -> Any:
+            fake = shadows.leaf(found, entry.numbers)
+            if found[1] != "f":
+                described.append(found)
+                fakes.append(fake)
+            return fake
+
+        fakes: list[torch.Tensor] = []
+        with shadows.fakes.active(), modes.active():
+            args, kwargs = thaw(arguments, leaf)
+            before = [(fake._version, spec_of(fake)) for fake in fakes]
+            try:
+                result = func(*args, **kwargs)
+            except ValueDependent:
+                session.shadows = None
+                return self._add(session, self._by_value(entry, operands), key, numbers)
+            except Exception:
+                session.shadows = None  # they may have been written to
+                raise
+        structure, tensors = freeze_result(result)
+        is_written = any(fake._version != old[0] for fake, old in zip(fakes, before, strict=True))
+        if not tensors and not is_written:
+            entry.value = (result,)
+        available = all(operand._cell is not None for operand in operands if isinstance(operand, DeviceTensor))
+        if tensors and not is_written and available and not any(tensor.requires_grad for tensor in tensors):
+            entry.is_eager = True
+        entry.structure, entry.specs = structure, [spec_of(tensor) for tensor in tensors]
+        for out, tensor in enumerate(tensors):
+            for operand, fake in enumerate(fakes):
+                if tensor is fake:
+                    entry.same[out] = operand
+        for operand, (fake, old) in enumerate(zip(fakes, before, strict=True)):
+            if spec_of(fake) != old[1]:
+                entry.updates.append((operand, spec_of(fake)))
+        if is_written:
+            self._refuse_written_inputs(func, described, fakes, [old[0] for old in before])
+        if entry.value is None and not entry.is_eager:
+            shadows.keep(entry.position, tensors)
+        return self._add(session, entry, key, numbers)
+
+    def _refuse_written_inputs(self, func: Any, described: list[Any], fakes: list[torch.Tensor], before: list[int]) -> None:
+        for leaf, fake, version in zip(described, fakes, before, strict=True):
+            if leaf[1] != "r" and fake._version != version:
+                raise PrepareError(
+                    f"{getattr(func, '__name__', func)} writes a value that a model computed into a tensor of shape"
+                    f" {tuple(fake.shape)} that is no part of the recorded computation",
+                    "use the operation that returns a new tensor instead of the one that writes in place",
+                )
+
+    def _by_value(self, entry: Entry, operands: list[DeviceTensor]) -> Entry:
+        """For an operation whose result's shape needs values: plain torch runs it, if no gradient has to pass."""
+        if entry.modes.is_grad_enabled and any(operand.requires_grad for operand in operands):
+            with torch.enable_grad():
+                examples = {
+                    id(o): torch.ones(o.shape, dtype=o.dtype).requires_grad_(o.requires_grad and o.dtype.is_floating_point)
+                    for o in operands
+                }
+                iterator = iter([examples[id(operand)] for operand in operands])
+                numbers = entry.numbers or ()
+                args, kwargs = thaw(
+                    entry.arguments, lambda d: numbers[d[2]] if d[1] == "f" else next(iterator)
+                )
+                is_inplace = is_inplace_name(getattr(entry.func, "__name__", ""))
+                _, tensors = freeze_result(None if is_inplace else entry.func(*args, **kwargs))
+            if is_inplace or any(tensor.requires_grad for tensor in tensors):
+                raise refuse_shape(entry.func)
+        entry.is_eager = True
+        return entry
+
+    def _look_at_model(
+        self, session: Session, model: ManagedModel, token: Any, key: Any, numbers: tuple[float, ...]
+    ) -> Entry:
+        _, modes, arguments = key
+        entry = Entry(session.entry, None, settle(arguments), modes, numbers)
+        entry.model, entry.token = model, token
+        places: list[Key] = []
+        specs: list[OutSpec] = []
+
+        def collect(found: tuple[Any, ...]) -> Any:
+            if found[1] != "f" and found[:4] not in places:
+                places.append(found[:4])
+                specs.append(self._operand_spec(session, found))
+            return None
+
+        thaw(arguments, collect)
+
+        def run(leaves: Any) -> Any:
+            def leaf(found: tuple[Any, ...]) -> Any:
+                return numbers[found[2]] if found[1] == "f" else leaves[places.index(found[:4])]
+
+            args, kwargs = thaw(arguments, leaf)
+            scope = capturing.CaptureScope([model.prepared], self.autocast_dtype)  # type: ignore[list-item]
+            with scope.active():
+                return scope.call(model.prepared, args, kwargs)  # type: ignore[arg-type]
+
+        entry.structure, entry.specs = infer({model.handle.name: model.module}, run, specs, modes)
+        return self._add(session, entry, key, numbers)
+
+    def _operand_spec(self, session: Session, found: tuple[Any, ...]) -> OutSpec:
+        if found[1] == "r":
+            path = session.path()
+            return path[found[2]].specs[found[3]]
+        return OutSpec(found[4], found[3], found[5])
+
+    # -- values ----------------------------------------------------------------------------------------------------------------
+
+    def compute(self, tensor: DeviceTensor) -> None:
+        """Give a recorded tensor its value, and with it all others of its recording that are still held."""
+        ref = tensor._ref
+        if ref is None:
+            raise RuntimeError("this tensor's value was not kept: its recording was dropped")
+        self._execute(ref.session)
+        if tensor._cell is None:
+            raise RuntimeError("this tensor's value could not be computed")
+
+    def settle(self) -> None:
+        """Compute everything recorded that somebody may still look at: parameters or buffers are about to change."""
+        session = self._session
+        if session is None:
+            return
+        pending = any(tensor._cell is None for _, _, tensor in session.live())
+        if pending or (session.has_effects and not session.is_executed):
+            self._execute(session)
+        self._close(session)
+
+    def settle_effects(self, model: ManagedModel, kind: str) -> None:
+        """Run recorded calls of a model that change its buffers, before somebody looks at them."""
+        session = self._session
+        if session is None or kind != "buffers" or not session.has_effects or session.is_executed:
+            return
+        if model in session.models:
+            self._execute(session)
+
+    def _execute(self, session: Session) -> None:
+        from .tape_calls import value_call
+
+        for model in self.models:
+            model.push_writes()
+        session.refuse_changed_parameters()
+        if session.has_effects and not session.is_executed:
+            session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
+        call = value_call(self, session)
+        self.engine.run_forward(call)
+        session.is_executed = True
+        session.num_executed = len(session.results)
+
+    def _close(self, session: Session) -> None:
+        if session.has_effects and not session.is_executed:
+            self._execute(session)
+        elif session.num_calls >= _MAX_CALLS and any(t._cell is None for _, _, t in session.live()):
+            self._execute(session)
+        session.shadows = None
+        if self._session is session:
+            self._session = None
+
+    # -- gradients ---------------------------------------------------------------------------------------------------------------
+
+    def lower_loss(self, loss: torch.Tensor) -> TorchCall:
+        """A recorded loss as a program call that gives the gradients of all trainable parameters it depends on."""
+        from .tape_calls import loss_call
+
+        if not isinstance(loss, DeviceTensor) or (loss._ref is None and not loss._is_spent):
+            raise PrepareError(
+                f"the loss, a tensor of shape {tuple(loss.shape)}, was not computed from a prepared model's output with gradients",
+                "call the model that accelerator.prepare returned, outside torch.no_grad() and without detach(),"
+                " and give its loss to accelerator.backward",
+            )
+        if loss._ref is None:
+            raise RuntimeError(_SECOND)
+        if loss.numel() != 1:
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        if not loss._requires_grad:
+            raise PrepareError(
+                "the loss depends on no trainable parameter of the prepared models",
+                "compute it outside torch.no_grad(), and leave some requires_grad on",
+            )
+        for model in self.models:
+            model.push_writes()
+        session = loss._ref.session
+        if session is not self._session:
+            self.settle()
+        session.refuse_changed_parameters()
+        call = loss_call(self, loss)
+        session.shadows = None
+        if self._session is session:
+            self._session = None
+        return call
+
+    def backward(self, loss: DeviceTensor) -> None:
+        """`loss.backward()`."""
+        self.engine.backward(self.lower_loss(loss), scale=1.0)
+
+    # -- once said -----------------------------------------------------------------------------------------------------------------
+
+    def note_recapture(self, guard: FunctionGuard, values: list[Any]) -> None:
+        """Say once what makes a function be captured again and again."""
+        count = self._recaptures[guard.code] = self._recaptures.get(guard.code, 0) + 1
+        if count == 8:
+            name = getattr(guard.code, "co_name", "the function")
+            _log.warning(
+                "%s was captured and compiled %d times because %s changes from call to call; pass it as a tensor", name, count, values
+            )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    from .packing import leaves_of
+
+    return leaves_of(tree)
+
+
+_SECOND = (
+    "Trying to backward through the graph a second time: the recorded computation was freed by accelerator.backward."
+    " Call the model again, or add the losses and call backward once."
+)
+
+__all__ = ["ArrayCell", "Entry", "Recorder", "Ref", "Session", "handles"]

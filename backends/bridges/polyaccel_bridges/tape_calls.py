@@ -1,0 +1,276 @@
+"""Recordings as program calls: for the values that user code looks at, and for the gradients of a loss."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from polyaccel.protocols import ArraySpec
+
+from .calls import TorchCall, handles
+from .fused import fused_program
+from .pieces import composed_program
+from .tensors import ArrayCell, DeviceTensor
+
+if TYPE_CHECKING:
+    from .modules import ManagedModel
+    from .tape import Entry, Recorder, Session
+
+Place = tuple[int, int, int]  # (recording, position, output)
+_DRAW_SHIFT = 20  # every operation has 2**20 numbers of its own random draws, whatever else is captured with it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One recording within a program: its operations, and where its values stand among the program's inputs."""
+
+    entries: tuple[Entry, ...]
+    models: tuple[ManagedModel, ...]
+    first_input: int
+    num_inputs: int
+    externals: tuple[Place, ...]
+    buffer_inputs: dict[str, int]  # buffers that the program starts from, as inputs; empty: the models' present ones
+    draw_input: int | None  # where the number of its random stream stands, when it is not the call's own
+    is_executed: bool
+
+
+@final
+class TapeRecipe:
+    """The programs of one recorded sequence of operations."""
+
+    def __init__(
+        self, recorder: Recorder, parts: Sequence[Part], loss: Place | None, wanted: Sequence[Place], axes: Sequence[int | None]
+    ) -> None:
+        self.recorder = recorder
+        self.parts = tuple(parts)
+        self.loss = loss
+        self.wanted = tuple(wanted)
+        self.axes = tuple(axes)
+        self.models = tuple(dict.fromkeys(model for part in parts for model in part.models))
+        self.output_axes: tuple[int | None, ...] = ()
+        self.consumed = frozenset() if loss is None else _ancestors(self.parts, loss)
+
+    def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
+        """Capture the program: in one piece on one data shard, else model calls per shard and the rest on global values."""
+        is_whole = len(self.parts) == 1 and num_shards == 1 and self.recorder.num_processes == 1
+        build = fused_program if is_whole else composed_program
+        program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
+        self.output_axes = program.output_axes
+        return program
+
+    def spec(self, place: Place) -> Any:
+        """What is known of a recorded value."""
+        part, position, out = place
+        return self.parts[part].entries[position].specs[out]
+
+
+def operands_of(entry: Entry) -> list[tuple[Any, ...]]:
+    """The described tensor operands of an operation."""
+    from .packing import described
+
+    return [found for found in described(entry.arguments) if found[1] != "f"]
+
+
+def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]:
+    """Every operation through which gradients of the loss pass. Raises where one of them was freed by an earlier backward."""
+    from .tape import _SECOND
+
+    writers: dict[Place, list[tuple[int, int]]] = {}
+    for index, part in enumerate(parts):
+        for entry in part.entries:
+            leaves = operands_of(entry)
+            for operand in {*entry.same.values(), *(operand for operand, _ in entry.updates)}:
+                found = leaves[operand]
+                if found[1] == "r":
+                    writers.setdefault((index, found[2], found[3]), []).append((index, entry.position))
+    seen: set[tuple[int, int]] = set()
+    waiting = [(loss[0], loss[1]), *writers.get(loss, ())]
+    while waiting:
+        at = waiting.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        index, position = at
+        entry = parts[index].entries[position]
+        if not entry.modes.is_grad_enabled:
+            continue
+        for found in operands_of(entry):
+            if found[1] == "i" and found[5]:
+                raise RuntimeError(_SECOND)
+            place = parts[index].externals[found[2]] if found[1] == "x" else (index, found[2], found[3] if found[1] == "r" else 0)
+            if found[1] in ("r", "x") and parts[place[0]].entries[place[1]].specs[place[2]].requires_grad:
+                waiting.append((place[0], place[1]))
+                waiting.extend(writers.get(place, ()))
+    return frozenset(seen)
+
+
+# -- from live recordings to calls -----------------------------------------------------------------------------------------
+
+
+def _ordered(session: Session) -> list[Session]:
+    found: list[Session] = []
+
+    def visit(one: Session) -> None:
+        for tensor in one.externals:
+            assert tensor._ref is not None
+            if tensor._ref.session not in found:
+                visit(tensor._ref.session)
+        if one not in found:
+            found.append(one)
+
+    visit(session)
+    return found
+
+
+@final
+class _Assembly:
+    """The inputs of one call, and the key of its recipe."""
+
+    def __init__(self, recorder: Recorder, session: Session) -> None:
+        self.sessions = _ordered(session)
+        self.inputs: list[Any] = []
+        self.axes: list[int | None] = []
+        self.parts: list[Part] = []
+        self.draw = session.draw
+        key: list[Any] = []
+        for one in self.sessions:
+            if one is not session:
+                one.refuse_changed_parameters()
+            externals = tuple(self._place(tensor) for tensor in one.externals)
+            first = len(self.inputs)
+            self._extend(one.inputs, one.axes)
+            buffers = self._buffers(one)
+            draw_input = None
+            if one.draw != self.draw:
+                draw_input = len(self.inputs)
+                self._extend([recorder.draw_number(one.draw)], [None])
+            key.append((one.entry, len(one.inputs), externals, tuple(buffers), draw_input, one.is_executed, len(one.models)))
+            self.parts.append(
+                Part(
+                    entries=(),
+                    models=tuple(one.models),
+                    first_input=first,
+                    num_inputs=len(one.inputs),
+                    externals=externals,
+                    buffer_inputs=buffers,
+                    draw_input=draw_input,
+                    is_executed=one.is_executed,
+                )
+            )
+        self.key = (*key, tuple(self.axes))
+
+    def finished_parts(self) -> list[Part]:
+        """The parts with their operations, which are looked up only for a new recipe."""
+        return [
+            Part(
+                tuple(session.path()),
+                part.models,
+                part.first_input,
+                part.num_inputs,
+                part.externals,
+                part.buffer_inputs,
+                part.draw_input,
+                part.is_executed,
+            )
+            for session, part in zip(self.sessions, self.parts, strict=True)
+        ]
+
+    def _extend(self, values: Sequence[Any], axes: Sequence[int | None]) -> None:
+        self.inputs.extend(values)
+        self.axes.extend(axes)
+
+    def _place(self, tensor: DeviceTensor) -> Place:
+        assert tensor._ref is not None
+        return self.sessions.index(tensor._ref.session), tensor._ref.position, tensor._ref.out
+
+    def _buffers(self, session: Session) -> dict[str, int]:
+        if not session.is_executed or not session.has_effects:
+            return {}
+        found: dict[str, int] = {}
+        for model, buffers in session.start_buffers.items():
+            for name, array in buffers.items():
+                found[f"{model.handle.name}.{name}"] = len(self.inputs)
+                self._extend([array], [None])
+        return found
+
+
+def value_call(recorder: Recorder, session: Session) -> TorchCall:
+    """The values of a recording that user code holds and that do not exist yet."""
+    pending = [(position, out, tensor) for position, out, tensor in session.live() if tensor._cell is None]
+    assembly = _Assembly(recorder, session)
+    index = len(assembly.sessions) - 1
+    wanted = tuple((index, position, out) for position, out, _ in pending)
+    recipe = _recipe(recorder, session, assembly, None, wanted)
+    tensors = [weakref.ref(tensor) for _, _, tensor in pending]
+
+    def finish(loss: Any, outputs: list[Any]) -> None:
+        for ref, array, axis in zip(tensors, outputs, recipe.output_axes, strict=True):
+            tensor = ref()
+            if tensor is not None:
+                tensor._cell = ArrayCell(recorder.engine, array, axis)
+                if not tensor._requires_grad:
+                    tensor._ref = None
+
+    return _call(recorder, recipe, assembly, finish)
+
+
+def loss_call(recorder: Recorder, loss: DeviceTensor) -> TorchCall:
+    """The gradients of a recorded loss, with every value of its recordings that user code still holds."""
+    assert loss._ref is not None
+    session = loss._ref.session
+    assembly = _Assembly(recorder, session)
+    index = len(assembly.sessions) - 1
+    held: list[tuple[Place, DeviceTensor]] = []
+    for number, one in enumerate(assembly.sessions):
+        held.extend(((number, position, out), tensor) for position, out, tensor in one.live())
+    wanted = tuple(place for place, tensor in held if tensor._cell is None)
+    recipe = _recipe(recorder, session, assembly, (index, loss._ref.position, loss._ref.out), wanted)
+    pending = [weakref.ref(tensor) for _, tensor in held if tensor._cell is None]
+    everything = [(place, weakref.ref(tensor)) for place, tensor in held]
+
+    def finish(value: Any, outputs: list[Any]) -> torch.Tensor | None:
+        for ref, array, axis in zip(pending, outputs, recipe.output_axes, strict=True):
+            tensor = ref()
+            if tensor is not None:
+                tensor._cell = ArrayCell(recorder.engine, array, axis)
+        for place, ref in everything:
+            tensor = ref()
+            if tensor is None:
+                continue
+            if not tensor._requires_grad:
+                tensor._ref = None
+            elif place[:2] in recipe.consumed:
+                tensor._ref = None
+                tensor._is_spent = True
+        session.is_executed = True
+        return None
+
+    if session.has_effects and not session.is_executed:
+        session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
+    return _call(recorder, recipe, assembly, finish)
+
+
+def _recipe(
+    recorder: Recorder, session: Session, assembly: _Assembly, loss: Place | None, wanted: tuple[Place, ...]
+) -> TapeRecipe:
+    key = (assembly.key, loss, wanted)
+    recipe: TapeRecipe | None = session.entry.recipes.get(key)
+    if recipe is None:
+        recipe = TapeRecipe(recorder, assembly.finished_parts(), loss, wanted, assembly.axes)
+        session.entry.recipes[key] = recipe
+    return recipe
+
+
+def _call(recorder: Recorder, recipe: TapeRecipe, assembly: _Assembly, finish: Any) -> TorchCall:
+    return TorchCall(
+        recipe,
+        handles(recipe.models),
+        assembly.inputs,
+        assembly.axes,
+        finish,
+        is_global=True,
+        draw=assembly.draw,
+    )
