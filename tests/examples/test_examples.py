@@ -47,7 +47,8 @@ def test_the_gpt_learns_in_bf16(tmp_path):
 def test_the_demos_table_and_picture_show_the_difference(tmp_path):
     import demo
 
-    run_of = lambda losses: {"devices": 1, "losses": losses, "steps_per_s": 2.0, "compile_s": 1.0, "accuracy": 0.5}
+    def run_of(losses):
+        return {"devices": 1, "losses": losses, "steps_per_s": 2.0, "compile_s": 1.0, "accuracy": 0.5}
     runs = {"task": {"torch": run_of([2.0, 1.0]), "jax": run_of([2.0, 1.001])}}
     assert demo.difference([2.0, 1.001], [2.0, 1.0]) == pytest.approx(1e-3)
     assert "1.0e-03" in demo.table(runs)
