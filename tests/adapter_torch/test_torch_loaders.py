@@ -23,6 +23,7 @@ from torch.utils.data import (
 from polyaccel.data import DataSharding, LoaderState, PreparedLoader
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel_torch.dialect.loaders import TorchHostLoader
+from polyaccel_torch.placement import StreamFeeder
 
 NUMBERS = list(range(22))
 
@@ -270,6 +271,16 @@ def test_a_shuffled_pass_continues_in_its_own_order():
     resumed = cut(DataLoader(NUMBERS, batch_size=4, shuffle=True))
     resumed.load_state(state)
     assert lists(resumed) == whole[2:]
+
+
+def test_a_feeder_moves_every_leaf_that_can_be_moved():
+    feeder = StreamFeeder(torch.device("meta"), lambda host, placed: (host["text"], placed))
+    host = {"x": torch.ones(2), "nested": [(torch.zeros(1), 3)], "text": "kept"}
+    text, placed = feeder.hand_out(host, feeder.place(host))
+    assert text == placed["text"] == "kept"
+    assert placed["x"].is_meta
+    assert placed["nested"][0][0].is_meta
+    assert placed["nested"][0][1] == 3
 
 
 def test_two_loops_over_one_loader_do_not_disturb_each_other():
