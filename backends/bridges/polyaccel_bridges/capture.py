@@ -256,7 +256,7 @@ def _collect(modules: Mapping[str, nn.Module]) -> _State:
                     if tensor is None:
                         continue
                     full = f"{path}.{slot}"
-                    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                    if nn.parameter.is_lazy(tensor):
                         raise PrepareError(
                             f"{full} of the lazy module {type(module).__name__} has no shape yet",
                             "run the model once on a real batch before it is prepared",
@@ -303,15 +303,18 @@ def _capturing() -> Iterator[None]:
     generator = torch.default_generator
     generator_state = generator.get_state()
     compiling = torch.compiler._is_compiling_flag
+    mkldnn = torch._C._get_mkldnn_enabled()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     # Libraries skip value-dependent branches under this flag (attention masks in transformers).
     torch.compiler._is_compiling_flag = True
     torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation per encoder layer otherwise
+    torch._C._set_mkldnn_enabled(False)  # one opaque operation per recurrent layer otherwise
     generator.manual_seed(0)
     try:
         yield
     finally:
         generator.set_state(generator_state)
+        torch._C._set_mkldnn_enabled(mkldnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)
         torch.compiler._is_compiling_flag = compiling
 
@@ -460,9 +463,33 @@ def _gradients(
     if not roots or not wanted:
         return [None] * len(wanted)
     if kind == "training":
-        return list(torch.autograd.grad(outputs[0], wanted, allow_unused=True))
-    seeds = [_cotangent(index, out) for index, out in roots]
-    return list(torch.autograd.grad([out for _, out in roots], wanted, seeds, allow_unused=True))
+        roots = roots[:1]
+    seeds = None if kind == "training" else [_cotangent(index, out) for index, out in roots]
+    heads = [out for _, out in roots]
+    nodes = _autograd_nodes(heads)
+    if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
+        return list(torch.autograd.grad(heads, wanted, seeds, allow_unused=True))
+    # A custom Function may run a backward of its own (reentrant checkpointing), whose gradients reach `.grad` and nothing else.
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    before = [(leaf, leaf.grad) for leaf in leaves if not any(leaf is tensor for tensor in wanted)]
+    try:
+        torch.autograd.backward(heads, seeds)
+        return [tensor.grad for tensor in wanted]
+    finally:
+        for leaf, grad in before:
+            leaf.grad = grad
+
+
+def _autograd_nodes(heads: Sequence[torch.Tensor]) -> list[Any]:
+    found: dict[Any, None] = {}
+    waiting: list[Any] = [head.grad_fn for head in heads]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found:
+            continue
+        found[node] = None
+        waiting.extend(following for following, _ in node.next_functions)
+    return list(found)
 
 
 def _cotangent(index: int, output: torch.Tensor) -> torch.Tensor:
@@ -493,12 +520,12 @@ def _reassigned(state: _State, held: Mapping[str, torch.Tensor]) -> dict[str, to
 
 def _is_written(leaf: torch.Tensor) -> bool:
     assert isinstance(leaf, FunctionalTensor)
-    return bool(torch._functionalize_has_data_mutation(leaf.elem))
+    return bool(torch._functionalize_has_data_mutation(leaf.elem))  # type: ignore[attr-defined]
 
 
 def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if isinstance(tensor, FunctionalTensor):
-        torch._sync(tensor)
+        torch._sync(tensor)  # type: ignore[no-untyped-call]
         return torch._from_functional_tensor(tensor.elem)
     return tensor
 

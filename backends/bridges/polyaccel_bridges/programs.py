@@ -123,27 +123,32 @@ def compile_program(module: GraphModule, inputs: Sequence[Node], outputs: Sequen
     """The part of `module`'s graph that `outputs` need, as a Program of `inputs` (any nodes: what comes before them is cut off)."""
     live = _needed(inputs, outputs)
     slots: dict[Node, int] = {node: index for index, node in enumerate(inputs)}
-    constants: list[np.ndarray[Any, Any]] = []
+    constants: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}  # by tensor: one that is used twice is kept once
     for node in module.graph.nodes:
         if node in live and node.op == "get_attr":
-            slots[node] = len(slots)
-            constants.append(constant_array(_attribute(module, str(node.target))))
-    last_use: dict[Node, Node] = {}
+            tensor = _attribute(module, str(node.target))
+            if id(tensor) not in constants:
+                constants[id(tensor)] = (len(inputs) + len(constants), constant_array(tensor))
+            slots[node] = constants[id(tensor)][0]
+    num_values = len(inputs) + len(constants)
+    last_use: dict[int, Node] = {}
     body = [node for node in module.graph.nodes if node in live and node.op == "call_function"]
     for node in body:
-        slots[node] = len(slots)
+        slots[node] = num_values
+        num_values += 1
         for used in node.all_input_nodes:
-            last_use[used] = node
-    kept = {node for node in outputs if node is not None}
+            last_use[slots[used]] = node
+    kept = {slots[node] for node in outputs if node is not None}
     instructions = []
     for node in body:
-        frees = tuple(slots[used] for used in node.all_input_nodes if last_use[used] is node and used not in kept)
+        ended = {slots[used] for used in node.all_input_nodes} - kept
+        frees = tuple(sorted(slot for slot in ended if last_use[slot] is node))
         instructions.append(_instruction(node, slots, frees))
     return Program(
         num_inputs=len(inputs),
-        constants=tuple(constants),
+        constants=tuple(array for _, array in constants.values()),
         instructions=tuple(instructions),
-        num_values=len(slots),
+        num_values=num_values,
         outputs=tuple(None if node is None else Slot(slots[node]) for node in outputs),
         output_specs=tuple(None if node is None else _tensor_spec(node) for node in outputs),
     )

@@ -26,7 +26,8 @@ Arrays = Mapping[str, jax.Array]
 
 def exact_dtypes() -> AbstractContextManager[None]:
     """While active, jax keeps 64-bit types. Enter it around `jax.jit`'s first call and every later one: it is part of the cache key."""
-    return jax.enable_x64(True)
+    context: AbstractContextManager[None] = jax.enable_x64(True)
+    return context
 
 
 @dataclass(frozen=True, slots=True)

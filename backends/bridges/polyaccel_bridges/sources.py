@@ -125,6 +125,8 @@ class SourceNotes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten._linalg_check_errors.default:
+            return None  # it raises by value; functionalization would order it by tokens, which no program here carries
         backward = torch._C._current_autograd_node()
         source = source_of(_running_frames(), self._paths)
         if backward is None:
