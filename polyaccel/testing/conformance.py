@@ -151,7 +151,8 @@ class Conformance:
     def forms(self) -> list[str]:
         """The forms of a step that the backend offers."""
         capabilities = load_backend(self.case.backend).capabilities
-        value = "backward_value" in capabilities.features or self.speaks_torch()
+        speaks_natively = getattr(self.case, "dialect", capabilities.dialect) == capabilities.dialect
+        value = ("backward_value" in capabilities.features and speaks_natively) or self.speaks_torch()
         return ["value", "function", "train_step"] if value else ["function", "train_step"]
 
     def speaks_torch(self) -> bool:

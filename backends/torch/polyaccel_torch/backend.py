@@ -24,7 +24,7 @@ class TorchBackend:
         dialect="torch",
         mesh_axes=frozenset({"replica", "data"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
-        accepts_bridges=False,
+        accepts_bridges=True,
         features=frozenset({"backward_value", "gradient_sync", "compile", "multi_process"}),
     )
 

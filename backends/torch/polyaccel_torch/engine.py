@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
@@ -100,13 +99,16 @@ class TorchEngine:
             self._originals[handle] = model
         return handle
 
-    def prepare_optimizer(self, optimizer: Optimizer, model: nn.Module | None) -> optimizers.PreparedOptimizer:
+    def prepare_optimizer(self, optimizer: Any, model: nn.Module | None) -> optimizers.PreparedOptimizer:
         """Steps with the accumulation window, under fp16 through the loss scaler, in fused kernels where torch has them.
 
+        An optimizer from a bridge has a `for_model(module or None)`, which makes it one of the model that it is prepared with.
         Raises PrepareError for parameters of a model that is not prepared.
         """
         if isinstance(optimizer, optimizers.PreparedOptimizer):
             return optimizer
+        if hasattr(optimizer, "for_model"):
+            optimizer = optimizer.for_model(None if model is None else self.unwrap(model))
         owners = list(self._handles)  # an optimizer may update several models, prepared in any order
         if owners:
             optimizers.check_parameters(optimizer, owners)
@@ -131,7 +133,8 @@ class TorchEngine:
         """This process's share of every global batch, on its device; on a GPU copied there two batches ahead."""
         refuse_prepared(loader)
         plan = self._bound
-        host = loader if isinstance(loader, loaders.TorchHostLoader) else loaders.TorchHostLoader(loader)
+        is_host_loader = hasattr(loader, "shard") and hasattr(loader, "loader")  # a bridge made it
+        host = loader if is_host_loader else loaders.TorchHostLoader(loader)
         batches = host.shard(
             DataSharding(
                 num_shards=plan.num_data_shards,
@@ -223,8 +226,13 @@ class TorchEngine:
                 self._scaler.unscale(prepared.optimizer)
         return parameters
 
-    def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any]:
-        """The calls of the other two forms in the same order, without what lies between them."""
+    def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any] | None:
+        """The calls of the other two forms in the same order, without what lies between them.
+
+        None for a script of another dialect, whose loss function takes no torch batches.
+        """
+        if spec.bridge is not None:
+            return None
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
         part = parallel.parallel_part(spec.model)
         max_norm, scale = spec.max_grad_norm, spec.scale
@@ -275,6 +283,11 @@ class TorchEngine:
         return optimizers.named_parameters(handle.optimizer, owners)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """What the engine was bound to."""
+        return self._bound
 
     @property
     def _bound(self) -> Plan:
