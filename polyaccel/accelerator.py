@@ -317,7 +317,8 @@ class Accelerator:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context in which torch operations outside a prepared model compute in the mixed precision."""
-        return self._engine.autocast()
+        bridge = self._prepared.bridge
+        return self._engine.autocast() if bridge is None else bridge.autocast(self._engine)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """Scale gradients so that their total norm is at most `max_norm`; returns the norm before, or None while accumulating.

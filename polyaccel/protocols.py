@@ -457,3 +457,7 @@ class Bridge(Protocol):
     def device(self, engine: Engine) -> Any:
         """What `accelerator.device` gives in a script of the source dialect."""
         ...
+
+    def autocast(self, engine: Engine) -> AbstractContextManager[Any]:
+        """Operations of the source dialect inside compute in the plan's precision."""
+        ...

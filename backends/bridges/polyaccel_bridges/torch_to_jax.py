@@ -93,6 +93,10 @@ class TorchToJax:
             return value
         return trees.map_leaves(self._lift_leaf, value)
 
+    def unwrap(self, value: Any) -> Any:
+        """The user's own module, whose parameters are current."""
+        return self.lift(value)
+
     def _lift_leaf(self, leaf: Any) -> Any:
         return lifted(self._recorder, leaf) if hasattr(leaf, "sharding") and hasattr(leaf, "dtype") else leaf
 
