@@ -26,11 +26,6 @@ def relu(self: jax.Array) -> jax.Array:
     return jnp.maximum(self, cast(0, self.dtype))
 
 
-@lowers(aten.relu6.default)
-def relu6(self: jax.Array) -> jax.Array:
-    return hardtanh(self, 0, 6)
-
-
 @lowers(aten.threshold.default)
 def threshold(self: jax.Array, threshold: Number, value: Number) -> jax.Array:
     return jnp.where(self <= cast(threshold, self.dtype), cast(value, self.dtype), self)
@@ -104,11 +99,6 @@ def celu(self: jax.Array, alpha: float = 1.0) -> jax.Array:
     return elu(self, alpha, 1.0, 1.0 / alpha)
 
 
-@lowers(aten.selu.default)
-def selu(self: jax.Array) -> jax.Array:
-    return elu(self, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946)
-
-
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _KAPPA = 0.044715
 
@@ -139,15 +129,6 @@ def silu(self: jax.Array) -> jax.Array:
     return _in_own_dtype(lambda x: x * lax.logistic(x), self)
 
 
-@lowers(aten.silu_backward.default)
-def silu_backward(grad_output: jax.Array, self: jax.Array) -> jax.Array:
-    def backward(g: jax.Array, x: jax.Array) -> jax.Array:
-        gate = lax.logistic(x)
-        return g * gate * (1 + x * (1 - gate))
-
-    return _in_own_dtype(backward, grad_output, self)
-
-
 def _softplus(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
 
@@ -155,15 +136,6 @@ def _softplus(x: jax.Array) -> jax.Array:
 @lowers(aten.mish.default)
 def mish(self: jax.Array) -> jax.Array:
     return _in_own_dtype(lambda x: x * jnp.tanh(_softplus(x)), self)
-
-
-@lowers(aten.mish_backward.default)
-def mish_backward(grad_output: jax.Array, self: jax.Array) -> jax.Array:
-    def backward(g: jax.Array, x: jax.Array) -> jax.Array:
-        gate = jnp.tanh(_softplus(x))
-        return g * (gate + x * lax.logistic(x) * (1 - gate * gate))
-
-    return _in_own_dtype(backward, grad_output, self)
 
 
 @lowers(aten.softplus.default)

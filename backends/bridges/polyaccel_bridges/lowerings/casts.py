@@ -30,9 +30,6 @@ def convert(x: jax.Array, dtype: DType) -> jax.Array:
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
     aten.clone.default,
-    aten.contiguous.default,
-    aten.resolve_conj.default,
-    aten.resolve_neg.default,
 )
 def same_value(self: jax.Array) -> jax.Array:
     return self
@@ -87,7 +84,7 @@ def polar(abs: jax.Array, angle: jax.Array) -> jax.Array:
     return make_complex(abs * jnp.cos(angle), abs * jnp.sin(angle))
 
 
-@lowers(aten._conj.default, aten._conj_copy.default, aten._conj_physical.default, aten.conj_physical.default)
+@lowers(aten._conj.default, aten._conj_copy.default, aten._conj_physical.default)
 def conj(self: jax.Array) -> jax.Array:
     return jnp.conj(self) if is_complex(self.dtype) else self
 
@@ -95,13 +92,3 @@ def conj(self: jax.Array) -> jax.Array:
 @lowers(aten._neg_view.default, aten._neg_view_copy.default)
 def neg_view(self: jax.Array) -> jax.Array:
     return -self
-
-
-@lowers(aten.real.default)
-def real(self: jax.Array) -> jax.Array:
-    return jnp.real(self) if is_complex(self.dtype) else self
-
-
-@lowers(aten.imag.default)
-def imag(self: jax.Array) -> jax.Array:
-    return jnp.imag(self)

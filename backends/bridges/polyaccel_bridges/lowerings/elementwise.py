@@ -112,11 +112,6 @@ def negative(self: jax.Array) -> jax.Array:
     return -self
 
 
-@lowers(aten.positive.default)
-def positive(self: jax.Array) -> jax.Array:
-    return self
-
-
 def _rounding(function: Callable[[jax.Array], Any], overload: OpOverload) -> None:
     def lowering(self: jax.Array) -> jax.Array:
         return self if is_integral(self.dtype) else function(self)
@@ -168,11 +163,6 @@ def signbit(self: jax.Array) -> jax.Array:
     return jnp.signbit(self) if is_float(self.dtype) else self < 0
 
 
-@lowers(aten.square.default)
-def square(self: jax.Array) -> jax.Array:
-    return pow_scalar(self, 2)
-
-
 @lowers(aten.isnan.default)
 def isnan(self: jax.Array) -> jax.Array:
     return self != self
@@ -188,7 +178,6 @@ def _classification(function: Callable[[jax.Array], Any], *overloads: OpOverload
 
 
 _classification(jnp.isinf, aten.isinf.default)
-_classification(jnp.isfinite, aten.isfinite.default)
 _classification(jnp.isposinf, aten.isposinf.default)
 _classification(jnp.isneginf, aten.isneginf.default)
 
@@ -256,7 +245,7 @@ def _floor_divide(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.where(b == 0, a / b, floored)
 
 
-@lowers(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode, aten.true_divide.Tensor)
+@lowers(aten.div.Tensor, aten.div.Scalar, aten.div.Tensor_mode, aten.div.Scalar_mode)
 def div(self: Operand, other: Operand, rounding_mode: str | None = None) -> jax.Array:
     if rounding_mode is None:
         return compute(jnp.true_divide, float_dtype(self, other), self, other)
@@ -409,13 +398,13 @@ def _extreme(function: Callable[[jax.Array, jax.Array], Any], *overloads: OpOver
     lowers(*overloads)(lowering)
 
 
-_extreme(jnp.maximum, aten.maximum.default, aten.max.other)
-_extreme(jnp.minimum, aten.minimum.default, aten.min.other)
+_extreme(jnp.maximum, aten.maximum.default)
+_extreme(jnp.minimum, aten.minimum.default)
 _extreme(jnp.fmax, aten.fmax.default)
 _extreme(jnp.fmin, aten.fmin.default)
 
 
-@lowers(aten.clamp.default, aten.clamp.Tensor, aten.clip.default, aten.clip.Tensor)
+@lowers(aten.clamp.default, aten.clamp.Tensor)
 def clamp(self: jax.Array, min: Operand | None = None, max: Operand | None = None) -> jax.Array:
     """NaN stays NaN; where min > max the result is max."""
     dtype = result_dtype(self, min, max)
@@ -544,21 +533,7 @@ def bitwise_not(self: jax.Array) -> jax.Array:
 # --- choosing ------------------------------------------------------------------------------------------------------------------
 
 
-@lowers(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+@lowers(aten.where.self)
 def where(condition: jax.Array, self: Operand, other: Operand) -> jax.Array:
     dtype = result_dtype(self, other)
     return jnp.where(cast(condition, BOOL), cast(self, dtype), cast(other, dtype))
-
-
-@lowers(aten.isclose.default)
-def isclose(
-    self: jax.Array, other: jax.Array, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False
-) -> jax.Array:
-    close = self == other
-    if equal_nan and not is_integral(self.dtype):
-        close |= (self != self) & (other != other)
-    if rtol == 0 and atol == 0:
-        return close
-    a, b = (cast(x, float_dtype(x)) for x in (self, other))
-    gap = jnp.abs(a - b)
-    return close | (jnp.isfinite(gap) & (gap <= atol + jnp.abs(rtol * b)))

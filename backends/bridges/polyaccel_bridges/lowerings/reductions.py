@@ -115,24 +115,9 @@ def var_dim(self: jax.Array, dim: Dims, unbiased: bool = True, keepdim: bool = F
     return var(self, dim, correction=int(unbiased), keepdim=keepdim)
 
 
-@lowers(aten.var.default)
-def var_all(self: jax.Array, unbiased: bool = True) -> jax.Array:
-    return var(self, None, correction=int(unbiased))
-
-
 @lowers(aten.std.correction)
 def std(self: jax.Array, dim: Dims = None, *, correction: Number | None = None, keepdim: bool = False) -> jax.Array:
     return jnp.sqrt(_var_mean(self, dim, correction, keepdim)[0]).astype(real_dtype(self.dtype))
-
-
-@lowers(aten.std.dim)
-def std_dim(self: jax.Array, dim: Dims, unbiased: bool = True, keepdim: bool = False) -> jax.Array:
-    return std(self, dim, correction=int(unbiased), keepdim=keepdim)
-
-
-@lowers(aten.std.default)
-def std_all(self: jax.Array, unbiased: bool = True) -> jax.Array:
-    return std(self, None, correction=int(unbiased))
 
 
 @lowers(aten.var_mean.correction)
@@ -314,16 +299,6 @@ def log_softmax(self: jax.Array, dim: int, half_to_float: bool) -> jax.Array:
         return jnp.zeros_like(self, dtype=dtype)
     shifted = values - jnp.max(values, axis=dim, keepdims=True, initial=-jnp.inf)
     return (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=dim, keepdims=True))).astype(dtype)
-
-
-@lowers(aten.softmax.int)
-def softmax_int(self: jax.Array, dim: int, dtype: DType | None = None) -> jax.Array:
-    return softmax(self if dtype is None else cast(self, dtype), dim, False)
-
-
-@lowers(aten.log_softmax.int)
-def log_softmax_int(self: jax.Array, dim: int, dtype: DType | None = None) -> jax.Array:
-    return log_softmax(self if dtype is None else cast(self, dtype), dim, False)
 
 
 @lowers(aten._safe_softmax.default)

@@ -40,16 +40,6 @@ def sort_stable(self: jax.Array, *, stable: bool | None, dim: int = -1, descendi
     return sort(self, dim, descending)
 
 
-@lowers(aten.argsort.default)
-def argsort(self: jax.Array, dim: int = -1, descending: bool = False) -> jax.Array:
-    return sort(self, dim, descending)[1]
-
-
-@lowers(aten.argsort.stable)
-def argsort_stable(self: jax.Array, *, stable: bool, dim: int = -1, descending: bool = False) -> jax.Array:
-    return sort(self, dim, descending)[1]
-
-
 @lowers(aten.topk.default)
 def topk(self: jax.Array, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Pair:
     if self.ndim == 0:

@@ -34,7 +34,6 @@ def wrapped_dims(dims: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]
     aten.view.default,
     aten.view_copy.default,
     aten._unsafe_view.default,
-    aten.reshape.default,
     aten._reshape_alias.default,
     aten._reshape_copy.default,
     aten._reshape_alias_copy.default,
@@ -44,21 +43,6 @@ def view(self: jax.Array, size: Sequence[int], stride: Sequence[int] | None = No
     if -1 in size:  # jnp cannot infer a length for an empty array
         size = [self.size // known if length == -1 else length for length in size]
     return jnp.reshape(self, tuple(size))
-
-
-@lowers(aten.flatten.using_ints)
-def flatten(self: jax.Array, start_dim: int = 0, end_dim: int = -1) -> jax.Array:
-    if self.ndim == 0:
-        return self.reshape(1)
-    start, end = wrapped(start_dim, self.ndim), wrapped(end_dim, self.ndim)
-    return self.reshape(*self.shape[:start], math.prod(self.shape[start : end + 1]), *self.shape[end + 1 :])
-
-
-@lowers(aten.unflatten.int)
-def unflatten(self: jax.Array, dim: int, sizes: Sequence[int]) -> jax.Array:
-    dim = wrapped(dim, self.ndim)
-    inner = view(jnp.zeros((self.shape[dim],), jnp.dtype(jnp.bool_)), sizes).shape
-    return self.reshape(*self.shape[:dim], *inner, *self.shape[dim + 1 :])
 
 
 @lowers(aten.permute.default, aten.permute_copy.default)
@@ -81,11 +65,6 @@ def expand(self: jax.Array, size: Sequence[int], *, implicit: bool = False) -> j
     lead = len(size) - self.ndim
     shape = [self.shape[i - lead] if length == -1 else length for i, length in enumerate(size)]
     return jnp.broadcast_to(self, shape)
-
-
-@lowers(aten.broadcast_to.default)
-def broadcast_to(self: jax.Array, size: Sequence[int]) -> jax.Array:
-    return expand(self, size)
 
 
 @lowers(aten.squeeze.default, aten.squeeze_copy.default)
@@ -127,7 +106,7 @@ def slice_dim(
     return lax.slice_in_dim(self, first, last, step, axis=dim)
 
 
-@lowers(aten.narrow_copy.default, aten.narrow.default)
+@lowers(aten.narrow_copy.default)
 def narrow(self: jax.Array, dim: int, start: int, length: int) -> jax.Array:
     dim = wrapped(dim, self.ndim)
     start = start + self.shape[dim] if start < 0 else start
@@ -233,7 +212,7 @@ def _without_legacy_empties(tensors: Sequence[jax.Array]) -> list[jax.Array]:
     return kept or list(tensors[:1])
 
 
-@lowers(aten.cat.default, aten.concat.default)
+@lowers(aten.cat.default)
 def cat(tensors: Sequence[jax.Array], dim: int = 0) -> jax.Array:
     dtype = result_dtype(*tensors)
     kept = _without_legacy_empties(tensors)
@@ -289,13 +268,6 @@ def repeat(self: jax.Array, repeats: Sequence[int]) -> jax.Array:
     return jnp.tile(self.reshape((1,) * (len(repeats) - self.ndim) + self.shape), tuple(repeats))
 
 
-@lowers(aten.repeat_interleave.self_int)
-def repeat_interleave(
-    self: jax.Array, repeats: int, dim: int | None = None, *, output_size: int | None = None
-) -> jax.Array:
-    return jnp.repeat(self.reshape(-1), repeats) if dim is None else jnp.repeat(self, repeats, axis=dim)
-
-
 def _triangle(shape: Sequence[int], diagonal: int) -> jax.Array:
     """True where column - row <= diagonal, made of two iotas that fuse into their reader."""
     rows, columns = shape[-2:]
@@ -329,7 +301,7 @@ def pixel_unshuffle(self: jax.Array, downscale_factor: int) -> jax.Array:
     return blocks.reshape(*lead, c * r**2, h // r, w // r)
 
 
-@lowers(aten.channel_shuffle.default, aten.native_channel_shuffle.default)
+@lowers(aten.channel_shuffle.default)
 def channel_shuffle(self: jax.Array, groups: int) -> jax.Array:
     n, c, *rest = self.shape
     return jnp.swapaxes(self.reshape(n, groups, c // groups, *rest), 1, 2).reshape(self.shape)
