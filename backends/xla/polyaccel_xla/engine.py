@@ -22,13 +22,14 @@ from torch_xla.core import xla_model as xm
 
 from polyaccel.config.resolve import user_cache_folder
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
-from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
+from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
 from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
 from polyaccel_xla import state
+from polyaccel_xla.batch_norm import correct_running_variance
 from polyaccel_xla.collectives import SpmdCollectives, join, leave
 from polyaccel_xla.spmd import Placement
 from polyaccel_xla.step import (
@@ -68,7 +69,8 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
     use_compilation_cache(config.compilation_cache)
     if not xr.is_spmd():
         xr.use_spmd()  # for the whole process; tensors that already live on one device are then repeated on all
-    num_processes = xr.process_count()
+    num_processes = xr.process_count()  # starts the runtime
+    _check_autograd_knows_the_devices()
     if rendezvous.num_processes not in (1, num_processes):
         raise LaunchError(
             f"the launcher started {rendezvous.num_processes} processes, but the {xr.device_type()} runtime of torch_xla connects"
@@ -81,6 +83,19 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
         )
     owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.port)
     return XlaEngine(owns_group=owns_group)
+
+
+def _check_autograd_knows_the_devices() -> None:
+    """torch's autograd counts devices once, at the first backward pass of a process, and fails for those that come later."""
+    probe = torch.zeros((), device=torch_xla.device(), requires_grad=True)
+    try:
+        probe.clone().backward()
+    except RuntimeError as error:
+        raise BackendUnavailableError(
+            "backend 'xla' was started after a backward pass on another device had already run in this process, and torch's"
+            " autograd accepts no new devices then",
+            "create the Accelerator before the first backward pass, or run that pass in another process",
+        ) from error
 
 
 def use_compilation_cache(setting: str) -> None:
@@ -123,7 +138,6 @@ class XlaEngine:
         )
         self.collectives = SpmdCollectives(self.topology.num_processes, self.flush)
         self._owns_group = owns_group
-        self._is_flushed = False
         self._updates: weakref.WeakKeyDictionary[PreparedOptimizer, Update] = weakref.WeakKeyDictionary()
         self._models: list[weakref.ref[torch.nn.Module]] = []  # in the order in which they were prepared
 
@@ -144,7 +158,6 @@ class XlaEngine:
     def flush(self) -> None:
         """Start all traced work as one graph; does not wait."""
         torch_xla.sync()
-        self._is_flushed = True
 
     def synchronize(self) -> None:
         """Start all traced work and return when the devices are done."""
@@ -181,6 +194,7 @@ class XlaEngine:
             add_autocast(model, bfloat16_autocast)
         else:
             remove_autocast(model)
+        correct_running_variance(model)
         watch_evaluation(model)
         self._models.append(weakref.ref(model))
         return model
@@ -223,9 +237,7 @@ class XlaEngine:
             return self._placement.batch(batch, is_short_allowed=not spec.even_batches, full_size=host.total_batch_size)
 
         def hand_out(host_batch: Any, placed: Any) -> Any:
-            if not self._is_flushed:  # what the script left behind must not become part of this batch's graph
-                self.flush()
-            self._is_flushed = False
+            self.flush()  # what the script left behind (a running mean) must not become part of this batch's graph
             return placed if spec.lift is None else spec.lift(host_batch, placed)
 
         return PreparedLoader(host, place=place, lift=hand_out, observer=_Boundary(self))

@@ -1,0 +1,69 @@
+"""Between hosts: host values travel over gloo. Two processes on this machine stand for two hosts; no device is needed for that."""
+
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from polyaccel import Accelerator
+
+WORKER = """
+import sys, numpy as np, torch
+from polyaccel_xla.collectives import SpmdCollectives, join, leave
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+assert join(rank, 2, "127.0.0.1", port)
+assert "torch_xla" not in sys.modules
+c = SpmdCollectives(2, lambda: None)
+assert c.all_gather(torch.tensor([[rank, 5]])).tolist() == [[0, 5], [1, 5]]
+assert c.all_gather(np.float32(rank)).tolist() == [0.0, 1.0]
+assert c.all_reduce(torch.tensor([1.0 + rank]), "mean").tolist() == [1.5]
+assert c.all_reduce(torch.tensor([1.0 + rank]), "sum").tolist() == [3.0]
+assert c.all_reduce(torch.tensor([1 + rank]), "max").tolist() == [2]
+assert c.broadcast(torch.tensor([rank]), 1).tolist() == [1]
+objects = c.all_gather_object({"rank": rank, "text": "x" * (1 + 100 * rank), "rows": np.arange(rank)})
+assert [o["rank"] for o in objects] == [0, 1] and len(objects[1]["text"]) == 101 and len(objects[0]["rows"]) == 0
+c.barrier("end")
+leave()
+print("done")
+"""
+
+
+def test_host_values_are_exchanged_between_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        out, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+        assert out.strip() == "done"
+
+
+def test_a_device_tensor_is_the_global_value_already():
+    accelerator = Accelerator(backend="xla")
+    collectives = accelerator._engine.collectives
+    x = torch.arange(8.0).to(accelerator.device)
+    assert collectives.all_gather(x) is x
+    for operation in ("sum", "mean", "max", "min"):
+        assert torch.equal(collectives.all_reduce(x, operation).cpu(), x.cpu())
+    assert collectives.all_gather(x.sum()).shape == (1,)
+    assert torch.equal(collectives.broadcast(x, 0).cpu(), x.cpu())
+
+
+def test_one_process_keeps_host_values():
+    collectives = Accelerator(backend="xla")._engine.collectives
+    array = np.arange(3)
+    assert collectives.all_gather(array) is array
+    assert collectives.all_reduce(torch.tensor([2.0]), "sum").tolist() == [2.0]
+    assert collectives.all_gather_object({"a": (1, b"x")}) == [{"a": (1, b"x")}]
+    collectives.barrier("test")
