@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import jax
@@ -34,23 +35,26 @@ class JaxCollectives:
 
     def all_gather(self, array: Any) -> jax.Array:
         """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,)."""
-        array = jnp.asarray(array)
-        if self._num_processes == 1:
-            return array.reshape(1) if array.ndim == 0 else array
-        stacked = self._apply("gather", _keep, array)
-        return stacked if array.ndim == 0 else stacked.reshape(-1, *array.shape[1:])
+        with _types_of(array):
+            array = jnp.asarray(array)
+            if self._num_processes == 1:
+                return array.reshape(1) if array.ndim == 0 else array
+            stacked = self._apply("gather", _keep, array)
+            return stacked if array.ndim == 0 else stacked.reshape(-1, *array.shape[1:])
 
     def all_reduce(self, array: Any, operation: Literal["sum", "mean", "max", "min"]) -> jax.Array:
         """Reduce elementwise over processes."""
-        array = jnp.asarray(array)
-        return jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
+        with _types_of(array):
+            array = jnp.asarray(array)
+            return jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
 
     def broadcast(self, array: Any, from_process: int) -> jax.Array:
         """The array of one process, on all of them."""
-        array = jnp.asarray(array)
-        if self._num_processes == 1:
-            return jnp.copy(array)
-        return self._apply(f"from {from_process}", lambda stacked: stacked[from_process], array)
+        with _types_of(array):
+            array = jnp.asarray(array)
+            if self._num_processes == 1:
+                return jnp.copy(array)
+            return self._apply(f"from {from_process}", lambda stacked: stacked[from_process], array)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Plain values and arrays of all processes, in process order."""
@@ -79,6 +83,12 @@ class JaxCollectives:
             everywhere = NamedSharding(self._mesh, PartitionSpec())
             jitted = self._functions[name] = jax.jit(function, out_shardings=everywhere)
         return jitted(stacked).addressable_data(0)
+
+
+def _types_of(array: Any) -> AbstractContextManager[Any]:
+    """64-bit types where the array has them: a torch script's int64 must not lose its upper half on the way."""
+    wide = getattr(array, "dtype", None) is not None and np.dtype(array.dtype).itemsize >= 8
+    return jax.enable_x64(True) if wide else nullcontext()
 
 
 def _keep(stacked: jax.Array) -> jax.Array:

@@ -31,8 +31,13 @@ class FlaxSource(Protocol):
         """A number that is another one whenever programs of this model must be made anew (mode, structure, trained names)."""
         ...
 
-    def rebuild(self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool) -> tuple[Any, Callable[[], Named]]:
-        """Traced: the module that user code sees, and a function that collects the buffers that it changed."""
+    def rebuild(
+        self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool, compute_dtype: Any
+    ) -> tuple[Any, Callable[[], Named]]:
+        """Traced: the module that user code sees, and a function that collects the buffers that it changed.
+
+        Called, the module takes float arrays in `compute_dtype` and gives them in float32: a loss is never computed narrow.
+        """
         ...
 
     @property
@@ -131,7 +136,7 @@ class FlaxCall:
     def arguments(self, modules: Sequence[Any], inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The user's arguments with these modules and arrays in their places."""
         places = {"model": modules, "input": inputs}
-        leaves = [value if kind == "static" else places[kind][value] for kind, value in self._slots]
+        leaves = [value[1] if kind == "static" else places[kind][value] for kind, value in self._slots]
         arguments: tuple[tuple[Any, ...], dict[str, Any]] = jax.tree.unflatten(self._treedef, leaves)
         return arguments
 
@@ -229,15 +234,19 @@ class FlaxProgram:
         self, params: Named, buffers: Named, key: jax.Array, inputs: Sequence[jax.Array]
     ) -> tuple[tuple[jax.Array | None, list[jax.Array]], Named]:
         call = self._call
-        params = {name: self._compute(value) for name, value in params.items()}
+        params = narrowed(params, self._compute_dtype)
         modules, collectors = [], []
         for index, (prefix, source) in enumerate(zip(self._prefixes, self._sources, strict=True)):
             module, collect = source.rebuild(
-                _without(prefix, params), _without(prefix, buffers), jax.random.fold_in(key, index), folds_keys=self._folds_keys
+                _without(prefix, params),
+                _without(prefix, buffers),
+                jax.random.fold_in(key, index),
+                folds_keys=self._folds_keys,
+                compute_dtype=self._compute_dtype,
             )
             modules.append(module)
             collectors.append(collect)
-        args, kwargs = call.arguments(modules, [self._compute(value) for value in inputs])
+        args, kwargs = call.arguments(modules, inputs)
         standing = {id(model): module for model, module in zip(call.models, modules, strict=True)}
         with _standing_for(standing):
             result = call.function(*args, **kwargs)
@@ -262,10 +271,6 @@ class FlaxProgram:
             for spec in self._specs
         ]
 
-    def _compute(self, value: jax.Array) -> jax.Array:
-        is_wide = value.dtype == jnp.float32 and self._compute_dtype != jnp.float32
-        return value.astype(self._compute_dtype) if is_wide else value
-
     def _result(self, value: Any, function: Any) -> jax.Array:
         try:
             array = jnp.asarray(value)
@@ -274,6 +279,21 @@ class FlaxProgram:
                 f"{_name(function)} returned a {type(value).__name__}: {value!r:.60}", "return arrays, numbers and containers of them"
             ) from None
         return jax.lax.stop_gradient(array.astype(_at_least_float32(array)))
+
+
+def narrowed(tree: Any, dtype: Any) -> Any:
+    """The tree with its float32 arrays in `dtype`."""
+    return jax.tree.map(lambda leaf: _cast(leaf, {jnp.dtype(jnp.float32)}, dtype), tree)
+
+
+def widened(tree: Any) -> Any:
+    """The tree with its bfloat16 and float16 arrays in float32."""
+    return jax.tree.map(lambda leaf: _cast(leaf, {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}, jnp.float32), tree)
+
+
+def _cast(leaf: Any, dtypes: set[Any], dtype: Any) -> Any:
+    is_meant = isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype in dtypes and leaf.dtype != dtype
+    return leaf.astype(dtype) if is_meant else leaf
 
 
 _NO_AUX: Any = object()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen, traverse_util
 from polyaccel.errors import PrepareError
 
-from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module
+from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 
 _PARAMS = "params"
 
@@ -59,9 +59,11 @@ class LinenSource:
         """Which mode and trained names programs are made for."""
         return self._token
 
-    def rebuild(self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool) -> tuple[Any, Callable[[], Named]]:
+    def rebuild(
+        self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool, compute_dtype: Any
+    ) -> tuple[Any, Callable[[], Named]]:
         """Traced: a bound module of these variables that has keys for every stream and may change every collection."""
-        bound = BoundLinen(self, {**params, **buffers}, key)
+        bound = BoundLinen(self, {**params, **buffers}, key, compute_dtype)
 
         def changed() -> Named:
             return {name: bound.values[name] for name in buffers if bound.values[name] is not buffers[name]}
@@ -81,11 +83,11 @@ class LinenSource:
 
     def apply(self, values: Named, key: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Named]:
         """Traced: the module's output, and the buffers that it changed."""
-        mutable = self._collections if self.is_training else []
+        # Written even in evaluation, where a module asked to update its statistics would otherwise raise, and then dropped.
         output, written = self.module.apply(
-            self.variables(values), *args, rngs={_PARAMS: key}, mutable=mutable or ["intermediates"], **kwargs
+            self.variables(values), *args, rngs={_PARAMS: key}, mutable=self._collections or ["intermediates"], **kwargs
         )
-        return output, self.names_of(written)
+        return output, self.names_of(written) if self.is_training else {}
 
     # -- optimizers ------------------------------------------------------------------------------------------------------
 
@@ -124,8 +126,9 @@ class BoundLinen:
     Every call draws other random numbers, and sees the variables that the calls before it changed.
     """
 
-    def __init__(self, source: LinenSource, values: Named, key: jax.Array) -> None:
+    def __init__(self, source: LinenSource, values: Named, key: jax.Array, compute_dtype: Any) -> None:
         self.values = values
+        self._compute_dtype = compute_dtype
         self._source = source
         self._key = key
         self._num_calls = 0
@@ -134,9 +137,10 @@ class BoundLinen:
         """`module.apply` with these variables; `method=` works as there."""
         key = jax.random.fold_in(self._key, self._num_calls)
         self._num_calls += 1
+        args, kwargs = narrowed((args, kwargs), self._compute_dtype)
         output, changed = self._source.apply(self.values, key, args, kwargs)
         self.values = {**self.values, **changed}
-        return output
+        return widened(output) if self._compute_dtype != jnp.float32 else output
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from types import MethodType
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from polyaccel.errors import PrepareError, UnsupportedError
 
-from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module
+from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 
 
 class NnxSource:
@@ -53,7 +54,9 @@ class NnxSource:
             self._absorb()
         return self._token
 
-    def rebuild(self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool) -> tuple[nnx.Module, Callable[[], Named]]:
+    def rebuild(
+        self, params: Named, buffers: Named, key: jax.Array, *, folds_keys: bool, compute_dtype: Any
+    ) -> tuple[nnx.Module, Callable[[], Named]]:
         """Traced: a module of these arrays. With several replicas each one's random keys are folded with its own `key`."""
         given = {**params, **buffers}
         if folds_keys:
@@ -75,7 +78,13 @@ class NnxSource:
                 )
             return {name: found[name] for name in buffers if found[name] is not given[name]}
 
-        return module, changed
+        if compute_dtype == jnp.float32:
+            return module, changed
+        for _, part in nnx.iter_modules(module):
+            # nnx promotes to the float32 of the running statistics; from there on the whole model would compute in float32.
+            if isinstance(part, nnx.BatchNorm) and part.dtype is None:
+                part.dtype = compute_dtype
+        return MixedPrecision(module, compute_dtype), changed
 
     # -- optimizers ------------------------------------------------------------------------------------------------------
 
@@ -165,6 +174,30 @@ class NnxSource:
 
     def _renew_token(self) -> None:
         self._token = self._tokens.setdefault((self._graph, self.trained), len(self._tokens))
+
+
+class MixedPrecision(nnx.Module):
+    """A module whose calls (and those of its methods) take float arrays in a narrow dtype and give them in float32."""
+
+    def __init__(self, inner: nnx.Module, dtype: Any) -> None:
+        self.inner = inner
+        self.dtype = dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of the inner module."""
+        return self._call(self.inner, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("inner", "dtype"):
+            raise AttributeError(name)
+        found = getattr(self.inner, name)
+        if isinstance(found, MethodType) and found.__self__ is self.inner:
+            return lambda *args, **kwargs: self._call(found, args, kwargs)
+        return found
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        args, kwargs = narrowed((args, kwargs), self.dtype)
+        return widened(function(*args, **kwargs))
 
 
 class PreparedNnx(Handle):

@@ -119,8 +119,9 @@ class PreparedOptax:
         """The user's own optimizer; an nnx.Optimizer gets the current state first."""
         optimizer = self._source.optimizer
         if isinstance(optimizer, nnx.Optimizer):
-            held = jax.tree.structure(nnx.as_pure(optimizer.opt_state))
-            nnx.update(optimizer.opt_state, jax.tree.unflatten(held, jax.tree.leaves(self.opt_state)))
+            structure = jax.tree.structure(nnx.as_pure(optimizer.opt_state))
+            current = jax.tree.unflatten(structure, jax.tree.leaves(self.opt_state))
+            nnx.update(optimizer.opt_state, nnx.state(current))
         return optimizer
 
 
