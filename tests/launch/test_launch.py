@@ -1,6 +1,7 @@
 """`polyaccel launch` as a user types it: real processes, honest exit codes."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def engines():
 
 @pytest.mark.parametrize("backend", engines())
 def test_every_collective_agrees_between_two_processes(backend):
-    done = launch("--backend", backend, "--num-processes", 2, "--cpu", HERE / "two_processes.py")
+    two_devices = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # per jax process
+    done = launch("--backend", backend, "--num-processes", 2, "--cpu", HERE / "two_processes.py", env=two_devices)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all collectives agree") == 1
 
@@ -46,10 +48,10 @@ def test_a_signal_reaches_the_processes(tmp_path):
     script.write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(60)\n"
     )
-    job = subprocess.Popen([*LAUNCH, "--backend", "torch", str(script)], stdout=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "ready\n"
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 3
+    with subprocess.Popen([*LAUNCH, "--backend", "torch", str(script)], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 3
 
 
 def test_settings_reach_the_script(tmp_path):
