@@ -18,7 +18,20 @@ def capture_decompositions() -> dict[Any, Callable[..., Any]]:
     table = dict(core_aten_decompositions())
     # Decomposed, its second result is not the log-sum-exp that the backward wants, and no fused kernel could serve it.
     table.pop(aten._scaled_dot_product_flash_attention_for_cpu.default, None)
+    table[getattr(aten.random, "from")] = (
+        _random_from  # fx writes overloads as Python attributes, and `from` is a keyword
+    )
     return table | _WIDE_NORMALIZATIONS
+
+
+def _random_from(
+    self: torch.Tensor, low: int, to: int | None = None, *, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    if to is None:  # every integer that the dtype holds exactly, counted from 0
+        to = int(2 / torch.finfo(self.dtype).eps) + 1 if self.dtype.is_floating_point else torch.iinfo(self.dtype).max
+    if generator is not None:
+        return torch.randint(low, to, self.shape, dtype=self.dtype, generator=generator)
+    return torch.randint(low, to, self.shape, dtype=self.dtype)
 
 
 # PyTorch's shape functions say that normalizing 16-bit inputs saves 16-bit statistics. Its kernels save 32 bits wherever

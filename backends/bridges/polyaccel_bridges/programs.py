@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from polyaccel.errors import UnsupportedError
 
@@ -75,12 +76,15 @@ class Program:
 
 
 def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
-    """Raise UnsupportedError naming every operation that `outputs` need and that has no lowering, with its module and line."""
+    """Raise UnsupportedError naming every operation that `outputs` need and that cannot be lowered, with its module and line."""
     missing: dict[str, list[str]] = {}
     live = _needed((), outputs)
     for node in graph.nodes:
-        if node in live and node.op == "call_function" and not _is_projection(node) and node.target not in LOWERINGS:
-            where = str(source_of_node(node))
+        if node in live and node.op == "call_function" and not _is_projection(node):
+            reason = _why_not_lowered(node)
+            if reason is None:
+                continue
+            where = f"{source_of_node(node)}{reason}"
             places = missing.setdefault(str(node.target), [])
             if where not in places:
                 places.append(where)
@@ -92,6 +96,18 @@ def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
             "write that part with other torch operations, register a lowering with polyaccel_bridges.lowerings.table.lowers, "
             "or use the torch backend",
         )
+
+
+def _why_not_lowered(node: Node) -> str | None:
+    """None: it can be. Otherwise what to add to its place: nothing where no lowering exists, or that lowering's own reason."""
+    lowering = LOWERINGS.get(node.target)  # type: ignore[call-overload]
+    if lowering is None:
+        return ""
+    if lowering.refuses is None:
+        return None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda used: used.meta.get("val"))
+    reason = lowering.refuses(*args, **kwargs)
+    return None if reason is None else f": {reason}"
 
 
 def _is_projection(node: Node) -> bool:

@@ -92,6 +92,17 @@ def _default_scale(query: jax.Array, scale: float | None) -> float:
     return 1 / float(np.sqrt(query.shape[-1])) if scale is None else scale
 
 
+def _repeated(x: jax.Array, query: jax.Array) -> jax.Array:
+    """Every key or value head once per query head that shares it (grouped-query attention)."""
+    return x if x.shape[1] == query.shape[1] else jnp.repeat(x, query.shape[1] // x.shape[1], axis=1)
+
+
+def _summed(grad: jax.Array, heads: int) -> jax.Array:
+    if grad.shape[1] == heads:
+        return grad
+    return grad.reshape(grad.shape[0], heads, grad.shape[1] // heads, *grad.shape[2:]).sum(2)
+
+
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def flash_attention(
     query: jax.Array,
@@ -104,6 +115,7 @@ def flash_attention(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     factor = _default_scale(query, scale)
+    key, value = _repeated(key, query), _repeated(value, query)
     length = query.shape[2]
     size = _block_size(length, key.shape[2])
     if size == length:
@@ -133,6 +145,8 @@ def flash_attention_backward(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     factor = _default_scale(query, scale)
+    kv_heads = key.shape[1]
+    key, value = _repeated(key, query), _repeated(value, query)
     length = query.shape[2]
     size = _block_size(length, key.shape[2])
     wide = jnp.promote_types(query.dtype, np.float32)
@@ -177,4 +191,5 @@ def flash_attention_backward(
         zeros = (jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide))
         (grad_key, grad_value), grad_blocks = lax.scan(step, zeros, parts)
         grad_query = _unblocked(grad_blocks)
+    grad_key, grad_value = _summed(grad_key, kv_heads), _summed(grad_value, kv_heads)
     return grad_query.astype(query.dtype), grad_key.astype(key.dtype), grad_value.astype(value.dtype)

@@ -115,12 +115,6 @@ def random_to(key: jax.Array, self: jax.Array, to: int) -> jax.Array:
     return _integers(key, self.shape, 0, to, self.dtype)
 
 
-@lowers(getattr(aten.random, "from"), is_random=True)
-def random_from(key: jax.Array, self: jax.Array, low: int, to: int | None) -> jax.Array:
-    top = _largest_random(self.dtype)
-    return _integers(key, self.shape, low, top + (top < 2**63 - 1) if to is None else to, self.dtype)
-
-
 @lowers(aten.randperm.default, is_random=True)
 def randperm(key: jax.Array, n: int, *, dtype: DType = _INT64) -> jax.Array:
     return jax.random.permutation(key, jnp.arange(n, dtype=dtype))
