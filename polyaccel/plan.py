@@ -42,13 +42,13 @@ def make_plan(
     can_compile: bool,
 ) -> Plan:
     """The plan of a config on these devices. Raises PlanError or UnsupportedError, naming the user's value and the way out."""
-    mesh = config.mesh.resolve(topology.num_devices)
-    for axis, size in mesh.sizes.items():
-        if size > 1 and axis not in mesh_axes:
+    for axis, size in config.mesh.sizes.items():
+        if size != 1 and axis not in mesh_axes:
             raise UnsupportedError(
                 f"mesh.{axis}={size} is not supported by backend {backend!r}, which shards over: {', '.join(sorted(mesh_axes))}",
                 f"leave mesh.{axis} at 1, or choose another backend",
             )
+    mesh = config.mesh.resolve(topology.num_devices)
     if config.mixed_precision not in mixed_precision:
         raise UnsupportedError(
             f"mixed_precision={config.mixed_precision!r} is not supported by backend {backend!r}",

@@ -25,7 +25,9 @@ class FlaxCase:
         return Linear(weight, bias)
 
     def optimizer(self, model, lr):
-        return nnx.Optimizer(model, optax.sgd(lr, momentum=0.0), wrt=nnx.Param)  # momentum: a state, by which it is told apart
+        return nnx.Optimizer(
+            model, optax.sgd(lr, momentum=0.0), wrt=nnx.Param
+        )  # momentum: a state, by which it is told apart
 
     def scheduler(self, optimizer, gamma):
         return None
