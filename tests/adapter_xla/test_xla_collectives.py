@@ -38,15 +38,20 @@ def test_host_values_are_exchanged_between_two_processes():
         subprocess.Popen(
             [sys.executable, "-c", WORKER, str(rank), str(port)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(2)
     ]
-    for worker in workers:
-        out, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
-        assert out.strip() == "done"
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output
+        assert output.strip().endswith("done")
 
 
 def test_a_device_tensor_is_the_global_value_already():

@@ -103,8 +103,9 @@ def test_a_backward_pass_before_the_runtime_is_refused_with_the_reason():
     assert "hint: create the Accelerator before the first backward pass" in result.stderr
 
 
-def test_a_compilation_cache_that_the_cpu_runtime_cannot_read_is_said_in_the_log(caplog, tmp_path):
+def test_a_compilation_cache_that_cannot_be_used_is_said_in_the_log(caplog, tmp_path):
     Accelerator(backend="xla", compilation_cache=str(tmp_path / "graphs"))
+    assert "compilation_cache=" in caplog.text
     assert "the CPU runtime cannot load them" in caplog.text
     assert not (tmp_path / "graphs").exists()
 

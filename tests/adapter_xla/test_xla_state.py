@@ -157,7 +157,7 @@ def test_an_optimizer_that_has_stepped_before_prepare_keeps_its_state():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_prepared_module_can_be_copied_pickled_and_prepared_again(precision):
-    accelerator, model, _, loader = trained(CNN, images, mixed_precision=precision)
+    _accelerator, model, _, loader = trained(CNN, images, mixed_precision=precision)
     model.eval()
     x = next(iter(loader))[0]
     with torch.no_grad():

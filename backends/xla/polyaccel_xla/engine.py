@@ -108,11 +108,8 @@ def use_compilation_cache(setting: str) -> None:
         return
     if xr.device_type() == "CPU" or is_initialized:
         if setting != "auto":
-            reason = (
-                "the graphs of this process are cached already"
-                if is_initialized
-                else "the CPU runtime cannot load them"
-            )
+            is_cpu = xr.device_type() == "CPU"
+            reason = "the CPU runtime cannot load them" if is_cpu else "graphs of this process are compiled already"
             _log.warning("compilation_cache=%r is not used: %s", setting, reason)
         return
     folder = user_cache_folder() / "xla" if setting == "auto" else Path(setting)

@@ -37,9 +37,11 @@ def compute_outputs_without_gradients(module: torch.nn.Module, arguments: Any, o
 
 
 def watch_evaluation(module: torch.nn.Module) -> None:
-    """Install `compute_outputs_without_gradients`, once."""
-    if compute_outputs_without_gradients not in module._forward_hooks.values():
-        module.register_forward_hook(compute_outputs_without_gradients)
+    """Install `compute_outputs_without_gradients` as the last hook: after the cast to float32, if there is one."""
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is compute_outputs_without_gradients:
+            del module._forward_hooks[key]
+    module.register_forward_hook(compute_outputs_without_gradients)
 
 
 class Update:
