@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+import jax
 import numpy as np
 import torch
 from polyaccel.errors import PrepareError
@@ -54,8 +55,8 @@ class Entry:
     """One recorded operation or model call after a certain sequence of others: a node of the trie."""
 
     __slots__ = (
-        "arguments", "children", "func", "is_eager", "model", "modes", "numbers", "parent", "position", "recipes", "same", "specs",
-        "structure", "token", "updates", "value",
+        "arguments", "children", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent", "position", "recipes",
+        "same", "specs", "structure", "token", "updates", "value", "writes",
     )  # fmt: skip
 
     def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None) -> None:
@@ -71,6 +72,8 @@ class Entry:
         self.specs: list[OutSpec] = []
         self.same: dict[int, int] = {}  # outputs that are operands themselves -> which
         self.updates: list[tuple[int, OutSpec]] = []  # operands whose metadata the operation changes
+        self.writes: tuple[int, ...] = ()  # operands that it writes to
+        self.gives_view = False
         self.value: Any = None  # what an operation without tensors in its result gives
         self.is_eager = False  # plain torch runs it
         self.children: dict[Key, Entry | Floats] = {}
@@ -449,13 +452,17 @@ class Recorder:
             try:
                 result = func(*args, **kwargs)
             except ValueDependent:
-                session.shadows = None
-                return self._add(session, self._by_value(entry, operands), key, numbers)
+                result = NOT_RECORDED
             except Exception:
                 session.shadows = None  # they may have been written to
                 raise
+        if result is NOT_RECORDED:
+            session.shadows = None
+            return self._add(session, self._by_value(entry, operands), key, numbers)
         structure, tensors = freeze_result(result)
-        is_written = any(fake._version != old[0] for fake, old in zip(fakes, before, strict=True))
+        entry.writes = tuple(i for i, (fake, old) in enumerate(zip(fakes, before, strict=True)) if fake._version != old[0])
+        entry.gives_view = any(tensor._is_view() for tensor in tensors)
+        is_written = bool(entry.writes)
         if not tensors and not is_written:
             entry.value = (result,)
         available = all(operand._cell is not None for operand in operands if isinstance(operand, DeviceTensor))
@@ -626,6 +633,10 @@ class Recorder:
     def backward(self, loss: DeviceTensor) -> None:
         """`loss.backward()`."""
         self.engine.backward(self.lower_loss(loss), scale=1.0)
+
+    def draw_key(self, draw: int) -> Any:
+        """The data of the random key of one draw."""
+        return jax.random.key_data(jax.random.fold_in(self.engine.current_key()[0], np.uint32(draw)))
 
     # -- once said -----------------------------------------------------------------------------------------------------------------
 

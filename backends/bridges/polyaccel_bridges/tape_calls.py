@@ -11,8 +11,6 @@ import torch
 from polyaccel.protocols import ArraySpec
 
 from .calls import TorchCall, handles
-from .fused import fused_program
-from .pieces import composed_program
 from .tensors import ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from .tape import Entry, Recorder, Session
 
 Place = tuple[int, int, int]  # (recording, position, output)
-_DRAW_SHIFT = 20  # every operation has 2**20 numbers of its own random draws, whatever else is captured with it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,9 +49,13 @@ class TapeRecipe:
         self.models = tuple(dict.fromkeys(model for part in parts for model in part.models))
         self.output_axes: tuple[int | None, ...] = ()
         self.consumed = frozenset() if loss is None else _ancestors(self.parts, loss)
+        self.spent = _spent(self.parts)
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
         """Capture the program: in one piece on one data shard, else model calls per shard and the rest on global values."""
+        from .fused import fused_program
+        from .pieces import composed_program
+
         is_whole = len(self.parts) == 1 and num_shards == 1 and self.recorder.num_processes == 1
         build = fused_program if is_whole else composed_program
         program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
@@ -82,7 +83,7 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
     for index, part in enumerate(parts):
         for entry in part.entries:
             leaves = operands_of(entry)
-            for operand in {*entry.same.values(), *(operand for operand, _ in entry.updates)}:
+            for operand in entry.writes:
                 found = leaves[operand]
                 if found[1] == "r":
                     writers.setdefault((index, found[2], found[3]), []).append((index, entry.position))
@@ -105,6 +106,19 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
                 waiting.append((place[0], place[1]))
                 waiting.extend(writers.get(place, ()))
     return frozenset(seen)
+
+
+def _spent(parts: Sequence[Part]) -> frozenset[tuple[int, int]]:
+    """Every operation on a value whose graph was freed: what it gives can be read, and never differentiated."""
+    found: set[tuple[int, int]] = set()
+    for index, part in enumerate(parts):
+        for entry in part.entries:
+            for leaf in operands_of(entry):
+                if (leaf[1] == "i" and leaf[5]) or (leaf[1] == "r" and (index, leaf[2]) in found):
+                    found.add((index, entry.position))
+                elif leaf[1] == "x" and part.externals[leaf[2]][:2] in found:
+                    found.add((index, entry.position))
+    return frozenset(found)
 
 
 # -- from live recordings to calls -----------------------------------------------------------------------------------------
@@ -146,7 +160,7 @@ class _Assembly:
             draw_input = None
             if one.draw != self.draw:
                 draw_input = len(self.inputs)
-                self._extend([recorder.draw_number(one.draw)], [None])
+                self._extend([recorder.draw_key(one.draw)], [None])
             key.append((one.entry, len(one.inputs), externals, tuple(buffers), draw_input, one.is_executed, len(one.models)))
             self.parts.append(
                 Part(
@@ -207,12 +221,14 @@ def value_call(recorder: Recorder, session: Session) -> TorchCall:
     tensors = [weakref.ref(tensor) for _, _, tensor in pending]
 
     def finish(loss: Any, outputs: list[Any]) -> None:
-        for ref, array, axis in zip(tensors, outputs, recipe.output_axes, strict=True):
+        for place, ref, array, axis in zip(wanted, tensors, outputs, recipe.output_axes, strict=True):
             tensor = ref()
             if tensor is not None:
                 tensor._cell = ArrayCell(recorder.engine, array, axis)
                 if not tensor._requires_grad:
                     tensor._ref = None
+                elif place[:2] in recipe.spent:
+                    tensor._ref, tensor._is_spent = None, True
 
     return _call(recorder, recipe, assembly, finish)
 
@@ -242,9 +258,8 @@ def loss_call(recorder: Recorder, loss: DeviceTensor) -> TorchCall:
                 continue
             if not tensor._requires_grad:
                 tensor._ref = None
-            elif place[:2] in recipe.consumed:
-                tensor._ref = None
-                tensor._is_spent = True
+            elif place[:2] in recipe.consumed or place[:2] in recipe.spent:
+                tensor._ref, tensor._is_spent = None, True
         session.is_executed = True
         return None
 
