@@ -5,6 +5,8 @@ The backward is that of FlashAttention (https://arxiv.org/abs/2205.14135): proba
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,9 +177,7 @@ def flash_attention_backward(
         grad_query, grad_key, grad_value = gradients(query, grad_out, lse, delta, attn_mask, 0)
     else:
 
-        def step(
-            sums: tuple[jax.Array, jax.Array], block: tuple[jax.Array, ...]
-        ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        def step(sums: tuple[jax.Array, jax.Array], block: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
             offset, queries, grads, lse, delta, mask = block
             one, two, three = gradients(queries, grads, lse, delta, mask, offset)
             return (sums[0] + two, sums[1] + three), one

@@ -54,7 +54,7 @@ def _cdist_backward(grad: jax.Array, x1: jax.Array, x2: jax.Array, p: float, cdi
     return _gradient(grad[..., None], difference, cdist[..., None], p).sum(-2)
 
 
-def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.triu_indices(count, 1)
 
 

@@ -27,7 +27,7 @@ def _per_index(
     num_bags: int,
     weights: jax.Array | None,
     padding_idx: int,
-    dtype: np.dtype,  # type: ignore[type-arg]
+    dtype: np.dtype,
 ) -> tuple[jax.Array, jax.Array]:
     """The factor of every looked-up row in its bag's sum, and the number of rows in every bag."""
     counted = indices != padding_idx if padding_idx >= 0 else jnp.ones(indices.shape, np.bool_)

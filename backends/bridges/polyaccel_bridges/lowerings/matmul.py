@@ -43,7 +43,7 @@ def mm(self: jax.Array, mat2: jax.Array) -> jax.Array:
 
 
 @lowers(aten.mm.dtype, aten.bmm.dtype)
-def mm_dtype(self: jax.Array, mat2: jax.Array, out_dtype: np.dtype) -> jax.Array:  # type: ignore[type-arg]
+def mm_dtype(self: jax.Array, mat2: jax.Array, out_dtype: np.dtype) -> jax.Array:
     return jnp.matmul(self, mat2, precision=precision_of(self), preferred_element_type=out_dtype)
 
 

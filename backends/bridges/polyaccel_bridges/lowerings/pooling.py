@@ -110,7 +110,7 @@ def _first_positions(windows: Sequence[_Windows]) -> np.ndarray[Any, np.dtype[np
 
 
 def _lowest(dtype: Any) -> Any:
-    return -np.inf if jnp.issubdtype(dtype, np.floating) else jnp.iinfo(dtype).min
+    return -np.inf if jnp.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
 
 
 def _max_pool(x: jax.Array, windows: Sequence[_Windows]) -> tuple[jax.Array, jax.Array]:
@@ -242,6 +242,7 @@ def _register_adaptive_avg(count: int, forward: Any, backward: Any) -> None:
     @lowers(backward)
     def adaptive_avg_pool_backward(grad_output: jax.Array, self: jax.Array) -> jax.Array:
         output_size = grad_output.shape[-count:]
+        grad: jax.Array
         (grad,) = jax.linear_transpose(lambda x: pool(x, output_size), self)(grad_output)
         return grad
 
@@ -290,6 +291,7 @@ def _register_sliding_avg(count: int, forward: Any, backward: Any) -> None:
         divisor_override: int | None,
     ) -> jax.Array:
         config = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        grad: jax.Array
         (grad,) = jax.linear_transpose(lambda x: pool(x, *config), self)(grad_output)
         return grad
 

@@ -27,9 +27,15 @@ def _normal(key: jax.Array, shape: Sequence[int], dtype: DType | None) -> jax.Ar
     return jax.random.normal(key, tuple(shape), np.float32 if dtype is None else dtype)
 
 
+def _smallest(dtype: DType) -> float:
+    """The smallest positive normal number; draws that torch keeps off 0 are at least this."""
+    return float(jnp.finfo(dtype).tiny)  # type: ignore[no-untyped-call]
+
+
 def _happens(key: jax.Array, p: Any, shape: Sequence[int]) -> jax.Array:
     """True with probability `p`, drawn in 32 bits whatever the dtype of `p`."""
-    return jax.random.uniform(key, tuple(shape), np.float32) < p
+    happens: jax.Array = jax.random.uniform(key, tuple(shape), np.float32) < p
+    return happens
 
 
 @lowers(aten.native_dropout.default, is_random=True)
@@ -100,8 +106,8 @@ def randint_like_low(key: jax.Array, self: jax.Array, low: int, high: int, *, dt
 def _largest_random(dtype: DType) -> int:
     """torch's upper bound of `random_()`: every integer that the dtype holds exactly, counted from 0."""
     if jnp.issubdtype(dtype, np.floating):
-        return int(2 ** (jnp.finfo(dtype).nmant + 1))
-    return 1 if dtype == np.bool_ else int(jnp.iinfo(dtype).max)
+        return int(2 ** (jnp.finfo(dtype).nmant + 1))  # type: ignore[no-untyped-call]
+    return 1 if dtype == np.bool_ else int(np.iinfo(dtype).max)
 
 
 @lowers(aten.random.default, is_random=True)
@@ -166,7 +172,7 @@ def uniform(key: jax.Array, self: jax.Array, low: float = 0.0, high: float = 1.0
 def exponential(key: jax.Array, self: jax.Array, lambd: float = 1.0) -> jax.Array:
     # Never 0, as torch promises: log and division follow (Gumbel noise).
     drawn = jax.random.exponential(key, self.shape, self.dtype)
-    return jnp.maximum(drawn, jnp.finfo(self.dtype).tiny) / jnp.asarray(lambd, self.dtype)
+    return jnp.maximum(drawn, _smallest(self.dtype)) / jnp.asarray(lambd, self.dtype)
 
 
 @lowers(aten.cauchy.default, is_random=True)
@@ -203,12 +209,13 @@ def multinomial(key: jax.Array, self: jax.Array, num_samples: int, replacement: 
 @lowers(aten._standard_gamma.default, is_random=True)
 def _standard_gamma(key: jax.Array, self: jax.Array) -> jax.Array:
     drawn = jax.random.gamma(key, self, self.shape, self.dtype)
-    return jnp.maximum(drawn, jnp.finfo(self.dtype).tiny)
+    return jnp.maximum(drawn, _smallest(self.dtype))
 
 
 @lowers(aten._standard_gamma_grad.default)
 def _standard_gamma_grad(self: jax.Array, output: jax.Array) -> jax.Array:
-    return jax.lax.random_gamma_grad(self, output)
+    gradient: jax.Array = jax.lax.random_gamma_grad(self, output)
+    return gradient
 
 
 @lowers(aten.rrelu_with_noise_functional.default, is_random=True)

@@ -19,7 +19,8 @@ Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def _triangle(x: Matrix) -> Matrix:
-    return np.maximum(1 - np.abs(x), 0)
+    weights: Matrix = np.maximum(1 - np.abs(x), 0)
+    return weights
 
 
 def _keys_cubic(x: Matrix) -> Matrix:
@@ -45,7 +46,8 @@ def _antialias_matrix(
     positions = np.arange(size)
     inside = (positions >= low[:, None]) & (positions < high[:, None])
     weights = kernel((positions - centers[:, None] + 0.5) / max(scale, 1.0)) * inside
-    return weights / weights.sum(1, keepdims=True)
+    normalized: Matrix = weights / weights.sum(1, keepdims=True)
+    return normalized
 
 
 def _register_antialiased(forward: Any, backward: Any, kernel: Callable[[Matrix], Matrix], width: int) -> None:
@@ -81,8 +83,9 @@ def _register_antialiased(forward: Any, backward: Any, kernel: Callable[[Matrix]
         scales_h: float | None = None,
         scales_w: float | None = None,
     ) -> jax.Array:
-        like = jax.ShapeDtypeStruct(tuple(input_size), grad_output.dtype)
+        like = jax.ShapeDtypeStruct(tuple(input_size), grad_output.dtype)  # type: ignore[no-untyped-call]
         factors = (scales_h, scales_w)
+        grad: jax.Array
         (grad,) = jax.linear_transpose(lambda x: resize(x, output_size, align_corners, factors), like)(grad_output)
         return grad
 
