@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+
 from polyaccel.errors import UnsupportedError
 
 from .exchange import to_numpy

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from polyaccel.errors import PrepareError, UnsupportedError
 from torch import nn
+
+from polyaccel.errors import PrepareError, UnsupportedError
 
 from .exchange import to_tensor
 from .flax_arrays import View, finish, host, is_key, place, to_torch
@@ -46,7 +47,7 @@ class HeldModel:
         self._num_changes = 0
         for key, value in buffers.items():
             if _fits_torch(value):
-                self.tensors[key] = to_tensor(host(value)).to(device)
+                self.tensors[key] = _owned(value, device)
             else:
                 self.beside[key] = _copy(value, runtime.device)
         self._views = {key: View(tensor) for key, tensor in self.tensors.items()}
@@ -72,7 +73,7 @@ class HeldModel:
 
     def assign(self, values: Mapping[str, Any]) -> None:
         """Replace parameters and buffers by arrays of the same shapes: copied, placed, cast to the dtype they have."""
-        known = {**self.tensors, **self.beside}
+        known: dict[str, Any] = {**self.tensors, **self.beside}
         for name, value in values.items():
             if name not in known:
                 raise PrepareError(f"the model has no parameter or buffer {name!r}", f"it has: {', '.join(known)}")
@@ -190,8 +191,13 @@ class _Copies(Mapping[str, jax.Array]):
 
 
 def _parameter(value: Any, device: torch.device) -> nn.Parameter:
-    tensor = to_tensor(host(value)).to(device)
+    tensor = _owned(value, device)
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
+
+
+def _owned(value: Any, device: torch.device) -> torch.Tensor:
+    # Copied into memory of torch's allocator: it is aligned as XLA wants it to be shared, numpy's often is not.
+    return to_tensor(host(value)).to(device, copy=True)
 
 
 def _fits_torch(value: Any) -> bool:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import torch
-from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
-from polyaccel_jax import dialect
 from torch import nn
 
-from .exchange import to_tensor
+from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
+from polyaccel_jax import dialect
+
+from .exchange import to_numpy, to_tensor
 from .flax_arrays import as_argument, fence, finish, host, is_key, place
 from .flax_modules import FlaxModule, HeldModel
 
 if TYPE_CHECKING:
     from .flax_programs import FlaxRuntime
 
-Slots = dict[nn.Parameter, dict[str, torch.Tensor]]
+Slots = defaultdict[torch.Tensor, Any]
 
 
 class LoweredOptimizer:
@@ -51,6 +53,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
         params = dict(zip(self.names, held.leaves(self.names), strict=True))
         fence(held.engine.engine.device)
         initial = finish(jax.jit(self.source.init)(params))
+        self._treedef: Any
         leaves, self._treedef = jax.tree.flatten(initial)
         # Copies: what is donated below must be nobody else's, neither torch's parameters nor the user's own state.
         self._leaves: list[jax.Array] = finish([jnp.copy(leaf) for leaf in place(leaves, held.engine.device)])
@@ -69,7 +72,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         tensors = self.held.tensors
-        grads = {name: as_argument(tensors[name].grad) for name in self.names if tensors[name].grad is not None}
+        grads = {name: as_argument(grad) for name in self.names if (grad := tensors[name].grad) is not None}
         if not grads:
             return loss
         fence(self.held.engine.engine.device)
@@ -117,12 +120,12 @@ class OptaxOptimizer(torch.optim.Optimizer):
     # -- the state, as torch has it --------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> Slots:  # type: ignore[override]
+    def state(self) -> Slots:
         """Copies of the state by parameter and slot. What belongs to no single parameter (a step count) is the first one's."""
-        slots: Slots = {}
+        slots: Slots = defaultdict(dict)
         for (name, slot), leaf in zip(self._paths, self._leaves, strict=True):
             value = to_tensor(host(jax.random.key_data(leaf) if is_key(leaf) else leaf))
-            slots.setdefault(self.held.tensors[name], {})[slot] = value  # type: ignore[index]
+            slots[self.held.tensors[name]][slot] = value
         return slots
 
     @state.setter
@@ -149,7 +152,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
             )
         leaves = []
         for where, old in zip(wanted, self._leaves, strict=True):
-            new = jnp.asarray(torch.as_tensor(given[where]).cpu().numpy())
+            new = jnp.asarray(to_numpy(torch.as_tensor(given[where]).cpu()))
             new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
             if new.shape != old.shape:
                 raise CheckpointError(
@@ -162,22 +165,17 @@ class OptaxOptimizer(torch.optim.Optimizer):
     def _name_slots(self) -> list[tuple[str, str]]:
         """Of every state leaf: the parameter that it belongs to, and what it is of it (`0/mu`)."""
         like_params = self.held.source.pack(dict(zip(self.names, self.names, strict=True)))
-        structure = jax.tree.structure(like_params)
-        found: list[tuple[str, str]] = []
-
-        def visit(path: Any, part: Any) -> None:
-            slot = jax.tree_util.keystr(path, simple=True, separator="/").replace(".", "/") or "state"
-            if jax.tree.structure(part) == structure:
-                found.extend((name, slot) for name in jax.tree.leaves(like_params))
-            else:
-                found.append((self.names[0], slot))
-
+        structure: Any = jax.tree.structure(like_params)
         state = jax.tree.unflatten(self._treedef, self._leaves)
         parts, _ = jax.tree_util.tree_flatten_with_path(
             state, is_leaf=lambda part: jax.tree.structure(part) == structure
         )
+        found: list[tuple[str, str]] = []
         for path, part in parts:
-            visit(path, part)
+            # No dots: the engine writes a slot behind its parameter's name and a dot.
+            slot = jax.tree_util.keystr(path, simple=True, separator="/").replace(".", "/") or "state"
+            owners = jax.tree.leaves(like_params) if jax.tree.structure(part) == structure else self.names[:1]
+            found.extend((name, slot) for name in owners)
         return found
 
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 import torch
-from polyaccel.protocols import ArraySpec, LossCall, ProgramCall
 from torch.autograd.function import once_differentiable
+
+from polyaccel.protocols import ArraySpec, LossCall, ProgramCall
 
 from .flax_arrays import fence, finish, is_key, jax_device, place, to_torch
 from .flax_modules import HeldModel

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch import nn
+
 from polyaccel import trees
 from polyaccel.data import DataSharding, refuse_prepared
 from polyaccel.dialects import Role
@@ -15,7 +17,6 @@ from polyaccel.protocols import Engine, LossCall
 from polyaccel_jax import dialect
 from polyaccel_jax.dialect.functional import Handle
 from polyaccel_jax.dialect.loaders import HostIterable
-from torch import nn
 
 from .exchange import to_tensor
 from .flax_arrays import host, is_key, place, to_jax, to_torch
