@@ -302,9 +302,9 @@ class ProgramCall(Protocol):
 
     models: tuple[ProgramModel, ...]
     inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays
-    input_axes: Sequence[
-        int | None
-    ]  # per input: the dim cut over data shards; None: one value, the same on every shard
+    # Per input the dim cut over data shards, None: one value, the same on every shard. For all of them None: dim 0 of the inputs
+    # whose dim 0 is the batch size, which is that of the first input with a dim.
+    input_axes: Sequence[int | None] | None
     signature: Hashable  # equal signatures and equal input specs share one compiled program
     wants_64bit: bool  # trace and call it with jax's 64-bit types on, so that int64 stays exact
     draw: int | None  # the random counter to use (what `current_key` gave earlier); None: the next one

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen, nnx
-from polyaccel_jax.backend import JaxBackend
-from polyaccel_jax.engine import JaxEngine
 
 from polyaccel.accumulation import GradientState
 from polyaccel.config import resolve
 from polyaccel.launch.rendezvous import Rendezvous
 from polyaccel.plan import make_plan
 from polyaccel.protocols import LossCall, StepSpec
+from polyaccel_jax.backend import JaxBackend
+from polyaccel_jax.engine import JaxEngine
 
 
 def open_engine(num_devices=1, *, seed=0, rendezvous=None, **settings):

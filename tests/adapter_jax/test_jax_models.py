@@ -213,7 +213,9 @@ def test_a_linen_module_trains_like_a_loop_by_hand_without_dropout():
     @jax.jit
     def by_hand(params, statistics, state, batch):
         def loss_fn(params):
-            logits, new = module.apply({"params": params, "batch_stats": statistics}, batch["x"], mutable=["batch_stats"])
+            logits, new = module.apply(
+                {"params": params, "batch_stats": statistics}, batch["x"], mutable=["batch_stats"]
+            )
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
             return loss, new["batch_stats"]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from polyaccel import wire
 from polyaccel.topology import Topology
 
@@ -46,7 +47,9 @@ class JaxCollectives:
         """Reduce elementwise over processes."""
         with _types_of(array):
             array = jnp.asarray(array)
-            return jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
+            return (
+                jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
+            )
 
     def broadcast(self, array: Any, from_process: int) -> jax.Array:
         """The array of one process, on all of them."""

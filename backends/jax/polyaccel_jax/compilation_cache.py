@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+
 from polyaccel.config.resolve import user_cache_folder
 
 # Everything is kept: small programs are what a training script has most of. A user's own setting of any of these wins.
@@ -19,7 +20,7 @@ def enable(setting: str) -> Path | None:
     """
     if setting == "off":
         return None
-    given = jax.config.jax_compilation_cache_dir
+    given: str | None = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 - jax declares its settings at run time
     if given:
         return Path(given)
     folder = user_cache_folder() / "jax" if setting == "auto" else Path(setting).expanduser()

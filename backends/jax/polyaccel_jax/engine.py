@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jax import lax
+
 from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.protocols import Collectives, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
 from polyaccel.topology import Topology
-
 from polyaccel_jax import compilation_cache, dialect, state
 from polyaccel_jax.collectives import JaxCollectives
 from polyaccel_jax.fused import FusedStep
@@ -60,7 +60,7 @@ class JaxEngine:
         )
         self.device: jax.Device = local[0]
         self._local_devices = local
-        self.collectives = JaxCollectives(self._devices, self.topology)
+        self.collectives: Collectives = JaxCollectives(self._devices, self.topology)
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.num_compiles = 0
         self.scaler: ScalerState | None = None
@@ -291,7 +291,7 @@ def _join(rendezvous: Rendezvous) -> None:
             initialization_timeout=_JOIN_TIMEOUT_S,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         )
-    except Exception as error:  # noqa: BLE001 - the client raises XlaRuntimeError, ValueError and RuntimeError alike
+    except Exception as error:
         raise LaunchError(
             f"process {rendezvous.process_index} of {rendezvous.num_processes} could not join the job at {address}: {error}",
             "check that process 0 runs and that its port can be reached from here; create the Accelerator before using jax",

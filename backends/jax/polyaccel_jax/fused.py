@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from polyaccel.protocols import LossCall, ProgramCall, StepSpec
 
+from polyaccel.protocols import LossCall, ProgramCall, StepSpec
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import specs_of
 from polyaccel_jax.precision import all_finite
@@ -58,7 +58,9 @@ class FusedStep:
         call = self.engine.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}))
         program = self._program(call, sync)
         result = self._run(call, program, sync)
-        if all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves):  # else some leaves are static parts of the call
+        if all(
+            isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves
+        ):  # else some leaves are static parts of the call
             self._known[key] = (call, program)
         return result
 
@@ -78,7 +80,7 @@ class FusedStep:
         if not sync or not self._is_lone:
             return None
         with self.engine.dtypes(call.wants_64bit):
-            call.inputs = self.engine.place(call.inputs)
+            call.inputs = self.engine.mesh.place(call.inputs, call.input_axes)
             specs = specs_of(call.inputs)
             key = (call.signature, specs, self.optimizer.source.signature())
             if key in self._programs:
@@ -93,12 +95,20 @@ class FusedStep:
             return fused
 
     def _function(self, work: Work) -> Callable[..., Any]:
-        engine, optimizer, model = self.engine, self.optimizer, self.model
+        optimizer, model = self.optimizer, self.model
         max_norm, scale = self.spec.max_grad_norm, self.spec.scale
         prefix = f"{model.name}."
 
         def step(
-            owned: Any, frozen: Any, others: Any, buffers: Any, base: Any, counter: Any, inputs: Any, hyper: Any, scaler: Any
+            owned: Any,
+            frozen: Any,
+            others: Any,
+            buffers: Any,
+            base: Any,
+            counter: Any,
+            inputs: Any,
+            hyper: Any,
+            scaler: Any,
         ) -> Any:
             mine = {**frozen, **dict(zip(optimizer.names, owned[0], strict=True))}
             rest = iter(others)
@@ -139,7 +149,9 @@ class _Fused:
         self._is_whole = optimizer.covers_model
         self._hyperparameters = optimizer.hyperparameters
         self._others = tuple(model for model in work.models if model is not optimizer.model)
-        self._idle: tuple[jax.Array, jax.Array] | None = None  # any key and counter, once the program is known not to draw
+        self._idle: tuple[jax.Array, jax.Array] | None = (
+            None  # any key and counter, once the program is known not to draw
+        )
 
     def run(self, call: ProgramCall) -> Any:
         """The step on the call's inputs."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ModelSource, OptimizerSource
 
@@ -144,7 +145,8 @@ class JaxOptimizer:
         params = {name: model.params[name] for name in self.names}
         with engine.dtypes(model.wants_64bit):
             state = jax.jit(source.init, out_shardings=engine.mesh.replicated)(params)
-        leaves, self.treedef = jax.tree.flatten(state)
+        self.treedef: Any = jax.tree.structure(state)
+        leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self._hyper: tuple[list[Any], Any, Any] | None = None
 
@@ -158,7 +160,8 @@ class JaxOptimizer:
         leaves, treedef = jax.tree.flatten(value)
         if treedef != self.treedef:
             raise PrepareError(
-                "the optimizer state has another structure than this optimizer's", "load the state of an equal optimizer"
+                "the optimizer state has another structure than this optimizer's",
+                "load the state of an equal optimizer",
             )
         with self.engine.dtypes(self.model.wants_64bit):
             cast = [_cast(leaf, old) for leaf, old in zip(leaves, self.leaves, strict=True)]
@@ -221,5 +224,3 @@ def _cast(value: Any, like: jax.Array) -> Any:
     if jax.dtypes.issubdtype(like.dtype, jax.dtypes.prng_key):
         return value
     return value.astype(like.dtype) if isinstance(value, jax.Array) else np.asarray(value).astype(like.dtype)
-
-

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
 from polyaccel.errors import PlanError, PrepareError
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ def batch_size_of(shapes: Sequence[tuple[int, ...]]) -> int | None:
     return next((shape[0] for shape in shapes if shape), None)
 
 
-def carries_batch(shape: tuple[int, ...], batch_size: int | None) -> bool:
-    """Whether an input of this shape is cut over data shards; all others are the same on every shard."""
-    return bool(shape) and shape[0] == batch_size
+def axes_of(shapes: Sequence[tuple[int, ...]]) -> list[int | None]:
+    """Per input the dim that is cut over data shards, where nobody says it: dim 0 of those that carry the batch size there."""
+    batch_size = batch_size_of(shapes)
+    return [0 if shape and shape[0] == batch_size else None for shape in shapes]
 
 
 class DeviceMesh:
@@ -63,19 +65,20 @@ class DeviceMesh:
 
     def replicate(self, values: Sequence[Any]) -> list[jax.Array]:
         """Copies of host or device arrays, equal on all processes, on every device."""
-        # A transfer may hand out the same buffer again; what is donated later must be nobody else's.
-        values = [jnp.copy(value) if isinstance(value, jax.Array) else value for value in values]
+        # A transfer may hand out the same buffer again, and reads host memory later; what is donated must be nobody else's.
+        values = [jnp.copy(value) if isinstance(value, jax.Array) else np.array(value) for value in values]
         if self.num_processes == 1:
             shardings = [self.replicated] * len(values)
             return list(jax.device_put(list(values), shardings, may_alias=False))
         return [_from_host(value, self.replicated) for value in values]
 
-    def place(self, leaves: Sequence[Any]) -> list[jax.Array]:
+    def place(self, leaves: Sequence[Any], axes: Sequence[int | None] | None = None) -> list[jax.Array]:
         """This process's part of a batch as global arrays; the transfer runs on while the caller goes on.
 
-        Leaves whose dim 0 is the batch size (that of the first leaf with a dim) are cut over the data shards, all others are
-        replicated. Arrays that already lie on the mesh stay as they are. A batch that does not divide over the shards is
-        replicated in a job of one process, which serves evaluation; steps with gradients refuse it.
+        `axes`: per leaf the dim that is cut over the data shards (None: replicated); by default dim 0 of the leaves that have
+        the batch size there, which is that of the first leaf with a dim. Arrays that already lie on the mesh stay as they
+        are. A batch that does not divide over the shards is replicated in a job of one process, which serves evaluation;
+        steps with gradients refuse it.
         """
         waiting = [index for index, leaf in enumerate(leaves) if not self.is_placed(leaf)]
         placed = list(leaves)
@@ -83,30 +86,37 @@ class DeviceMesh:
             return placed
         shapes = [tuple(np.shape(leaf)) for leaf in leaves]
         if self.num_processes > 1:
-            batch_size = batch_size_of([shapes[index] for index in waiting])
+            known = axes is not None
+            if axes is None:  # what is placed already has global shapes, and says nothing about this process's batch
+                local = iter(axes_of([shapes[index] for index in waiting]))
+                axes = [next(local) if index in waiting else None for index in range(len(leaves))]
+            batch_size = next((shapes[index][axes[index] or 0] for index in waiting if axes[index] is not None), None)
             for index in waiting:
-                placed[index] = self._from_this_process(leaves[index], shapes[index], batch_size)
+                axis = axes[index]
+                if axis is None and not known:
+                    self._refuse_ambiguous(shapes[index], batch_size)
+                placed[index] = self._from_this_process(leaves[index], shapes[index], axis)
             return placed
-        batch_size = batch_size_of(shapes)
-        divides = batch_size is not None and batch_size % self.num_shards == 0
-        shardings = [
-            self.batch if divides and carries_batch(shapes[index], batch_size) else self.replicated for index in waiting
-        ]
-        # Loaders reuse their memory (pinned rings, shared memory): an aliased batch would change under the step.
-        arrays = jax.device_put([leaves[index] for index in waiting], shardings, may_alias=False)
+        axes = axes_of(shapes) if axes is None else axes
+        shardings = [self._sharding(shapes[index], axes[index]) for index in waiting]
+        # Loaders reuse their memory (rings, shared memory), and a transfer reads it later or never copies it: without a copy the
+        # batch would change under the step.
+        arrays = jax.device_put([_snapshot(leaves[index]) for index in waiting], shardings)
         for index, array in zip(waiting, arrays, strict=True):
             placed[index] = array
         return placed
+
+    def _sharding(self, shape: tuple[int, ...], axis: int | None) -> Sharding:
+        if self.is_single_device or axis is None or shape[axis] % self.num_shards:
+            return self.replicated
+        return self.batch if axis == 0 else self.cut(axis)
 
     def are_placed(self, leaves: Sequence[Any]) -> bool:
         """Whether all leaves are arrays that already lie on this mesh."""
         if self.is_single_device:
             kind = self._array_type
-            for leaf in leaves:
-                if type(leaf) is not kind:
-                    return False
-            return True
-        return all([self.is_placed(leaf) for leaf in leaves])
+            return all([type(leaf) is kind for leaf in leaves])  # noqa: C419 - half the time of a generator
+        return all(self.is_placed(leaf) for leaf in leaves)
 
     def is_placed(self, leaf: Any) -> bool:
         """Whether a leaf is an array that already lies on this mesh."""
@@ -117,18 +127,20 @@ class DeviceMesh:
         sharding = leaf.sharding
         return isinstance(sharding, NamedSharding) and sharding.mesh == self.mesh
 
-    def _from_this_process(self, leaf: Any, shape: tuple[int, ...], batch_size: int | None) -> jax.Array:
-        if not carries_batch(shape, batch_size):
-            if shape and batch_size is not None and shape[0] == batch_size * self.num_processes:
-                raise PrepareError(
-                    f"an array of shape {shape} beside a batch of {batch_size} samples per process could be the whole batch of"
-                    f" all {self.num_processes} processes or no batch at all",
-                    "give every process its own samples, or add a leading dim of 1 to what is no batch",
-                )
+    def _from_this_process(self, leaf: Any, shape: tuple[int, ...], axis: int | None) -> jax.Array:
+        if axis is None:
             return _from_host(leaf, self.replicated)
-        self.check_divides(shape[0], self.num_local_shards)
-        local = np.asarray(leaf)
-        return jax.make_array_from_process_local_data(self.batch, local, (shape[0] * self.num_processes, *shape[1:]))
+        self.check_divides(shape[axis], self.num_local_shards)
+        whole = tuple(size * self.num_processes if dim == axis else size for dim, size in enumerate(shape))
+        return jax.make_array_from_process_local_data(self.cut(axis), np.array(leaf), whole)
+
+    def _refuse_ambiguous(self, shape: tuple[int, ...], batch_size: int | None) -> None:
+        if shape and batch_size is not None and shape[0] == batch_size * self.num_processes:
+            raise PrepareError(
+                f"an array of shape {shape} beside a batch of {batch_size} samples per process could be the whole batch of"
+                f" all {self.num_processes} processes or no batch at all",
+                "give every process its own samples, or add a leading dim of 1 to what is no batch",
+            )
 
     def check_divides(self, batch_size: int, num_shards: int) -> None:
         """Raises PlanError when a batch cannot be cut into equal parts."""
@@ -164,6 +176,10 @@ class DeviceMesh:
             return np.asarray(array)
         axis = _cut_axis(array)
         return np.concatenate([np.asarray(piece.data) for piece in _distinct_pieces(array, axis)], axis)
+
+
+def _snapshot(leaf: Any) -> Any:
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
 def _from_host(value: Any, sharding: Sharding) -> jax.Array:

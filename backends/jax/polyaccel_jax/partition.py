@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
-from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 
-from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, batch_size_of, carries_batch
+from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
+from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
 
 Specs = tuple[ArraySpec, ...]
 
@@ -28,32 +28,40 @@ class Layout:
 
     specs: Specs  # global
     num_replicas: int
-    cut: tuple[bool, ...]  # per input: whether its dim 0 is cut over the data shards
+    axes: tuple[int | None, ...]  # per input: the dim that is cut over the data shards
 
     @property
     def replica_specs(self) -> Specs:
         """What one replica sees."""
-        return tuple(
-            ArraySpec((spec.shape[0] // self.num_replicas, *spec.shape[1:]), spec.dtype) if cut else spec
-            for spec, cut in zip(self.specs, self.cut, strict=True)
-        )
+        return tuple(self._part(spec, axis) for spec, axis in zip(self.specs, self.axes, strict=True))
+
+    def _part(self, spec: ArraySpec, axis: int | None) -> ArraySpec:
+        if axis is None:
+            return spec
+        shape = list(spec.shape)
+        shape[axis] //= self.num_replicas
+        return ArraySpec(tuple(shape), spec.dtype)
 
 
-def layout_of(mesh: DeviceMesh, partitioning: str, specs: Specs, *, with_grads: bool) -> Layout:
-    """The layout of inputs with these global specs.
+def layout_of(
+    mesh: DeviceMesh, partitioning: str, specs: Specs, axes: Sequence[int | None] | None, *, with_grads: bool
+) -> Layout:
+    """The layout of inputs with these global specs, cut along `axes` (None: as `axes_of` says).
 
     Raises PlanError for a training batch that does not divide over the data shards; without gradients such a batch is
     computed as a whole on every device.
     """
-    batch_size = batch_size_of([spec.shape for spec in specs])
-    if mesh.num_shards == 1 or batch_size is None:
-        return Layout(specs, 1, (False,) * len(specs))
-    if with_grads:
-        mesh.check_divides(batch_size, mesh.num_shards)
-    elif batch_size % mesh.num_shards:
-        return Layout(specs, 1, (False,) * len(specs))
-    cut = tuple(carries_batch(spec.shape, batch_size) for spec in specs)
-    return Layout(specs, mesh.num_shards if partitioning == "pmap" else 1, cut)
+    whole = Layout(specs, 1, (None,) * len(specs))
+    if mesh.num_shards == 1:
+        return whole
+    axes = axes_of([spec.shape for spec in specs]) if axes is None else axes
+    sizes = [spec.shape[axis] for spec, axis in zip(specs, axes, strict=True) if axis is not None]
+    for size in sizes:
+        if with_grads:
+            mesh.check_divides(size, mesh.num_shards)
+        elif size % mesh.num_shards:
+            return whole
+    return Layout(specs, mesh.num_shards if partitioning == "pmap" and sizes else 1, tuple(axes))
 
 
 def build(mesh: DeviceMesh, layout: Layout, call: ProgramCall, *, with_grads: bool) -> Program:
@@ -79,8 +87,8 @@ def run(
     if layout.num_replicas > 1 and not is_global:
         return _run_replicas(mesh, layout, program, params, buffers, key, inputs, loss_scale)
     inputs = [
-        _lay(mesh, value, 0 if cut else None) if not mesh.is_single_device else value
-        for value, cut in zip(inputs, layout.cut, strict=True)
+        _lay(mesh, value, axis) if not mesh.is_single_device else value
+        for value, axis in zip(inputs, layout.axes, strict=True)
     ]
     result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
@@ -122,8 +130,13 @@ def _run_replicas(
     loss, outputs, grads, new_buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,
-        in_specs=(mesh.spec(None),) * 3 + ([mesh.spec(0 if cut else None) for cut in layout.cut], mesh.spec(None)),
-        out_specs=(mesh.spec(None), [mesh.spec(axis) for axis in program.output_axes], mesh.spec(None), mesh.spec(None)),
+        in_specs=(mesh.spec(None),) * 3 + ([mesh.spec(axis) for axis in layout.axes], mesh.spec(None)),
+        out_specs=(
+            mesh.spec(None),
+            [mesh.spec(axis) for axis in program.output_axes],
+            mesh.spec(None),
+            mesh.spec(None),
+        ),
         check_vma=False,  # replicas differentiate on their own; the averaging above is all there is between them
     )(params, buffers, key, list(inputs), loss_scale)
     return ProgramResult(loss, outputs, grads, new_buffers)
@@ -160,14 +173,16 @@ def _shard_call(mesh: DeviceMesh, num_replicas: int) -> Callable[..., Callable[.
     def shard_call(
         function: Callable[..., tuple[jax.Array, ...]],
         in_axes: Sequence[int | None],
-        out_axes: Sequence[int | None | str],
+        out_axes: Sequence[int | str | None],
     ) -> Callable[..., tuple[jax.Array, ...]]:
         if num_replicas == 1:
             return lambda *arrays: function(jnp.int32(0), *arrays)
 
         def replica(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             index = lax.axis_index(DATA_AXES)
-            return tuple(_joined(value, axis, index) for value, axis in zip(function(index, *arrays), out_axes, strict=True))
+            return tuple(
+                _joined(value, axis, index) for value, axis in zip(function(index, *arrays), out_axes, strict=True)
+            )
 
         return jax.shard_map(
             replica,
@@ -180,7 +195,7 @@ def _shard_call(mesh: DeviceMesh, num_replicas: int) -> Callable[..., Callable[.
     return shard_call
 
 
-def _joined(value: jax.Array, axis: int | None | str, index: jax.Array) -> jax.Array:
+def _joined(value: jax.Array, axis: int | str | None, index: jax.Array) -> jax.Array:
     if axis == "mean":
         return lax.pmean(value, DATA_AXES)
     if axis == "sum":

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from polyaccel.precision import LossScaling
 
 ScalerState = tuple[Any, Any]  # (scale: float32, good steps in a row: int32), both scalars on the device

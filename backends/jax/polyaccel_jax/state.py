@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
 from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
-
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 
 
@@ -32,7 +33,8 @@ def write(handle: JaxModel | JaxOptimizer, shards: Iterable[Shard]) -> None:
     for shard in shards:
         if shard.name not in current:
             raise CheckpointError(
-                f"the saved state has {shard.name!r}, which is not here", "load it into the model or optimizer that it was saved from"
+                f"the saved state has {shard.name!r}, which is not here",
+                "load it into the model or optimizer that it was saved from",
             )
         like = jax.random.key_data(current[shard.name]) if _is_key(current[shard.name]) else current[shard.name]
         if tuple(shard.global_shape) != like.shape:
@@ -48,7 +50,9 @@ def write(handle: JaxModel | JaxOptimizer, shards: Iterable[Shard]) -> None:
     if missing:
         raise CheckpointError(f"the saved state lacks {', '.join(missing)}", "give every shard of the state")
     restored = {
-        name: jax.random.wrap_key_data(value, impl=jax.random.key_impl(current[name])) if _is_key(current[name]) else value
+        name: jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(current[name]))
+        if _is_key(current[name])
+        else value
         for name, value in values.items()
     }
     if isinstance(handle, JaxModel):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import Program, ProgramCall, ProgramResult
-
 from polyaccel_jax import partition
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import Layout, Specs, specs_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
 
 Named = dict[str, jax.Array]
+Target = tuple[JaxModel, Collection[str] | None]  # parameters whose gradients are clipped; None: all of the model's
 
 
 class Work:
@@ -44,7 +45,8 @@ class Work:
         """The program for inputs of these specs. Raises what the call's `build` raises."""
         found = self._programs.get(specs)
         if found is None:
-            layout = partition.layout_of(self.engine.mesh, self.partitioning, specs, with_grads=self.with_grads)
+            axes = self.call.input_axes
+            layout = partition.layout_of(self.engine.mesh, self.partitioning, specs, axes, with_grads=self.with_grads)
             program = partition.build(self.engine.mesh, layout, self.call, with_grads=self.with_grads)
             found = self._programs[specs] = (layout, program)
         return found
@@ -111,7 +113,7 @@ class Steps:
         with engine.dtypes(call.wants_64bit):
             work = self.work(call, with_grads=False)
             function = work.functions.get("forward") or _forward_function(work)
-            inputs = engine.place(call.inputs)
+            inputs = engine.mesh.place(call.inputs, call.input_axes)
             work.program(specs_of(inputs))
             outputs, changed, following = function(
                 tuple([model.leaves for model in work.models]),
@@ -131,11 +133,10 @@ class Steps:
         engine, stream = self.engine, self.engine.stream
         with engine.dtypes(call.wants_64bit):
             work = self.work(call, with_grads=True)
-            inputs = engine.place(call.inputs)
+            inputs = engine.mesh.place(call.inputs, call.input_axes)
             _, program = work.program(specs_of(inputs))
-            held, is_shared = self._held(work, program.grad_names, scale)
-            key = ("backward", scale, is_shared)
-            function = work.functions.get(key) or _backward_function(work, scale, key, donates=not is_shared)
+            held = self._held(work, program.grad_names, scale)
+            function = work.functions.get(scale) or _backward_function(work, scale)
             loss, outputs, grads, changed, following, is_finite = function(
                 held,
                 tuple([model.leaves for model in work.models]),
@@ -155,23 +156,29 @@ class Steps:
         work.keep_buffers(changed)
         return call.finish(loss, outputs)
 
-    def _held(self, work: Work, grad_names: Sequence[str], scale: float) -> tuple[tuple[Named, ...], bool]:
-        """The gradients to add to, per model, and whether user code may hold one of them.
+    def _held(self, work: Work, grad_names: Sequence[str], scale: float) -> tuple[Named, ...]:
+        """The gradients to add to, per model; they are donated.
 
         With accumulation the first micro batch adds to zeros, so that one program serves all of them.
         """
         held: list[Named] = []
         wanted = work.by_model(dict.fromkeys(grad_names))  # type: ignore[arg-type]
-        is_shared = False
         for model, names in zip(work.models, wanted, strict=True):
-            have = {name: model.gradients[name] for name in names if name in model.gradients}
-            is_shared = is_shared or (bool(have) and model.gradients_are_shared)
+            have = self._own_gradients(model, names)
             if have or scale != 1.0:
                 missing = [name for name in names if name not in have]
                 if missing:
                     have = {**have, **self.zeros(model, missing)}
             held.append(have)
-        return tuple(held), is_shared
+        return tuple(held)
+
+    def _own_gradients(self, model: JaxModel, names: Collection[str] | None) -> Named:
+        """The gradients of these parameters (None: all), copied where user code may hold one: they will be donated.
+
+        A copy is cheap beside a second program that would not donate.
+        """
+        have = {name: grad for name, grad in model.gradients.items() if names is None or name in names}
+        return self.function("copies", lambda: jax.jit(_copies))(have) if have and model.gradients_are_shared else have
 
     def _note_overflow(self, model: JaxModel, is_finite: jax.Array) -> None:
         model.overflow = is_finite if model.overflow is None else self._both(model.overflow, is_finite)
@@ -200,11 +207,11 @@ class Steps:
 
     # -- clipping --------------------------------------------------------------------------------------------------------
 
-    def clip_norm(self, targets: Sequence[tuple[JaxModel, Sequence[str] | None]], max_norm: float, norm_type: float) -> Any:
+    def clip_norm(self, targets: Sequence[Target], max_norm: float, norm_type: float) -> Any:
         """Clip the gradients of the targets by their total norm; returns the norm before, on the device."""
         if np.isnan(norm_type) or norm_type <= 0:
             raise UnsupportedError(f"norm_type={norm_type!r} is no norm", "use a positive number, or inf")
-        held, is_shared = _gradients_of(targets)
+        held = tuple([self._own_gradients(model, names) for model, names in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[jax.Array, tuple[Named, ...]]:
@@ -214,16 +221,16 @@ class Steps:
                 clipped = jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
                 return self.engine.constrain((norm, clipped))
 
-            return jax.jit(clip, donate_argnums=() if is_shared else (0,))
+            return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            norm, clipped = self.function(("clip norm", max_norm, norm_type, is_shared), make)(held)
+            norm, clipped = self.function(("clip norm", max_norm, norm_type), make)(held)
         _replace_gradients(targets, clipped)
         return norm
 
-    def clip_value(self, targets: Sequence[tuple[JaxModel, Sequence[str] | None]], limit: float) -> None:
+    def clip_value(self, targets: Sequence[Target], limit: float) -> None:
         """Clamp the gradients of the targets elementwise."""
-        held, is_shared = _gradients_of(targets)
+        held = tuple([self._own_gradients(model, names) for model, names in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
@@ -231,10 +238,10 @@ class Steps:
                 clipped: tuple[Named, ...] = jax.tree.map(lambda grad: jnp.clip(grad, -limit, limit), grads)
                 return self.engine.constrain(clipped)
 
-            return jax.jit(clip, donate_argnums=() if is_shared else (0,))
+            return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            clipped = self.function(("clip value", limit, is_shared), make)(held)
+            clipped = self.function(("clip value", limit), make)(held)
         _replace_gradients(targets, clipped)
 
     # -- update ----------------------------------------------------------------------------------------------------------
@@ -290,14 +297,16 @@ def apply_update(
     new_state_leaves, treedef = jax.tree.flatten(new_state)
     if treedef != optimizer.treedef:
         raise UnsupportedError(
-            "the optimizer's update changed the structure of its state", "use an optimizer whose state keeps its structure"
+            "the optimizer's update changed the structure of its state",
+            "use an optimizer whose state keeps its structure",
         )
     updated = (new_leaves, tuple(new_state_leaves))
     skipped = None
     if scaler is not None:
         is_finite = all_finite(grads) if is_finite is None else is_finite
         updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, (leaves, tuple(state_leaves)))
-        scaler = next_scaler(scaler, is_finite, engine.plan.precision.loss_scaling)
+        scaling: Any = engine.plan.precision.loss_scaling
+        scaler = next_scaler(scaler, is_finite, scaling)
         skipped = ~is_finite
     new_leaves, new_state_leaves, scaler, skipped = engine.constrain((*updated, scaler, skipped))
     return new_leaves, new_state_leaves, scaler, skipped
@@ -342,7 +351,7 @@ def _forward_function(work: Work) -> Callable[..., Any]:
     return jitted
 
 
-def _backward_function(work: Work, scale: float, key: Hashable, *, donates: bool) -> Callable[..., Any]:
+def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
     def backward(held: Any, params: Any, buffers: Any, base: Any, counter: Any, inputs: Any, scaler: Any) -> Any:
         loss_scale = None if scaler is None else scaler[0]
         result, following = work.run(params, buffers, base, counter, inputs, loss_scale)
@@ -355,20 +364,15 @@ def _backward_function(work: Work, scale: float, key: Hashable, *, donates: bool
         per_model = work.engine.constrain(per_model)
         return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite
 
-    work.functions[key] = jitted = jax.jit(backward, donate_argnums=(0,) if donates else ())
+    work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)
     return jitted
 
 
-def _gradients_of(targets: Sequence[tuple[JaxModel, Sequence[str] | None]]) -> tuple[tuple[Named, ...], bool]:
-    held = tuple(
-        {name: grad for name, grad in model.gradients.items() if names is None or name in names} for model, names in targets
-    )
-    return held, any(model.gradients_are_shared for model, _ in targets)
+def _copies(grads: Named) -> Named:
+    return {name: jnp.copy(grad) for name, grad in grads.items()}
 
 
-def _replace_gradients(targets: Sequence[tuple[JaxModel, Sequence[str] | None]], clipped: Sequence[Mapping[str, Any]]) -> None:
+def _replace_gradients(targets: Sequence[Target], clipped: Sequence[Mapping[str, Any]]) -> None:
     for (model, _), new in zip(targets, clipped, strict=True):
         model.gradients = {**model.gradients, **new}
         model.gradients_are_shared = False
-
-

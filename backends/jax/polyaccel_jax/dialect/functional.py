@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LossCall, ProgramModel, ProgramResult, ShardCall
 
@@ -87,10 +88,13 @@ class FlaxCall:
     """A function of prepared models and arrays, as a ProgramCall. Numbers are traced like arrays, all other leaves are static."""
 
     is_global = False
+    input_axes: Sequence[int | None] | None = None
     wants_64bit = False
     draw: int | None = None
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_loss: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_loss: bool
+    ) -> None:
         leaves, self._treedef = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_model)
         self.function = function
         self.is_loss = is_loss
@@ -152,7 +156,6 @@ class FlaxCall:
     def note_structure(self, specs: Sequence[ArraySpec], structure: Any) -> None:
         """Remember the structure of what the function returned beside the loss (None: nothing) for inputs of these specs."""
         self._results.note(specs, structure)
-
 
 
 class Results:
@@ -276,7 +279,8 @@ class FlaxProgram:
             array = jnp.asarray(value)
         except TypeError:
             raise UnsupportedError(
-                f"{_name(function)} returned a {type(value).__name__}: {value!r:.60}", "return arrays, numbers and containers of them"
+                f"{_name(function)} returned a {type(value).__name__}: {value!r:.60}",
+                "return arrays, numbers and containers of them",
             ) from None
         return jax.lax.stop_gradient(array.astype(_at_least_float32(array)))
 
@@ -304,14 +308,17 @@ def _loss_and_aux(result: Any, function: Any) -> tuple[jax.Array, Any]:
     if isinstance(result, tuple):
         if len(result) != 2:
             raise UnsupportedError(
-                f"{_name(function)} returned a tuple of {len(result)} values", "return the loss, or (loss, auxiliary values)"
+                f"{_name(function)} returned a tuple of {len(result)} values",
+                "return the loss, or (loss, auxiliary values)",
             )
         loss, aux = result
-    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    shape: Any = getattr(loss, "shape", None)
+    dtype: Any = getattr(loss, "dtype", None)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         what = type(loss).__name__ if shape is None else f"{dtype} array of shape {shape}"
         raise UnsupportedError(
-            f"{_name(function)} returned a {what} as the loss, which must be a floating scalar", "return the mean over the batch"
+            f"{_name(function)} returned a {what} as the loss, which must be a floating scalar",
+            "return the mean over the batch",
         )
     return loss, aux
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen, traverse_util
-from polyaccel.errors import PrepareError
 
+from polyaccel.errors import PrepareError
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 
 _PARAMS = "params"
@@ -72,7 +72,9 @@ class LinenSource:
 
     def variables(self, values: Named) -> dict[str, Any]:
         """Named values as linen's nested variables."""
-        nested: dict[str, Any] = traverse_util.unflatten_dict({self._paths[name]: value for name, value in values.items()})
+        nested: dict[str, Any] = traverse_util.unflatten_dict(
+            {self._paths[name]: value for name, value in values.items()}
+        )
         return nested
 
     def names_of(self, variables: Any) -> Named:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import PrepareError
@@ -87,7 +88,8 @@ class HostIterable:
     def __init__(self, loader: Iterable[Any], sharding: DataSharding) -> None:
         if not hasattr(loader, "__iter__"):
             raise PrepareError(
-                f"a {type(loader).__name__} cannot be iterated over", "pass an iterable of batches: trees of numpy arrays"
+                f"a {type(loader).__name__} cannot be iterated over",
+                "pass an iterable of batches: trees of numpy arrays",
             )
         self.loader = loader
         self.sharding = sharding
@@ -152,7 +154,9 @@ def _num_samples(leaves: Sequence[Any]) -> int:
     for leaf in leaves:
         if is_array(leaf) and len(leaf.shape):
             return int(leaf.shape[0])
-    raise PrepareError("a batch of the loader has no array with a dim", "yield trees of arrays whose dim 0 is the batch")
+    raise PrepareError(
+        "a batch of the loader has no array with a dim", "yield trees of arrays whose dim 0 is the batch"
+    )
 
 
 def _joined(batches: list[Leaves], sizes: list[int]) -> Leaves:
@@ -161,7 +165,9 @@ def _joined(batches: list[Leaves], sizes: list[int]) -> Leaves:
         return batches[0]
     joined = []
     for column in zip(*batches, strict=True):
-        carries = all(is_array(leaf) and leaf.shape and leaf.shape[0] == size for leaf, size in zip(column, sizes, strict=True))
+        carries = all(
+            is_array(leaf) and leaf.shape and leaf.shape[0] == size for leaf, size in zip(column, sizes, strict=True)
+        )
         joined.append(np.concatenate([np.asarray(leaf) for leaf in column]) if carries else column[0])
     return joined
 

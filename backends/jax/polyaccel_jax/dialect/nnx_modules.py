@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from polyaccel.errors import PrepareError, UnsupportedError
 
+from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 
 
@@ -30,6 +30,8 @@ class NnxSource:
         self._seen: dict[str, Any] = {}  # what user code's module holds, as it was when the two last agreed
         self._version = -1
         self._is_touched = False
+        self._variables: dict[str, Any] = {}
+        self._paths: dict[str, tuple[Any, ...]] = {}
         self._read_module()
 
     # -- ModelSource -----------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ class NnxSource:
         module = nnx.merge(self._graph, nnx.from_flat_state(flat))
 
         def changed() -> Named:
-            graph, state = nnx.split(module)
+            _, state = nnx.split(module)
             found = {_dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
             if set(found) != set(given):
                 new = sorted(set(found) ^ set(given))
@@ -122,7 +124,9 @@ class NnxSource:
             self._seen = {name: jnp.copy(value) for name, value in values.items()}
             nnx.update(
                 self.module,
-                nnx.from_flat_state([(path, self._variables[n].replace(self._seen[n])) for n, path in self._paths.items()]),
+                nnx.from_flat_state(
+                    [(path, self._variables[n].replace(self._seen[n])) for n, path in self._paths.items()]
+                ),
             )
             self._version = self.model.version
         self._is_touched = True

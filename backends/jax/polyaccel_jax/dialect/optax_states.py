@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from polyaccel.errors import PrepareError
 
+from polyaccel.errors import PrepareError
 from polyaccel_jax.dialect.functional import Named
 from polyaccel_jax.dialect.nnx_modules import NnxSource
 
@@ -37,7 +37,9 @@ class OptaxSource:
             self._check_belongs()
 
     def _check_belongs(self) -> None:
-        own = jax.eval_shape(self.transformation.init, self._source.pack({n: self.model.params[n] for n in self._names}))
+        own = jax.eval_shape(
+            self.transformation.init, self._source.pack({n: self.model.params[n] for n in self._names})
+        )
         shapes = [leaf.shape for leaf in jax.tree.leaves(own)]
         given = [jnp.shape(leaf) for leaf in jax.tree.leaves(nnx.as_pure(self.optimizer.opt_state))]
         if shapes != given:
@@ -123,6 +125,3 @@ class PreparedOptax:
             current = jax.tree.unflatten(structure, jax.tree.leaves(self.opt_state))
             nnx.update(optimizer.opt_state, nnx.state(current))
         return optimizer
-
-
-
