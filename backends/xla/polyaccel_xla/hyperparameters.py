@@ -32,8 +32,8 @@ class DeviceHyperparameters(TorchFunctionMode):
     """Active around `optimizer.step()` of one optimizer: floats that meet device tensors become 0-d device tensors.
 
     The n-th float of a step belongs to a slot. Floats that were equal in every step so far share one; when they differ for the
-    first time the slot splits, and never joins again, so the graph stays the same however the values move. The result differs
-    from the optimizer's own arithmetic by the rounding of `alpha * x` alone. Zeros that a first step creates as
+    first time the slot splits, and never joins again, so the graph stays the same however the values move. The results are the
+    optimizer's own within rounding. Zeros that a first step creates as
     optimizer state are uploaded too, so that the first step is the same graph as all later ones.
     """
 
@@ -64,10 +64,11 @@ class DeviceHyperparameters(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        rewrite = _REWRITES.get(func)
-        if rewrite is not None and not self._is_outside and _is_on_device(args):
-            return rewrite(self, func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        rewrite = None if self._is_outside or "out" in kwargs else _REWRITES.get(func)
+        if rewrite is not None and _is_on_device(args):
+            return rewrite(self, func, *args, **kwargs)
+        return func(*args, **kwargs)
 
     def outside(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """A closure that recomputes the loss inside a step: its own floats are left alone."""
@@ -107,19 +108,12 @@ class DeviceHyperparameters(TorchFunctionMode):
     def _convert(self, value: Any, like: torch.Tensor | Sequence[torch.Tensor]) -> Any:
         """A float, or a list of floats for a list of tensors, as device tensors; anything else as it is."""
         first = like if isinstance(like, torch.Tensor) else like[0]
-        if (
-            isinstance(value, torch.Tensor)
-            and not value.dim()
-            and value.device.type == "cpu"
-            and value.is_floating_point()
-        ):
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.dim():
             value = value.item()  # a learning rate given as a host tensor
         if isinstance(value, float):
             return self.tensor(value, first)
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, float) for item in value):
-            if (
-                len(set(value)) == 1
-            ):  # one number per tensor, all equal: every parameter has made the same number of steps
+            if len(set(value)) == 1:  # the usual case: all parameters have made the same number of steps
                 return [self.tensor(value[0], first)] * len(value)
             return [self.tensor(item, first) for item in value]
         return value
@@ -132,20 +126,27 @@ class DeviceHyperparameters(TorchFunctionMode):
             other = _times(other, self.tensor(kwargs.pop("alpha"), this if isinstance(this, torch.Tensor) else this[0]))
         return func(this, other, *rest, **kwargs)
 
-    def _addcmul(self, func: Any, this: Any, left: Any, right: Any, value: Any = 1, **kwargs: Any) -> Any:
-        factor = self._convert(value, this)
-        if factor is not value:
-            return func(this, _times(left, factor), right, **kwargs)
-        return func(this, left, right, value=value, **kwargs)
+    # torch finds the shapes of addcmul, addcdiv and lerp on XLA tensors in Python, ten times slower than those of the plain
+    # operations that they are made of; once compiled they are the same.
 
-    def _lerp(self, func: Any, this: Any, end: Any, weight: Any, **kwargs: Any) -> Any:
-        weight = self._convert(weight, this)
-        if isinstance(weight, torch.Tensor) and not isinstance(this, torch.Tensor):
-            weight = [weight] * len(this)
-        return func(this, end, weight, **kwargs)
+    def _addcmul(self, func: Any, this: Any, left: Any, right: Any, value: Any = 1) -> Any:
+        return self._add_product(func, this, left, right, value, torch.mul, torch._foreach_mul)
+
+    def _addcdiv(self, func: Any, this: Any, left: Any, right: Any, value: Any = 1) -> Any:
+        return self._add_product(func, this, left, right, value, torch.div, torch._foreach_div)
+
+    def _add_product(self, func: Any, this: Any, left: Any, right: Any, value: Any, one: Any, many: Any) -> Any:
+        if not (isinstance(value, int) and value == 1):
+            left = _times(left, self._convert(value, this))
+        product = one(left, right) if isinstance(this, torch.Tensor) else many(left, right)
+        return _add(func, this, product)
+
+    def _lerp(self, func: Any, this: Any, end: Any, weight: Any) -> Any:
+        distance = end - this if isinstance(this, torch.Tensor) else torch._foreach_sub(end, this)
+        return _add(func, this, _times(distance, self._convert(weight, this)))
 
     def _created(self, func: Any, this: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_first or kwargs.get("device") is not None:
+        if not self._is_first or not kwargs.keys() <= {"dtype", "memory_format", "fill_value"}:
             return func(this, *args, **kwargs)
         dtype = kwargs.pop("dtype", None) or this.dtype
         kwargs.pop("memory_format", None)
@@ -161,6 +162,14 @@ def _is_on_device(args: Sequence[Any]) -> bool:
     return isinstance(first, torch.Tensor) and first.device.type == "xla"
 
 
+def _add(like: Any, this: Any, change: Any) -> Any:
+    """this + change, in place if `like` is an in-place function."""
+    in_place = like.__name__.endswith("_")
+    if isinstance(this, torch.Tensor):
+        return this.add_(change) if in_place else this + change
+    return torch._foreach_add_(this, change) if in_place else torch._foreach_add(this, change)
+
+
 def _times(tensors: Any, factor: Any) -> Any:
     return tensors * factor if isinstance(tensors, torch.Tensor) else torch._foreach_mul(tensors, factor)
 
@@ -173,7 +182,7 @@ _REWRITES: dict[Any, Callable[..., Any]] = {
     **{getattr(torch, f"_foreach_{name}{suffix}"): _HERE._scalar_operand for name in _BINARY for suffix in ("", "_")},
     **{
         getattr(owner, prefix + name + suffix): rewrite
-        for name, rewrite in (("addcmul", _HERE._addcmul), ("addcdiv", _HERE._addcmul), ("lerp", _HERE._lerp))
+        for name, rewrite in (("addcmul", _HERE._addcmul), ("addcdiv", _HERE._addcdiv), ("lerp", _HERE._lerp))
         for owner, prefix, suffix in (
             (torch, "", ""),
             (torch.Tensor, "", ""),
