@@ -91,10 +91,9 @@ def fused_program(
                 return part.models[index].slot(name)
             return numbers[found[2]] if entry.numbers is None else entry.numbers[found[2]]
 
-        floats = float_inputs(part.entries)
         with scope.active():
             for entry in part.entries:
-                numbers = {n: leaves[index] for n, index in enumerate(floats.get(entry.position, ()))}
+                numbers = {n: leaves[index] for n, index in enumerate(part.floats.get(entry.position, ()))}
                 tensors = run_entry(
                     entry,
                     lambda found, entry=entry, numbers=numbers: value(entry, found, numbers),
@@ -129,29 +128,6 @@ def fused_program(
 
         inner = ForwardProgram(capture_forward(look, modules, inputs, autocast=None), numpy_dtypes(dtypes), axes)
     return _FusedProgram(inner, part.num_inputs, part.buffer_inputs, keeps_buffers=not part.is_executed)
-
-
-def float_inputs(entries: Sequence[Entry]) -> dict[int, list[int]]:
-    """By position of an operation: the inputs that hold its changing Python floats, in order."""
-    from .tape_calls import operands_of
-
-    found: dict[int, list[int]] = {}
-    num_inputs = 0
-    for entry in entries:
-        for leaf in operands_of(entry):
-            if leaf[1] == "i":
-                num_inputs = max(num_inputs, leaf[2] + 1)
-        if entry.numbers is None:
-            count = sum(1 for leaf in _floats(entry))
-            found[entry.position] = list(range(num_inputs, num_inputs + count))
-            num_inputs += count
-    return found
-
-
-def _floats(entry: Entry) -> list[tuple[Any, ...]]:
-    from .packing import described
-
-    return [leaf for leaf in described(entry.arguments) if leaf[1] == "f"]
 
 
 def input_dtypes(recipe: TapeRecipe, part: int, specs: Sequence[ArraySpec]) -> list[torch.dtype]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -78,11 +79,16 @@ class ManagedModel:
     def attach(self, handle: Any) -> None:
         """The engine owns the values now: the module's tensors become windows on them."""
         self.handle = handle
+        recurrent = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
+        for module in recurrent:
+            module._flat_weight_refs = []  # weak references keep a tensor from being exchanged
         for name, tensor in self._params.items():
             self._exchange(name, tensor, DeviceParameter.make_parameter(self.recorder, tensor, self.cell("params", name)))
         for name, tensor in self._buffers.items():
             window = DeviceTensor.make(self.recorder, tensor.shape, tensor.dtype, cell=self.cell("buffers", name))
             self._exchange(name, tensor, window)
+        for module in recurrent:
+            module._flat_weight_refs = [None if w is None else weakref.ref(w) for w in module._flat_weights]
         self._params.clear()
         self._buffers.clear()
         self.recorder.adopt(self)
@@ -137,10 +143,6 @@ class ManagedModel:
                 del self.touched[id(cell)]
                 self._cells.pop((cell.kind, cell.name), None)
 
-    def unwrap(self) -> nn.Module:
-        """The user's module."""
-        return self.module
-
 
 class PreparedModule(nn.Module):
     """What user code holds for a prepared model: called, read, saved and frozen like the user's module, run by the engine.
@@ -184,6 +186,9 @@ class PreparedModule(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._model.module, name)
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.module[item]  # type: ignore[index]  # a Sequential, a ModuleList ...
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training" or name.startswith("_") or name in self.__dict__:

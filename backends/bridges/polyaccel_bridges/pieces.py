@@ -19,7 +19,7 @@ from polyaccel.protocols import ArraySpec, ProgramResult
 from . import scope as capturing
 from .calls import as_dtypes, numpy_dtypes, refuse_written_parameters
 from .capture import TensorSpec, capture_vjp
-from .fused import float_inputs, input_dtypes, run_entry
+from .fused import input_dtypes, run_entry
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
 from .tape_calls import operands_of
@@ -63,13 +63,12 @@ def _grouped(recipe: TapeRecipe) -> list[_Group]:
     groups: list[_Group] = []
     known: dict[Place, OutSpec] = {}
     for index, part in enumerate(recipe.parts):
-        floats = float_inputs(part.entries)
         for entry in part.entries:
             last = groups[-1] if groups else None
             if last is None or entry.model is not None or last.is_model or last.part != index:
                 groups.append(_Group(index, []))
             groups[-1].entries.append(entry)
-            _note_operands(recipe, groups[-1], entry, floats.get(entry.position, []), known)
+            _note_operands(recipe, groups[-1], entry, part.floats.get(entry.position, []), known)
             known.update({(index, entry.position, out): spec for out, spec in enumerate(entry.specs)})
             leaves = operands_of(entry)
             for operand, spec in entry.updates:
@@ -131,7 +130,7 @@ def _refuse_hidden_writes(recipe: TapeRecipe, group: _Group, needed: set[Place])
     views = [place for place in taken if _is_view(recipe, place)]
     others = [place for place in needed if place not in taken and place[:2] < (group.part, group.entries[0].position)]
     if views and others:
-        entry = recipe.parts[views[0][0]].entries[views[0][1]]
+        entry = recipe.parts[views[0][0]].at(views[0][1])
         raise PrepareError(
             f"a view of a model's output (made by {getattr(entry.func, '__name__', entry.func)}) is written to after another"
             " model was called",
@@ -140,7 +139,7 @@ def _refuse_hidden_writes(recipe: TapeRecipe, group: _Group, needed: set[Place])
 
 
 def _is_view(recipe: TapeRecipe, place: Place) -> bool:
-    entry = recipe.parts[place[0]].entries[place[1]]
+    entry = recipe.parts[place[0]].at(place[1])
     return entry.model is None and entry.gives_view
 
 
@@ -209,7 +208,6 @@ class _Captured:
     def _function(self, with_grads: bool) -> Any:
         group, recipe = self.group, self.recipe
         part = recipe.parts[group.part]
-        floats = float_inputs(part.entries)
         prepared = [model.prepared for model in recipe.models if model.prepared is not None]
         place_of = {operand: index for index, operand in enumerate(group.operands)}
 
@@ -233,7 +231,7 @@ class _Captured:
                     return part.models[index].slot(name)
                 if entry.numbers is not None:
                     return entry.numbers[found[2]]
-                return given[place_of["i", group.part, floats[entry.position][found[2]]]]
+                return given[place_of["i", group.part, part.floats[entry.position][found[2]]]]
 
             scope = capturing.CaptureScope(prepared, recipe.recorder.autocast_dtype)
             with scope.active():

@@ -184,9 +184,10 @@ class Session:
                         found.append((position, out, tensor))
         return found
 
-    def refuse_changed_parameters(self) -> None:
-        """Raise, as torch does, where parameters changed since they were used."""
-        for model, before in zip(self.models, self.start_params, strict=True):
+    def refuse_changed_parameters(self, used: frozenset[int]) -> None:
+        """Raise, as torch does, where parameters of the used models changed since."""
+        for index in used:
+            model, before = self.models[index], self.start_params[index]
             now = model.handle.params
             if now is not before and any(now[name] is not value for name, value in before.items()):
                 raise RuntimeError(
@@ -476,18 +477,20 @@ class Recorder:
         for operand, (fake, old) in enumerate(zip(fakes, before, strict=True)):
             if spec_of(fake) != old[1]:
                 entry.updates.append((operand, spec_of(fake)))
-        if is_written:
-            self._refuse_written_inputs(func, described, fakes, [old[0] for old in before])
+        if is_written and available and all(described[index][1] == "p" for index in entry.writes):
+            entry.is_eager = True  # torch.nn.init and its like: they write to parameters under their own no_grad
+        elif is_written:
+            self._refuse_written_inputs(func, described, entry.writes)
         if entry.value is None and not entry.is_eager:
             shadows.keep(entry.position, tensors)
         return self._add(session, entry, key, numbers)
 
-    def _refuse_written_inputs(self, func: Any, described: list[Any], fakes: list[torch.Tensor], before: list[int]) -> None:
-        for leaf, fake, version in zip(described, fakes, before, strict=True):
-            if leaf[1] != "r" and fake._version != version:
+    def _refuse_written_inputs(self, func: Any, described: list[Any], writes: tuple[int, ...]) -> None:
+        for leaf in (described[index] for index in writes):
+            if leaf[1] != "r":
                 raise PrepareError(
                     f"{getattr(func, '__name__', func)} writes a value that a model computed into a tensor of shape"
-                    f" {tuple(fake.shape)} that is no part of the recorded computation",
+                    f" {tuple(leaf[4])} that is no part of the recorded computation",
                     "use the operation that returns a new tensor instead of the one that writes in place",
                 )
 
@@ -580,7 +583,6 @@ class Recorder:
 
         for model in self.models:
             model.push_writes()
-        session.refuse_changed_parameters()
         if session.has_effects and not session.is_executed:
             session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
         call = value_call(self, session)
@@ -623,7 +625,6 @@ class Recorder:
         session = loss._ref.session
         if session is not self._session:
             self.settle()
-        session.refuse_changed_parameters()
         call = loss_call(self, loss)
         session.shadows = None
         if self._session is session:

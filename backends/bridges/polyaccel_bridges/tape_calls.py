@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -22,9 +22,10 @@ Place = tuple[int, int, int]  # (recording, position, output)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One recording within a program: its operations, and where its values stand among the program's inputs."""
+    """One recording within a program: the operations of it that are needed, and where its values stand among the inputs."""
 
     entries: tuple[Entry, ...]
+    floats: dict[int, list[int]]  # by position: the inputs that hold its changing Python floats
     models: tuple[ManagedModel, ...]
     first_input: int
     num_inputs: int
@@ -32,6 +33,21 @@ class Part:
     buffer_inputs: dict[str, int]  # buffers that the program starts from, as inputs; empty: the models' present ones
     draw_input: int | None  # where the number of its random stream stands, when it is not the call's own
     is_executed: bool
+
+    def at(self, position: int) -> Entry:
+        """The operation at a position of the recording."""
+        found = next((entry for entry in self.entries if entry.position == position), None)
+        assert found is not None
+        return found
+
+    def uses(self) -> frozenset[int]:
+        """The models (by index) whose values its operations use."""
+        used = set()
+        for entry in self.entries:
+            if entry.model is not None:
+                used.add(self.models.index(entry.model))
+            used.update(leaf[2][0] for leaf in operands_of(entry) if leaf[1] == "p")
+        return frozenset(used)
 
 
 @final
@@ -50,6 +66,7 @@ class TapeRecipe:
         self.output_axes: tuple[int | None, ...] = ()
         self.consumed = frozenset() if loss is None else _ancestors(self.parts, loss)
         self.spent = _spent(self.parts)
+        self.used = tuple(part.uses() for part in self.parts)
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
         """Capture the program: in one piece on one data shard, else model calls per shard and the rest on global values."""
@@ -65,7 +82,7 @@ class TapeRecipe:
     def spec(self, place: Place) -> Any:
         """What is known of a recorded value."""
         part, position, out = place
-        return self.parts[part].entries[position].specs[out]
+        return self.parts[part].at(position).specs[out]
 
 
 def operands_of(entry: Entry) -> list[tuple[Any, ...]]:
@@ -73,6 +90,34 @@ def operands_of(entry: Entry) -> list[tuple[Any, ...]]:
     from .packing import described
 
     return [found for found in described(entry.arguments) if found[1] != "f"]
+
+
+def float_inputs(entries: Sequence[Entry]) -> dict[int, list[int]]:
+    """By position of an operation: the inputs that hold its changing Python floats, in order. `entries` is a whole recording."""
+    from .packing import described
+
+    found: dict[int, list[int]] = {}
+    num_inputs = 0
+    for entry in entries:
+        for leaf in operands_of(entry):
+            if leaf[1] == "i":
+                num_inputs = max(num_inputs, leaf[2] + 1)
+        if entry.numbers is None:
+            count = sum(leaf[1] == "f" for leaf in described(entry.arguments))
+            found[entry.position] = list(range(num_inputs, num_inputs + count))
+            num_inputs += count
+    return found
+
+
+def _needed(path: list[Entry], roots: set[int]) -> list[Entry]:
+    found: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        position = waiting.pop()
+        if position not in found:
+            found.add(position)
+            waiting.extend(leaf[2] for leaf in operands_of(path[position]) if leaf[1] == "r")
+    return [entry for entry in path if entry.position in found]
 
 
 def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]:
@@ -95,14 +140,14 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
             continue
         seen.add(at)
         index, position = at
-        entry = parts[index].entries[position]
+        entry = parts[index].at(position)
         if not entry.modes.is_grad_enabled:
             continue
         for found in operands_of(entry):
             if found[1] == "i" and found[5]:
                 raise RuntimeError(_SECOND)
             place = parts[index].externals[found[2]] if found[1] == "x" else (index, found[2], found[3] if found[1] == "r" else 0)
-            if found[1] in ("r", "x") and parts[place[0]].entries[place[1]].specs[place[2]].requires_grad:
+            if found[1] in ("r", "x") and parts[place[0]].at(place[1]).specs[place[2]].requires_grad:
                 waiting.append((place[0], place[1]))
                 waiting.extend(writers.get(place, ()))
     return frozenset(seen)
@@ -151,8 +196,6 @@ class _Assembly:
         self.draw = session.draw
         key: list[Any] = []
         for one in self.sessions:
-            if one is not session:
-                one.refuse_changed_parameters()
             externals = tuple(self._place(tensor) for tensor in one.externals)
             first = len(self.inputs)
             self._extend(one.inputs, one.axes)
@@ -163,34 +206,33 @@ class _Assembly:
                 self._extend([recorder.draw_key(one.draw)], [None])
             key.append((one.entry, len(one.inputs), externals, tuple(buffers), draw_input, one.is_executed, len(one.models)))
             self.parts.append(
-                Part(
-                    entries=(),
-                    models=tuple(one.models),
-                    first_input=first,
-                    num_inputs=len(one.inputs),
-                    externals=externals,
-                    buffer_inputs=buffers,
-                    draw_input=draw_input,
-                    is_executed=one.is_executed,
-                )
+                Part((), {}, tuple(one.models), first, len(one.inputs), externals, buffers, draw_input, one.is_executed)
             )
         self.key = (*key, tuple(self.axes))
 
-    def finished_parts(self) -> list[Part]:
-        """The parts with their operations, which are looked up only for a new recipe."""
-        return [
-            Part(
-                tuple(session.path()),
-                part.models,
-                part.first_input,
-                part.num_inputs,
-                part.externals,
-                part.buffer_inputs,
-                part.draw_input,
-                part.is_executed,
-            )
-            for session, part in zip(self.sessions, self.parts, strict=True)
-        ]
+    def finished_parts(self, loss: Place | None, wanted: Sequence[Place]) -> list[Part]:
+        """The parts with the operations that loss and wanted values need; an executed recording has no other effects."""
+        roots: dict[int, set[int]] = {index: set() for index in range(len(self.parts))}
+        for place in (*wanted, *([] if loss is None else [loss])):
+            roots[place[0]].add(place[1])
+        finished: list[Part] = []
+        for index in reversed(range(len(self.parts))):
+            path, part = self.sessions[index].path(), self.parts[index]
+            if part.is_executed and not any(entry.writes for entry in path):
+                path = _needed(path, roots[index])
+            for entry in path:
+                for leaf in operands_of(entry):
+                    if leaf[1] == "x":
+                        place = part.externals[leaf[2]]
+                        roots[place[0]].add(place[1])
+            floats = float_inputs(self.sessions[index].path())
+            finished.append(replace(part, entries=tuple(path), floats=floats))
+        return finished[::-1]
+
+    def refuse_changed_parameters(self, recipe: TapeRecipe) -> None:
+        """Raise, as torch does, where parameters that a recording uses changed since."""
+        for session, used in zip(self.sessions, recipe.used, strict=True):
+            session.refuse_changed_parameters(used)
 
     def _extend(self, values: Sequence[Any], axes: Sequence[int | None]) -> None:
         self.inputs.extend(values)
@@ -274,8 +316,9 @@ def _recipe(
     key = (assembly.key, loss, wanted)
     recipe: TapeRecipe | None = session.entry.recipes.get(key)
     if recipe is None:
-        recipe = TapeRecipe(recorder, assembly.finished_parts(), loss, wanted, assembly.axes)
+        recipe = TapeRecipe(recorder, assembly.finished_parts(loss, wanted), loss, wanted, assembly.axes)
         session.entry.recipes[key] = recipe
+    assembly.refuse_changed_parameters(recipe)
     return recipe
 
 

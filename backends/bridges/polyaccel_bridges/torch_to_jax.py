@@ -32,6 +32,15 @@ class TorchToJax:
         self._recorder = Recorder()
         self._functions = Functions(self._recorder)
 
+    @property
+    def engine(self) -> Any:
+        """The engine that it serves."""
+        return self._recorder.engine
+
+    @engine.setter
+    def engine(self, engine: Any) -> None:
+        self._recorder.use(engine)
+
     # -- down ----------------------------------------------------------------------------------------------------------------
 
     def lower(self, value: Any, role: Role) -> Any:
@@ -76,26 +85,26 @@ class TorchToJax:
             for model, names in wanted.items()
         ]
 
+    def unwrap(self, value: Any) -> Any:
+        """The user's own object behind what `engine.unwrap` gave."""
+        if isinstance(value, ManagedModel):
+            return value.module
+        return value.optimizer if isinstance(value, TorchOptimizerSource) else value
+
     # -- up ------------------------------------------------------------------------------------------------------------------
 
     def lift(self, value: Any) -> Any:
         """What user code sees of a handle or of values; torch objects are left as they are."""
         source = getattr(value, "source", value)
         if isinstance(source, ManagedModel):
-            if value is source:
-                return source.unwrap()
             if source.prepared is None:
                 source.prepared = PreparedModule(source)
             return source.prepared
         if isinstance(source, TorchOptimizerSource):
-            return source.optimizer if value is source else PreparedOptimizer(source)
+            return PreparedOptimizer(source)
         if isinstance(value, torch.Tensor | nn.Module | torch.optim.Optimizer) or value is None:
             return value
         return trees.map_leaves(self._lift_leaf, value)
-
-    def unwrap(self, value: Any) -> Any:
-        """The user's own module, whose parameters are current."""
-        return self.lift(value)
 
     def _lift_leaf(self, leaf: Any) -> Any:
         return lifted(self._recorder, leaf) if hasattr(leaf, "sharding") and hasattr(leaf, "dtype") else leaf
