@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -44,8 +46,7 @@ class JaxEngine:
     def __init__(self, config: Config, rendezvous: Rendezvous, devices: Sequence[jax.Device] | None = None) -> None:
         if config.cpu:
             _use_cpu_only()
-        if rendezvous.num_processes > 1:
-            _join(rendezvous)
+        self._holds_job = rendezvous.num_processes > 1 and _join(rendezvous)
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None
         self._devices: list[jax.Device] = list(devices or jax.devices(platform))
@@ -114,9 +115,9 @@ class JaxEngine:
 
     def close(self) -> None:
         """Leave the job. Idempotent."""
-        if self._is_distributed:
-            self._is_distributed = False
-            jax.distributed.shutdown()
+        if self._holds_job:
+            self._holds_job = False
+            _leave()
 
     # -- Engine: objects -------------------------------------------------------------------------------------------------
 
@@ -281,8 +282,24 @@ def _use_cpu_only() -> None:
         return  # devices are in use already; CPU devices are then picked by name
 
 
-def _join(rendezvous: Rendezvous) -> None:
+_num_holders = 0  # live engines of the job that this module joined: the last one leaves it
+
+
+def _join(rendezvous: Rendezvous) -> bool:
+    """Join the job; False if the script had joined it itself, and will leave it itself."""
+    global _num_holders
+    if jax.distributed.is_initialized():
+        if (jax.process_index(), jax.process_count()) != (rendezvous.process_index, rendezvous.num_processes):
+            raise LaunchError(
+                f"jax.distributed is initialized as process {jax.process_index()} of {jax.process_count()}, and the launcher started"
+                f" process {rendezvous.process_index} of {rendezvous.num_processes}",
+                "leave jax.distributed.initialize() to polyaccel",
+            )
+        _num_holders += _num_holders > 0
+        return _num_holders > 0
     address = f"{rendezvous.address}:{rendezvous.port}"
+    if rendezvous.process_index > 0:
+        _wait_for_coordinator(rendezvous)
     try:
         jax.distributed.initialize(
             coordinator_address=address,
@@ -296,3 +313,29 @@ def _join(rendezvous: Rendezvous) -> None:
             f"process {rendezvous.process_index} of {rendezvous.num_processes} could not join the job at {address}: {error}",
             "check that process 0 runs and that its port can be reached from here; create the Accelerator before using jax",
         ) from error
+    _num_holders = 1
+    return True
+
+
+def _wait_for_coordinator(rendezvous: Rendezvous) -> None:
+    """Return when process 0 listens. jax's own client ends the whole process, without an exception, where it does not."""
+    end = time.monotonic() + _JOIN_TIMEOUT_S
+    while True:
+        try:
+            socket.create_connection((rendezvous.address, rendezvous.port), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise LaunchError(
+                    f"process {rendezvous.process_index} of {rendezvous.num_processes} could not reach process 0 at"
+                    f" {rendezvous.address}:{rendezvous.port} within {_JOIN_TIMEOUT_S} s: {error}",
+                    "check that process 0 runs, and that its port is not blocked",
+                ) from error
+            time.sleep(0.1)
+
+
+def _leave() -> None:
+    global _num_holders
+    _num_holders -= 1
+    if _num_holders == 0:
+        jax.distributed.shutdown()
