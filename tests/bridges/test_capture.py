@@ -342,6 +342,50 @@ def test_a_checkpointed_block_recomputes_with_the_same_dropout_mask(use_reentran
     np.testing.assert_allclose(grads["model.weight"], np.repeat(2 * np.asarray(h).sum(0)[:, None], 64, 1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_repeated_block_is_held_back_as_jax_checkpoint_does(use_reentrant):
+    # XLA's CPU compiler drops these barriers (for jax.checkpoint too), so memory can only be compared on an accelerator.
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)) for _ in range(3)])
+    inputs = [torch.randn(5, 4)]
+
+    def step(x):
+        x = x.clone().requires_grad_()
+        for block in model:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return x.square().mean(), []
+
+    graph = capture_training(step, {"model": model}, specs_of(inputs), autocast=None)
+    params, buffers = state_arrays(graph, {"model": model})
+    with exact_dtypes():
+        run = jax.jit(lambda *a: (lambda r: (r.loss, r.grads))(run_training(graph, *a)))
+        text = run.lower(params, buffers, arrays_of(inputs), jax.random.key(0)).as_text()
+    assert text.count("optimization_barrier") == 3
+
+
+def test_a_checkpointed_batch_norm_in_two_halves_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(PrepareError, match=r"the backward pass writes to model\.1\.running_mean"):
+        capture_vjp(
+            lambda x: [checkpoint(model, x, use_reentrant=False)],
+            {"model": model},
+            [TensorSpec((3, 4), torch.float32)],
+            autocast=None,
+        )
+
+
+def test_a_checkpointed_batch_norm_updates_twice_in_one_program_as_in_torch():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))
+    parity = train_both(
+        lambda m, x: (checkpoint(m["model"], x, use_reentrant=False) ** 3).mean(),
+        {"model": model},
+        [torch.randn(5, 4)],
+    )
+    assert int(parity.result.new_buffers["model.1.num_batches_tracked"]) == int(
+        parity.eager["model"][1].num_batches_tracked
+    )
+    assert parity.worst < CLOSE
+
+
 # --- errors --------------------------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +464,18 @@ def test_every_operation_without_lowering_is_named_at_once_with_its_place():
     assert "return x * whiten(x.detach())" in text
     assert "polyaccel_tests.sharpen.default outside any module" in text
     assert "hint:" in text
+
+
+def test_a_generator_of_the_users_own_is_refused():
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Linear(4, 4)
+    with pytest.raises(UnsupportedError, match=r"(?s)rand\.generator.*torch\.rand\(2, 4, generator=generator\)"):
+        capture_forward(
+            lambda x: [model(x) + torch.rand(2, 4, generator=generator)],
+            {"model": model},
+            [TensorSpec((2, 4), torch.float32)],
+            autocast=None,
+        )
 
 
 def test_a_loss_that_is_no_scalar_or_reaches_no_parameter_is_refused():
@@ -546,6 +602,26 @@ def test_results_are_strongly_typed_so_that_feeding_them_back_does_not_trace_aga
             _, written = run(params, buffers, arrays_of([torch.randn(6, 4)]), jax.random.key(0))
             buffers = {**buffers, **written}
         assert run._cache_size() == 1
+
+
+def test_outputs_may_be_inputs_constants_or_parameters():
+    model, constant = nn.Linear(2, 2), torch.tensor([1.0, 2.0])
+
+    def step(x):
+        return model(x).sum(), [x, constant, model.weight, torch.tensor(3)]
+
+    graph = capture_training(step, {"model": model}, [TensorSpec((2, 2), torch.float32)], autocast=None)
+    x = torch.randn(2, 2)
+    _, aux, _ = run_with_key(graph, {"model": model}, [x], 0)
+    assert [error(a, b) for a, b in zip(aux, step(x)[1], strict=True)] == [0.0] * 4
+
+
+def test_an_input_written_in_place_is_reported():
+    model = nn.Linear(2, 2)
+    graph = capture_forward(
+        lambda x, y: [model(x.add_(1)) + y], {"model": model}, [TensorSpec((2, 2), torch.float32)] * 2, autocast=None
+    )
+    assert graph.mutated_inputs == (0,)
 
 
 def test_dead_operations_are_cut_from_the_program():

@@ -30,6 +30,7 @@ from polyaccel.errors import PolyaccelError, PrepareError
 
 from .decompositions import capture_decompositions
 from .programs import ArraySpec, Program, compile_program, refuse_missing
+from .recomputation import hold_back_recomputation
 from .sources import SourceNotes, source_of_error
 
 _COTANGENT = "polyaccel_cotangent"
@@ -340,6 +341,7 @@ class _Layout:
     num_outputs: int = 0
     wanted: list[str | int] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
+    written_after: list[str] = field(default_factory=list)
     mutated_inputs: list[int] = field(default_factory=list)
 
 
@@ -372,10 +374,13 @@ def _trace(
                 raise
             except Exception as error:
                 raise _explained(error, state.paths) from error
+    hold_back_recomputation(module.graph)
     nodes = list(module.graph.nodes)
     results = list(nodes[-1].args[0])
-    outputs, grads = results[: layout.num_outputs], results[layout.num_outputs :]
-    grads, written = grads[: len(layout.wanted)], grads[len(layout.wanted) :]
+    outputs, rest = results[: layout.num_outputs], results[layout.num_outputs :]
+    written, rest = rest[: len(layout.written)], rest[len(layout.written) :]
+    grads, after = rest[: len(layout.wanted)], rest[len(layout.wanted) :]
+    _refuse_late_writes(dict(zip(layout.written, written)), dict(zip(layout.written_after, after)))
     return _Traced(
         module=module,
         state=state,
@@ -386,6 +391,23 @@ def _trace(
         written=list(zip(layout.written, written, strict=True)),
         mutated_inputs=tuple(layout.mutated_inputs),
     )
+
+
+def _refuse_late_writes(forward: Mapping[str, Node], backward: Mapping[str, Node]) -> None:
+    """The two halves of a vjp run apart, and only the forward hands out buffers."""
+    for name, node in backward.items():
+        if name not in forward or _root(node) is not _root(forward[name]):
+            raise PrepareError(
+                f"the backward pass writes to {name} (a checkpointed module with running statistics does)",
+                "pass the loss function itself, `accelerator.backward(loss_fn, batch)`, or do not checkpoint that module",
+            )
+
+
+def _root(node: Node) -> Node:
+    same = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.clone.default)
+    while node.target in same and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 def _run(
@@ -416,17 +438,31 @@ def _run(
         layout.num_outputs = len(outputs)
         reassigned = _reassigned(state, held)
         grads: list[torch.Tensor | None] = []
+        written = _written(state, held, reassigned)
         if kind != "forward":
             layout.wanted, wanted = _wanted(state, inputs, leaves)
             grads = _gradients(outputs, wanted, kind)
-    written: list[torch.Tensor] = []
+            after = _written(state, held, reassigned)  # a checkpointed BatchNorm writes once more in the backward
+            if kind == "training":
+                written = after
+            else:
+                layout.written_after = list(after)
+                grads += after.values()
+    layout.written = list(written)
+    layout.mutated_inputs = [index for index, leaf in enumerate(arguments) if _is_written(leaf)]
+    return [_plain(tensor) for tensor in (*(out.detach() for out in outputs), *written.values(), *grads)]
+
+
+def _written(
+    state: _State, held: Mapping[str, torch.Tensor], reassigned: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What the tensors that were written hold now; the copies do not follow later writes."""
+    found: dict[str, torch.Tensor] = {}
     for name, leaf in held.items():
         value = reassigned.get(name, leaf)
         if value is not leaf or _is_written(leaf):
-            layout.written.append(name)
-            written.append(value.detach().to(state.specs[name].dtype))
-    layout.mutated_inputs.extend(index for index, leaf in enumerate(arguments) if _is_written(leaf))
-    return [_plain(tensor) for tensor in (*(out.detach() for out in outputs), *grads, *written)]
+            found[name] = value.detach().to(state.specs[name].dtype).clone()
+    return found
 
 
 def _outputs(returned: Any, kind: _Kind) -> list[torch.Tensor]:

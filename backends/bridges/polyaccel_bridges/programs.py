@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.fx.node import map_arg
 from polyaccel.errors import UnsupportedError
 
 from .lowerings import LOWERINGS, Lowering, promotion
+from .recomputation import barrier
 from .sources import draw_of_node, source_of_node
 
 # Where and how a tensor is stored says nothing about its value.
@@ -80,7 +82,7 @@ def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
     missing: dict[str, list[str]] = {}
     live = _needed((), outputs)
     for node in graph.nodes:
-        if node in live and node.op == "call_function" and not _is_projection(node):
+        if node in live and node.op == "call_function":
             reason = _why_not_lowered(node)
             if reason is None:
                 continue
@@ -100,7 +102,7 @@ def refuse_missing(graph: Graph, outputs: Iterable[Node | None]) -> None:
 
 def _why_not_lowered(node: Node) -> str | None:
     """None: it can be. Otherwise what to add to its place: nothing where no lowering exists, or that lowering's own reason."""
-    lowering = LOWERINGS.get(node.target)  # type: ignore[call-overload]
+    lowering = _lowering_of(node)
     if lowering is None:
         return ""
     if lowering.refuses is None:
@@ -108,10 +110,6 @@ def _why_not_lowered(node: Node) -> str | None:
     args, kwargs = map_arg((node.args, node.kwargs), lambda used: used.meta.get("val"))
     reason = lowering.refuses(*args, **kwargs)
     return None if reason is None else f": {reason}"
-
-
-def _is_projection(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem" and getattr(node.target, "__module__", "") == "_operator"
 
 
 def constant_array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -201,7 +199,11 @@ def _project(values: Any, index: int) -> Any:
     return values[index]
 
 
-_PROJECTION = Lowering(_project)
+_STRUCTURAL: dict[Any, Lowering] = {operator.getitem: Lowering(_project), barrier: Lowering(barrier)}
+
+
+def _lowering_of(node: Node) -> Lowering | None:
+    return _STRUCTURAL.get(node.target) or LOWERINGS.get(node.target)  # type: ignore[arg-type]
 
 
 def _instruction(node: Node, slots: dict[Node, int], frees: tuple[int, ...]) -> Instruction:
@@ -214,7 +216,8 @@ def _instruction(node: Node, slots: dict[Node, int], frees: tuple[int, ...]) -> 
             return tuple(convert(item) for item in value)
         return value
 
-    lowering = _PROJECTION if _is_projection(node) else LOWERINGS[node.target]  # type: ignore[index]
+    lowering = _lowering_of(node)
+    assert lowering is not None
     return Instruction(
         lowering=lowering,
         args=tuple(convert(arg) for arg in node.args),

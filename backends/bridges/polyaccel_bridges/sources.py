@@ -18,6 +18,7 @@ _MODULE_CALL: CodeType = nn.Module._call_impl.__code__
 _OURS = frozenset({"torch", "jax", "polyaccel", "polyaccel_bridges", "polyaccel_jax"})
 _META = "polyaccel_source"
 _DRAW = "polyaccel_draw"
+_RECOMPUTED = "polyaccel_recomputed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,11 @@ def draw_of_node(node: Node) -> int | None:
     return draw
 
 
+def is_recomputed(node: Node) -> bool:
+    """Whether a backward pass repeats this forward operation instead of keeping its result (`torch.utils.checkpoint`)."""
+    return _RECOMPUTED in node.meta
+
+
 class SourceNotes(TorchDispatchMode):
     """While active, writes the source of every operation (and the number of every random draw) on the nodes that it adds to `graph`.
 
@@ -134,15 +140,19 @@ class SourceNotes(TorchDispatchMode):
         else:
             forward = self._by_sequence.get(backward._sequence_nr())
             source = forward or source
+        # Backward formulas run without gradients; a forward that is repeated inside a backward pass records them.
+        repeated = backward is not None and torch.is_grad_enabled()
         result = func(*args, **(kwargs or {}))
-        self._note(source)
+        self._note(source, repeated)
         return result
 
-    def _note(self, source: Source) -> None:
+    def _note(self, source: Source, repeated: bool) -> None:
         for node in reversed(self._graph.nodes):
             if _META in node.meta:
                 break
             node.meta[_META] = source
+            if repeated:
+                node.meta[_RECOMPUTED] = True
             if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 draw = torch.default_generator.initial_seed()
                 node.meta[_DRAW] = draw

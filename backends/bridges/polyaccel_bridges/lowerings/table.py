@@ -17,10 +17,15 @@ from torch._ops import OpOverload
 
 @dataclass(frozen=True, slots=True)
 class Lowering:
-    """How one ATen overload is computed in jnp; `is_random` ones are called with a PRNG key before their arguments."""
+    """How one ATen overload is computed in jnp; `is_random` ones are called with a PRNG key before their arguments.
+
+    `refuses`, called while a graph is compiled with the call's arguments (PyTorch's fake tensors, which know their strides), says
+    why this call has no meaning for arrays, or None: arrays have shapes but no storage.
+    """
 
     function: Callable[..., Any]
     is_random: bool = False
+    refuses: Callable[..., str | None] | None = None
 
 
 LOWERINGS: dict[OpOverload, Lowering] = {}
@@ -28,14 +33,16 @@ LOWERINGS: dict[OpOverload, Lowering] = {}
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def lowers(*overloads: OpOverload, is_random: bool = False) -> Callable[[F], F]:
+def lowers(
+    *overloads: OpOverload, is_random: bool = False, refuses: Callable[..., str | None] | None = None
+) -> Callable[[F], F]:
     """Register the decorated function as the lowering of `overloads`; a second registration of one overload is an error."""
 
     def register(function: F) -> F:
         for overload in overloads:
             if overload in LOWERINGS:
                 raise ValueError(f"{overload} already has a lowering: {LOWERINGS[overload].function.__qualname__}")
-            LOWERINGS[overload] = Lowering(function, is_random)
+            LOWERINGS[overload] = Lowering(function, is_random, refuses)
         return function
 
     return register
