@@ -1,5 +1,6 @@
 """Flax scripts on the torch engine: the numbers of the jax engine, in memory that torch owns."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -361,6 +362,7 @@ def test_a_value_of_another_shape_is_refused_by_name():
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     results = {}
+    environment = {**os.environ, "POLYACCEL_COMPILATION_CACHE": str(tmp_path / "cache")}
     for count in (1, 2):
         file = tmp_path / f"{count}.npz"
         command = ["-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu", "--num-processes", str(count)]
@@ -369,9 +371,11 @@ def test_two_processes_equal_one(tmp_path):
             capture_output=True,
             text=True,
             timeout=300,
+            env=environment,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         results[count] = dict(np.load(file))
+    assert any((tmp_path / "cache").iterdir())  # the next start compiles nothing
     one, two = results[1], results[2]
     dropped = {name: (one.pop(name), two.pop(name)) for name in list(one) if name.startswith("dropped.")}
     assert one.keys() == two.keys()

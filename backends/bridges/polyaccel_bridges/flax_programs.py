@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from polyaccel.protocols import ArraySpec, LossCall, ProgramCall
+from polyaccel_jax.dialect import compilation_cache
 
 from .flax_arrays import fence, finish, is_key, jax_device, place, to_torch
 from .flax_modules import HeldModel
@@ -35,6 +36,7 @@ class FlaxRuntime:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+        compilation_cache.enable(engine.config.compilation_cache)
         self.device: jax.Device = jax_device(engine.device)
         self.num_compiles = 0
         self._inner_scale: torch.Tensor | None = None

@@ -16,8 +16,9 @@ from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import Collectives, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
 from polyaccel.topology import Topology
-from polyaccel_jax import compilation_cache, dialect, state
+from polyaccel_jax import dialect, state
 from polyaccel_jax.collectives import JaxCollectives
+from polyaccel_jax.dialect import compilation_cache
 from polyaccel_jax.fused import FusedStep
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.mesh import DeviceMesh

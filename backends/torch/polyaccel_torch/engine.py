@@ -34,6 +34,7 @@ class TorchEngine:
     gradient_state: Any = None
 
     def __init__(self, config: Config, place: Rendezvous) -> None:
+        self.config = config
         self._job = parallel.join(place, use_cpu=config.cpu)
         self.topology = self._job.topology
         self.collectives = self._job.collectives
