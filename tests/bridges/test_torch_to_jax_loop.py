@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bridge_scripts import assert_same_on_jax, on_jax
-from polyaccel.errors import PrepareError
 from torch import nn
+
+from polyaccel.errors import PrepareError
 
 torch.set_num_threads(1)
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from bridge_scripts import assert_same_on_jax, on_jax
-from polyaccel.errors import PrepareError
 from torch import nn
+
+from polyaccel.errors import PrepareError
 
 torch.set_num_threads(1)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 

@@ -181,7 +181,9 @@ def test_batch_norm_sees_its_own_shard_and_the_first_shards_statistics_stay():
     out = model(x)
     acc.backward(out.pow(2).mean() + out.sum() * 0)
     parts = [F.batch_norm(part @ weight.T, None, None, training=True) for part in x.chunk(4)]
-    torch.testing.assert_close(out.detach().clone(), torch.cat(parts), atol=1e-5, rtol=1e-5)  # float32, other order of sums
+    torch.testing.assert_close(
+        out.detach().clone(), torch.cat(parts), atol=1e-5, rtol=1e-5
+    )  # float32, other order of sums
     first = (x[:4] @ weight.T).mean(0) * 0.1
     torch.testing.assert_close(model.module[1].running_mean.clone(), first, atol=1e-6, rtol=1e-5)
     assert model.module[1].num_batches_tracked.item() == 1

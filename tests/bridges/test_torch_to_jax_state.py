@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bridge_scripts import PlainTorch, assert_same_on_jax, on_jax
-from polyaccel.errors import PrepareError, UnsupportedError
 from torch import nn
+
+from polyaccel.errors import PrepareError, UnsupportedError
 
 torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from jax import lax
+
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, ProgramResult
 

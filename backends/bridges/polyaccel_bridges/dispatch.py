@@ -10,8 +10,7 @@ import torch
 from polyaccel.errors import PrepareError, UnsupportedError
 
 from . import scope as capturing
-from .exchange import to_numpy
-from .tensors import DeviceParameter, DeviceTensor, HostCell, ViewCell, device_tensors, refuse_shape
+from .tensors import DeviceParameter, DeviceTensor, ViewCell, device_tensors
 
 _T = torch.Tensor
 _GETTER = "__get__"
@@ -86,7 +85,9 @@ def _metadata(func: Any, args: tuple[Any, ...]) -> Any:
 def is_inplace_name(name: str) -> bool:
     """True for add_, copy_, __iadd__, __setitem__ and their kin."""
     if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__"))
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        )
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -99,7 +100,12 @@ def _target(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tupl
 
 
 def _into_plain(
-    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], target: Any, operands: list[DeviceTensor], is_needed: bool
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: Any,
+    operands: list[DeviceTensor],
+    is_needed: bool,
 ) -> Any:
     """An in-place operation on a plain tensor: `total += loss` gives `total` a new value, everything else needs the numbers now."""
     functional = _REBINDING.get(func)
@@ -259,4 +265,3 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
         )
     },
 }  # fmt: skip
-

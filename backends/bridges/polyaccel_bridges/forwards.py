@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-
 import torch
+
 from polyaccel.protocols import ArraySpec
 
 from . import scope as capturing
@@ -85,7 +85,9 @@ class _ForwardRecipe:
         with scope.active():
             return scope.call(prepared, args, kwargs)
 
-    def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> ForwardProgram:
+    def build(
+        self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any
+    ) -> ForwardProgram:
         """Capture the outputs at these shapes."""
         modules = {self._model.handle.name: self._model.module}
         seen: list[list[OutSpec]] = []
@@ -107,8 +109,4 @@ class _ForwardRecipe:
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """The model's own structure."""
-        return rebuild(
-            self._structure, lambda index: lifted(self._recorder, outputs[index], self._output_axes[index])
-        )
-
-
+        return rebuild(self._structure, lambda index: lifted(self._recorder, outputs[index], self._output_axes[index]))

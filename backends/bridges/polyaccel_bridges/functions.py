@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import torch
+
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LossCall
 
@@ -54,7 +55,9 @@ class Untouchable:
     def _refuse(self, *args: Any) -> NoReturn:
         raise Touched(f"{object.__getattribute__(self, '_name')} is used and changes from call to call")
 
-    __bool__ = __len__ = __iter__ = __getitem__ = __call__ = __hash__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse  # type: ignore[assignment]
+    __bool__ = __len__ = __iter__ = __getitem__ = __call__ = __hash__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = (
+        _refuse  # type: ignore[assignment]
+    )
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
     __neg__ = __float__ = __int__ = __index__ = __str__ = __repr__ = __format__ = __contains__ = _refuse  # type: ignore[assignment]
 
@@ -220,7 +223,9 @@ class _Family:
     def _new_recipe(
         self, function: Any, packed: _Arguments, closure: list[torch.Tensor], values: tuple[Key, ...], state: Key
     ) -> _FunctionRecipe:
-        changed = [] if self._last is None else [i for i, (a, b) in enumerate(zip(values, self._last, strict=True)) if a != b]
+        changed = (
+            [] if self._last is None else [i for i, (a, b) in enumerate(zip(values, self._last, strict=True)) if a != b]
+        )
         changed = [index for index in changed if self._policies.get(index) is None]
         before = dict(self._policies)
         if changed:
@@ -228,7 +233,7 @@ class _Family:
                 self._policies[index] = "input" if type(packed.values[index]) is float else "untouched"
             try:
                 recipe = self._made(function, packed, closure)
-            except PrepareError:
+            except Exception:  # noqa: BLE001 - whatever the stand-ins broke: the real values below say what is the user's own
                 self._policies = before
                 self.recorder.note_recapture(self.guard, [packed.values[index] for index in changed])
                 recipe = self._made(function, packed, closure)
@@ -348,7 +353,9 @@ class _FunctionRecipe:
 
     # -- capture -----------------------------------------------------------------------------------------------------------
 
-    def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> TrainingProgram:
+    def build(
+        self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any
+    ) -> TrainingProgram:
         """Capture loss, gradients and auxiliary values at these shapes."""
         is_scaled = self._family.recorder.engine.plan.precision.loss_scaling is not None
         wanted = tensor_specs(specs, self._dtypes)
@@ -432,7 +439,11 @@ def _values_outside(
     plain = getattr(function, "__func__", function)
     seen = thaw(names, lambda described: leaf(described) if described[1] == "v" else None)
     original = thaw(names, lambda described: values[described[2]] if described[1] == "v" else None)
-    cells = dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True)) if hasattr(plain, "__code__") else {}
+    cells = (
+        dict(zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True))
+        if hasattr(plain, "__code__")
+        else {}
+    )
     try:
         for name, value in seen.items():
             if value is original[name] or not (isinstance(value, torch.Tensor) or type(value) is Untouchable):

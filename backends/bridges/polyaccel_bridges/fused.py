@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from polyaccel.protocols import ArraySpec, ProgramResult
 
 from . import scope as capturing
@@ -27,9 +28,7 @@ def number_draws(position: int) -> None:
     torch.default_generator.manual_seed(position << DRAW_SHIFT)
 
 
-def run_entry(
-    entry: Entry, leaf: Any, scope: capturing.CaptureScope, *, allow_grad: bool = True
-) -> list[torch.Tensor]:
+def run_entry(entry: Entry, leaf: Any, scope: capturing.CaptureScope, *, allow_grad: bool = True) -> list[torch.Tensor]:
     """Run one recorded operation inside a capture; its tensors in order."""
     number_draws(entry.position)
     with entry.modes.active(allow_grad=allow_grad):

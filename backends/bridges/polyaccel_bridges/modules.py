@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from polyaccel.errors import PrepareError, UnsupportedError
 from torch import nn
+
+from polyaccel.errors import PrepareError, UnsupportedError
 
 from . import capture
 from . import scope as capturing
@@ -83,7 +84,9 @@ class ManagedModel:
         for module in recurrent:
             module._flat_weight_refs = []  # weak references keep a tensor from being exchanged
         for name, tensor in self._params.items():
-            self._exchange(name, tensor, DeviceParameter.make_parameter(self.recorder, tensor, self.cell("params", name)))
+            self._exchange(
+                name, tensor, DeviceParameter.make_parameter(self.recorder, tensor, self.cell("params", name))
+            )
         for name, tensor in self._buffers.items():
             window = DeviceTensor.make(self.recorder, tensor.shape, tensor.dtype, cell=self.cell("buffers", name))
             self._exchange(name, tensor, window)

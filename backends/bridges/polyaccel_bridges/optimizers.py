@@ -6,8 +6,9 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from polyaccel.errors import PrepareError, UnsupportedError
 from torch.optim import Optimizer
+
+from polyaccel.errors import PrepareError, UnsupportedError
 
 from .torch_optimizers import lower_optimizer
 
@@ -167,5 +168,3 @@ class PreparedOptimizer(Optimizer):
         if name in ("optimizer", "_source"):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
-
-

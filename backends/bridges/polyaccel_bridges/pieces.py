@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 import jax
 import jax.numpy as jnp
 import torch
+
 from polyaccel.errors import PlanError, PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, ProgramResult
 
@@ -114,7 +115,10 @@ def _note_results(recipe: TapeRecipe, groups: list[_Group]) -> None:
         needed.add(recipe.loss)
     for group in reversed(groups):
         made = {
-            (group.part, entry.position, out) for entry in group.entries for out in range(len(entry.specs)) if out not in entry.same
+            (group.part, entry.position, out)
+            for entry in group.entries
+            for out in range(len(entry.specs))
+            if out not in entry.same
         }
         taken = {operand[1] for operand in group.operands if operand[0] == "v"}
         gives = needed & (made | taken if group.writes else made)
@@ -147,7 +151,9 @@ def _is_view(recipe: TapeRecipe, place: Place) -> bool:
 class _Captured:
     """A group with its graph, and how its values lie."""
 
-    def __init__(self, recipe: TapeRecipe, group: _Group, num_shards: int, shard_call: Any, *, with_grads: bool) -> None:
+    def __init__(
+        self, recipe: TapeRecipe, group: _Group, num_shards: int, shard_call: Any, *, with_grads: bool
+    ) -> None:
         self.group = group
         self.recipe = recipe
         self.num_processes = recipe.recorder.num_processes
@@ -202,7 +208,9 @@ class _Captured:
             elif self.num_shards == self.num_processes:  # one shard per process: sizes do not tell
                 axes.append(0 if whole and whole[0] == self.batch_size else None)
             else:
-                axes.append(next((dim for dim, (a, b) in enumerate(zip(whole, local.shape, strict=True)) if a != b), None))
+                axes.append(
+                    next((dim for dim, (a, b) in enumerate(zip(whole, local.shape, strict=True)) if a != b), None)
+                )
         return axes
 
     def _function(self, with_grads: bool) -> Any:
@@ -423,6 +431,3 @@ class ComposedProgram:
         if value is None or not stacked:
             return value
         return value if axis is None else self._split(value, axis)
-
-
-

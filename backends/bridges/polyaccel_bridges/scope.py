@@ -102,7 +102,9 @@ def is_large(tensor: torch.Tensor) -> bool:
 
 
 # What is asked of a tensor without using its values; attributes (`tensor.shape`) arrive as __get__.
-_ASKING = frozenset({"__get__", "size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"})
+_ASKING = frozenset(
+    {"__get__", "size", "dim", "numel", "is_floating_point", "is_complex", "stride", "is_contiguous", "__len__"}
+)
 
 
 class _Outside(TorchFunctionMode):
@@ -138,9 +140,7 @@ def _is_outside(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, FunctionalTensor | FakeTensor)
 
 
-def run_model(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None
-) -> Any:
+def run_model(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None) -> Any:
     """The module's outputs; under autocast, floating ones come out in float32, as Accelerate gives them."""
     if autocast is None:
         return module(*args, **kwargs)
@@ -175,7 +175,11 @@ def name_in_user_code(tensor: torch.Tensor) -> str | None:
     """The name of a variable, or of a module's parameter in a variable, that holds this very tensor in a calling frame."""
     frame = sys._getframe(1)
     while frame is not None:
-        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in ("torch", "polyaccel", "polyaccel_bridges"):
+        if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in (
+            "torch",
+            "polyaccel",
+            "polyaccel_bridges",
+        ):
             for name, value in (*frame.f_locals.items(), *frame.f_globals.items()):
                 if value is tensor:
                     return repr(name)

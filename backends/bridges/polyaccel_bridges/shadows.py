@@ -43,8 +43,10 @@ class Modes:
     @staticmethod
     def now() -> Modes:
         """The modes of this moment."""
-        return _MODES[torch.is_grad_enabled()] if not torch.is_autocast_enabled("cpu") else Modes(
-            torch.is_grad_enabled(), torch.get_autocast_dtype("cpu")
+        return (
+            _MODES[torch.is_grad_enabled()]
+            if not torch.is_autocast_enabled("cpu")
+            else Modes(torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"))
         )
 
     @contextlib.contextmanager
@@ -132,8 +134,6 @@ class Fakes:
         """Inside, torch computes nothing."""
         with self.mode, torch.random.fork_rng(devices=[]):
             yield
-
-
 
 
 def infer(

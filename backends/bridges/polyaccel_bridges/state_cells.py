@@ -82,7 +82,10 @@ class StateCell:
         if self.kind == "grads":
             like = handle.params[self.name]
             with jax.enable_x64(True):
-                handle.grads = {**handle.grads, self.name: jax.device_put(to_numpy(host), like.sharding, may_alias=False)}
+                handle.grads = {
+                    **handle.grads,
+                    self.name: jax.device_put(to_numpy(host), like.sharding, may_alias=False),
+                }
         else:
             handle.assign({self.name: to_numpy(host)})
         self.note_clean()
@@ -117,7 +120,9 @@ class StateCell:
             self._model.handle.zero_grad((self.name,))
             return
         if tuple(value.shape) != tuple(parameter.shape):
-            raise RuntimeError(f"assigned grad of shape {tuple(value.shape)} to {self.name} of shape {tuple(parameter.shape)}")
+            raise RuntimeError(
+                f"assigned grad of shape {tuple(value.shape)} to {self.name} of shape {tuple(parameter.shape)}"
+            )
         host = value.host() if isinstance(value, DeviceTensor) else value
         self._model.cell("grads", self.name).replace(host, parameter.dtype)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import jax
 import numpy as np
 import torch
+
 from polyaccel.errors import PrepareError
 
 from . import scope as capturing
@@ -59,7 +60,9 @@ class Entry:
         "same", "specs", "structure", "token", "updates", "value", "writes",
     )  # fmt: skip
 
-    def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None) -> None:
+    def __init__(
+        self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None
+    ) -> None:
         self.parent = parent
         self.position: int = -1 if parent is None else parent.position + 1
         self.func = func
@@ -108,7 +111,9 @@ class Session:
         self.has_effects = False  # a model call may have changed buffers
         self.is_executed = False  # its model calls ran, for the sake of their values
         self.num_executed = 0  # operations that ran
-        self.start_buffers: dict[ManagedModel, dict[str, Any]] = {}  # what the first run of its model calls started from
+        self.start_buffers: dict[
+            ManagedModel, dict[str, Any]
+        ] = {}  # what the first run of its model calls started from
         self.start_params: list[Mapping[str, Any]] = []
         self.shadows: Shadows | None = None
         self._inputs: dict[tuple[int, int], int] = {}
@@ -152,7 +157,13 @@ class Session:
         inputs, models, externals, kept = mark
         if len(self.inputs) > inputs:
             self._inputs = {key: index for key, index in self._inputs.items() if index < inputs}
-        del self.inputs[inputs:], self.axes[inputs:], self.models[models:], self.externals[externals:], self._kept[kept:]
+        del (
+            self.inputs[inputs:],
+            self.axes[inputs:],
+            self.models[models:],
+            self.externals[externals:],
+            self._kept[kept:],
+        )
         del self.start_params[models:]
 
     def model_index(self, model: ManagedModel) -> int:
@@ -350,7 +361,9 @@ class Recorder:
             operands.append(found)  # type: ignore[arg-type]  # plain tensors too: positions count
             if isinstance(found, DeviceTensor):
                 if found._recorder is not self:
-                    raise PrepareError("a value of another Accelerator's model was used", "use one Accelerator per script")
+                    raise PrepareError(
+                        "a value of another Accelerator's model was used", "use one Accelerator per script"
+                    )
                 ref = found._ref
                 if ref is not None and ref.session is session:
                     return (LEAF, "r", ref.position, ref.out, found._cell is not None)
@@ -404,9 +417,7 @@ class Recorder:
                 made.append(operands[same])
             else:
                 ref = Ref(session, position, out)
-                made.append(
-                    DeviceTensor.make(self, spec.shape, spec.dtype, requires_grad=spec.requires_grad, ref=ref)
-                )
+                made.append(DeviceTensor.make(self, spec.shape, spec.dtype, requires_grad=spec.requires_grad, ref=ref))
         for operand, spec in entry.updates:
             changed = operands[operand]
             changed._shape, changed._dtype, changed._requires_grad = spec
@@ -461,7 +472,9 @@ class Recorder:
             session.shadows = None
             return self._add(session, self._by_value(entry, operands), key, numbers)
         structure, tensors = freeze_result(result)
-        entry.writes = tuple(i for i, (fake, old) in enumerate(zip(fakes, before, strict=True)) if fake._version != old[0])
+        entry.writes = tuple(
+            i for i, (fake, old) in enumerate(zip(fakes, before, strict=True)) if fake._version != old[0]
+        )
         entry.gives_view = any(tensor._is_view() for tensor in tensors)
         is_written = bool(entry.writes)
         if not tensors and not is_written:
@@ -499,14 +512,14 @@ class Recorder:
         if entry.modes.is_grad_enabled and any(operand.requires_grad for operand in operands):
             with torch.enable_grad():
                 examples = {
-                    id(o): torch.ones(o.shape, dtype=o.dtype).requires_grad_(o.requires_grad and o.dtype.is_floating_point)
+                    id(o): torch.ones(o.shape, dtype=o.dtype).requires_grad_(
+                        o.requires_grad and o.dtype.is_floating_point
+                    )
                     for o in operands
                 }
                 iterator = iter([examples[id(operand)] for operand in operands])
                 numbers = entry.numbers or ()
-                args, kwargs = thaw(
-                    entry.arguments, lambda d: numbers[d[2]] if d[1] == "f" else next(iterator)
-                )
+                args, kwargs = thaw(entry.arguments, lambda d: numbers[d[2]] if d[1] == "f" else next(iterator))
                 is_inplace = is_inplace_name(getattr(entry.func, "__name__", ""))
                 _, tensors = freeze_result(None if is_inplace else entry.func(*args, **kwargs))
             if is_inplace or any(tensor.requires_grad for tensor in tensors):
@@ -591,9 +604,9 @@ class Recorder:
         session.num_executed = len(session.results)
 
     def _close(self, session: Session) -> None:
-        if session.has_effects and not session.is_executed:
-            self._execute(session)
-        elif session.num_calls >= _MAX_CALLS and any(t._cell is None for _, _, t in session.live()):
+        if (session.has_effects and not session.is_executed) or (
+            session.num_calls >= _MAX_CALLS and any(t._cell is None for _, _, t in session.live())
+        ):
             self._execute(session)
         session.shadows = None
         if self._session is session:
@@ -647,7 +660,10 @@ class Recorder:
         if count == 8:
             name = getattr(guard.code, "co_name", "the function")
             _log.warning(
-                "%s was captured and compiled %d times because %s changes from call to call; pass it as a tensor", name, count, values
+                "%s was captured and compiled %d times because %s changes from call to call; pass it as a tensor",
+                name,
+                count,
+                values,
             )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
+
 from polyaccel.protocols import ArraySpec
 
 from .calls import TorchCall, handles
@@ -55,7 +56,12 @@ class TapeRecipe:
     """The programs of one recorded sequence of operations."""
 
     def __init__(
-        self, recorder: Recorder, parts: Sequence[Part], loss: Place | None, wanted: Sequence[Place], axes: Sequence[int | None]
+        self,
+        recorder: Recorder,
+        parts: Sequence[Part],
+        loss: Place | None,
+        wanted: Sequence[Place],
+        axes: Sequence[int | None],
     ) -> None:
         self.recorder = recorder
         self.parts = tuple(parts)
@@ -146,7 +152,11 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
         for found in operands_of(entry):
             if found[1] == "i" and found[5]:
                 raise RuntimeError(_SECOND)
-            place = parts[index].externals[found[2]] if found[1] == "x" else (index, found[2], found[3] if found[1] == "r" else 0)
+            place = (
+                parts[index].externals[found[2]]
+                if found[1] == "x"
+                else (index, found[2], found[3] if found[1] == "r" else 0)
+            )
             if found[1] in ("r", "x") and parts[place[0]].at(place[1]).specs[place[2]].requires_grad:
                 waiting.append((place[0], place[1]))
                 waiting.extend(writers.get(place, ()))
@@ -159,9 +169,11 @@ def _spent(parts: Sequence[Part]) -> frozenset[tuple[int, int]]:
     for index, part in enumerate(parts):
         for entry in part.entries:
             for leaf in operands_of(entry):
-                if (leaf[1] == "i" and leaf[5]) or (leaf[1] == "r" and (index, leaf[2]) in found):
-                    found.add((index, entry.position))
-                elif leaf[1] == "x" and part.externals[leaf[2]][:2] in found:
+                if (
+                    (leaf[1] == "i" and leaf[5])
+                    or (leaf[1] == "r" and (index, leaf[2]) in found)
+                    or (leaf[1] == "x" and part.externals[leaf[2]][:2] in found)
+                ):
                     found.add((index, entry.position))
     return frozenset(found)
 
@@ -204,7 +216,9 @@ class _Assembly:
             if one.draw != self.draw:
                 draw_input = len(self.inputs)
                 self._extend([recorder.draw_key(one.draw)], [None])
-            key.append((one.entry, len(one.inputs), externals, tuple(buffers), draw_input, one.is_executed, len(one.models)))
+            key.append(
+                (one.entry, len(one.inputs), externals, tuple(buffers), draw_input, one.is_executed, len(one.models))
+            )
             self.parts.append(
                 Part((), {}, tuple(one.models), first, len(one.inputs), externals, buffers, draw_input, one.is_executed)
             )

@@ -209,7 +209,8 @@ class DeviceTensor(torch.Tensor):
     def register_hook(self, hook: Callable[..., Any]) -> Any:
         """Refused: gradients exist only inside the compiled program."""
         raise UnsupportedError(
-            "register_hook() on a tensor of a prepared model", "change p.grad between accelerator.backward and optimizer.step"
+            "register_hook() on a tensor of a prepared model",
+            "change p.grad between accelerator.backward and optimizer.step",
         )
 
     def size(self, dim: int | None = None) -> Any:
@@ -340,7 +341,9 @@ class DeviceTensor(torch.Tensor):
                 )
             if (dtype is None or dtype == self._dtype) and not kwargs.get("copy"):
                 return self
-            return _recorded(torch.Tensor.to, self, dtype or self._dtype, **{k: v for k, v in kwargs.items() if k == "copy"})
+            return _recorded(
+                torch.Tensor.to, self, dtype or self._dtype, **{k: v for k, v in kwargs.items() if k == "copy"}
+            )
         return _recorded(torch.Tensor.to, self, *args, **kwargs)
 
     def cuda(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -450,7 +453,13 @@ def _fill(
     cell: Any,
 ) -> DeviceTensor:
     tensor.__dict__.update(
-        _recorder=recorder, _shape=shape, _dtype=dtype, _requires_grad=requires_grad, _ref=ref, _cell=cell, _is_spent=False
+        _recorder=recorder,
+        _shape=shape,
+        _dtype=dtype,
+        _requires_grad=requires_grad,
+        _ref=ref,
+        _cell=cell,
+        _is_spent=False,
     )
     return tensor
 

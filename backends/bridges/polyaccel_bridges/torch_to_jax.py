@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
 from polyaccel import trees
 from polyaccel.dialects import Dialect, Role
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import LossCall
-from torch import nn
-from torch.utils.data import DataLoader
 
 from .exchange import PLACED, carry, placed_array
 from .functions import Functions, feed, lifted
@@ -115,7 +116,8 @@ class TorchToJax:
         placed, _ = trees.flatten(placed_batch)
         if len(host) != len(placed):
             raise PrepareError(
-                f"a batch of {len(host)} leaves was placed as {len(placed)}", "report this: a loader changed its batches"
+                f"a batch of {len(host)} leaves was placed as {len(placed)}",
+                "report this: a loader changed its batches",
             )
         for tensor, array in zip(host, placed, strict=True):
             if isinstance(tensor, torch.Tensor) and array is not tensor and hasattr(array, "sharding"):
@@ -142,7 +144,8 @@ def _listed(value: Any) -> list[Any]:
     if isinstance(value, Iterable):
         return list(value)
     raise PrepareError(
-        f"a {type(value).__name__} holds no parameters", "pass model.parameters() of the model that accelerator.prepare returned"
+        f"a {type(value).__name__} holds no parameters",
+        "pass model.parameters() of the model that accelerator.prepare returned",
     )
 
 
