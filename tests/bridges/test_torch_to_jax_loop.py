@@ -245,7 +245,7 @@ def test_dropout_masks_agree_between_an_early_read_and_backward():
     acc = on_jax()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 1, bias=False))
-    model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    model, _ = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
     x = torch.ones(1, 64)
     before = model.module[1].weight.detach().clone()
     out = model(x).sum()

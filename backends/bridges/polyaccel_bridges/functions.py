@@ -56,10 +56,10 @@ class Untouchable:
         raise Touched(f"{object.__getattribute__(self, '_name')} is used and changes from call to call")
 
     __bool__ = __len__ = __iter__ = __getitem__ = __call__ = __hash__ = __eq__ = __lt__ = __gt__ = __le__ = __ge__ = (
-        _refuse  # type: ignore[assignment]
+        _refuse
     )
     __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __pow__ = _refuse
-    __neg__ = __float__ = __int__ = __index__ = __str__ = __repr__ = __format__ = __contains__ = _refuse  # type: ignore[assignment]
+    __neg__ = __float__ = __int__ = __index__ = __str__ = __repr__ = __format__ = __contains__ = _refuse
 
 
 @final
@@ -108,7 +108,8 @@ def feed(tensor: torch.Tensor) -> tuple[Any, int | None]:
 def _typed(value: Any) -> Key:
     if value is None or isinstance(value, bool | int | float | str | bytes | complex):
         return (type(value), value)
-    if type(value).__eq__ is object.__eq__ or type(value).__hash__ is None:
+    kind: Any = type(value)
+    if kind.__eq__ is object.__eq__ or kind.__hash__ is None:
         return Identity(value)
     return (type(value), value)
 
@@ -275,7 +276,7 @@ class _FunctionRecipe:
         self._has_aux = False
         self._autocast = family.recorder.autocast_dtype
         self._num_arguments = len(packed.tensors)
-        tensors = [described for described in _tensor_leaves(family.arguments)]
+        tensors = _tensor_leaves(family.arguments)
         self._dtypes = [d[3] for d in tensors] + [t.dtype for t in closure] + [torch.float32] * len(numbers)
         self._axes: list[int | None] = [d[5] for d in tensors] + [
             0 if d[5] and d[4] else None for d in _tensor_leaves(family.names)

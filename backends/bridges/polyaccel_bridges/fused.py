@@ -17,7 +17,7 @@ from .packing import thaw
 from .shadows import freeze_result
 
 if TYPE_CHECKING:
-    from .tape import Entry
+    from .recordings import Entry
     from .tape_calls import TapeRecipe
 
 DRAW_SHIFT = 20  # every operation has 2**20 random draws of its own, whatever else is captured with it

@@ -172,7 +172,7 @@ class PreparedModule(nn.Module):
     # -- the user's module shows through ---------------------------------------------------------------------------------
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def training(self) -> bool:
         return self._model.module.training
 
     @training.setter
@@ -215,7 +215,7 @@ class PreparedModule(nn.Module):
         """The user's module's."""
         return self.module.named_children()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The user's module's, with present values."""
         return self.module.state_dict(*args, **kwargs)
 

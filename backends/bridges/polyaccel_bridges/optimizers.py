@@ -95,7 +95,7 @@ class PreparedOptimizer(Optimizer):
         self._step_count = 0
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The user's optimizer's own."""
         return self.optimizer.param_groups
 
@@ -156,7 +156,7 @@ class PreparedOptimizer(Optimizer):
         """torch's own layout, with CPU tensors."""
         return self._source.rule.state_dict(self._source.handle.state)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` of this or of torch's optimizer gave."""
         source = self._source
         source.handle.state = source.rule.load_state_dict(state_dict, source.model.params)

@@ -1,4 +1,4 @@
-"""Arguments as a hashable key and a list of leaves: equal keys mean the same containers, the same static values, tensors in the same places.
+"""Arguments as a hashable key and a list of leaves: equal keys mean equal containers and static values, and tensors in the same places.
 
 Tensors never enter a key as values. What a key holds strongly (functions, unknown objects) is compared by identity.
 """

@@ -71,7 +71,7 @@ class PieceGraph:
 
     def residuals(self, params: Arrays, inputs: Sequence[Any], kept: Sequence[Any], key: Any) -> list[Any]:
         """All residuals, in the order in which the backward takes them."""
-        found = {"param": params, "input": inputs, "kept": kept}
+        found: dict[str, Any] = {"param": params, "input": inputs, "kept": kept}
         values: list[Any] = [found[kind][which] for kind, which in self.sources]
         return [*values, key] if self.graph.backward.draws_randomly else values
 

@@ -26,7 +26,7 @@ from .shadows import OutSpec
 from .tape_calls import operands_of
 
 if TYPE_CHECKING:
-    from .tape import Entry
+    from .recordings import Entry
     from .tape_calls import Place, TapeRecipe
 
 Operand = tuple[Any, ...]  # ("v", place), ("i", part, index): what a piece takes

@@ -16,7 +16,8 @@ from .tensors import ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
     from .modules import ManagedModel
-    from .tape import Entry, Recorder, Session
+    from .recordings import Entry, Session
+    from .tape import Recorder
 
 Place = tuple[int, int, int]  # (recording, position, output)
 

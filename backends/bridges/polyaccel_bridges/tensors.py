@@ -21,7 +21,8 @@ from .exchange import fetch, to_numpy
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .tape import Recorder, Ref
+    from .recordings import Ref
+    from .tape import Recorder
 
 _CPU = torch.device("cpu")
 
@@ -138,7 +139,7 @@ class DeviceTensor(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached only by code that switches __torch_function__ off: it gets plain values.
@@ -171,7 +172,7 @@ class DeviceTensor(torch.Tensor):
         return None if self.is_leaf else RECORDED
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self._requires_grad
 
     @requires_grad.setter
@@ -179,7 +180,7 @@ class DeviceTensor(torch.Tensor):
         self.requires_grad_(value)
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         return None
 
     @grad.setter
@@ -290,7 +291,7 @@ class DeviceTensor(torch.Tensor):
     def __index__(self) -> int:
         return self.host().__index__()
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         text = repr(self.host())
         return f"{text[:-1]}, requires_grad=True)" if self._requires_grad and text.endswith(")") else text
 
@@ -315,7 +316,7 @@ class DeviceTensor(torch.Tensor):
         return DeviceTensor.make(self._recorder, self._shape, self._dtype, cell=self._cell)
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter
@@ -330,7 +331,8 @@ class DeviceTensor(torch.Tensor):
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in torch; the only device is the one that `accelerator.device` gives, torch's cpu."""
         if capturing.current() is None:
-            device, dtype, _, _ = torch._C._nn._parse_to(
+            parse: Any = torch._C._nn._parse_to
+            device, dtype, _, _ = parse(
                 *[torch.empty(0, dtype=a.dtype) if isinstance(a, DeviceTensor) else a for a in args],
                 **{name: value for name, value in kwargs.items() if name != "copy"},
             )
@@ -350,7 +352,7 @@ class DeviceTensor(torch.Tensor):
         """Refused, with the way out."""
         return self.to("cuda")
 
-    def backward(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def backward(self, *args: Any, **kwargs: Any) -> None:
         """As `accelerator.backward(loss)` without accumulation's scale."""
         if any(value is not None for value in (*args, *kwargs.values())):
             raise UnsupportedError("loss.backward() with arguments on this backend", "call accelerator.backward(loss)")
@@ -399,7 +401,7 @@ class DeviceParameter(DeviceTensor):
         return self
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         return self._cell.grad_tensor(self)
 
     @grad.setter
@@ -420,7 +422,7 @@ class DeviceParameter(DeviceTensor):
         found: torch.Tensor = memo[id(self)]
         return found
 
-    def __repr__(self, *, tensor_contents: str | None = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Parameter containing:\n{super().__repr__()}"
 
 
@@ -439,7 +441,7 @@ RECORDED = Recorded()
 
 
 def _wrapper(kind: type[DeviceTensor], shape: Sequence[int], dtype: torch.dtype) -> DeviceTensor:
-    made: DeviceTensor = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=_CPU)  # type: ignore[attr-defined]
+    made: DeviceTensor = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=_CPU)
     return made
 
 

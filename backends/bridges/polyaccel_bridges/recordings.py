@@ -1,0 +1,223 @@
+"""What a recording is made of: the trie of operations, the path of one step in it, and the fakes that new operations are tried on."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+
+from .exchange import placed_array
+from .modules import ManagedModel
+from .packing import Key, thaw
+from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result
+from .tensors import DeviceTensor, host_copy
+
+
+class Ref(NamedTuple):
+    """A place in a recording: output `out` of the operation at `position`."""
+
+    session: Session
+    position: int
+    out: int
+
+
+@final
+class Entry:
+    """One recorded operation or model call after a certain sequence of others: a node of the trie."""
+
+    __slots__ = (
+        "arguments", "children", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent", "position", "recipes",
+        "same", "specs", "structure", "token", "updates", "value", "writes",
+    )  # fmt: skip
+
+    def __init__(
+        self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None
+    ) -> None:
+        self.parent = parent
+        self.position: int = -1 if parent is None else parent.position + 1
+        self.func = func
+        self.arguments = arguments
+        self.modes = modes
+        self.numbers = numbers  # static floats; None: they are inputs
+        self.model: ManagedModel | None = None
+        self.token: Any = None
+        self.structure: Key = None
+        self.specs: list[OutSpec] = []
+        self.same: dict[int, int] = {}  # outputs that are operands themselves -> which
+        self.updates: list[tuple[int, OutSpec]] = []  # operands whose metadata the operation changes
+        self.writes: tuple[int, ...] = ()  # operands that it writes to
+        self.gives_view = False
+        self.value: Any = None  # what an operation without tensors in its result gives
+        self.is_eager = False  # plain torch runs it
+        self.children: dict[Key, Entry | Floats] = {}
+        self.recipes: dict[Key, Any] = {}
+
+
+@final
+class Floats:
+    """The entries of one operation that differ in their Python floats."""
+
+    __slots__ = ("dynamic", "variants")
+
+    def __init__(self) -> None:
+        self.variants: dict[tuple[float, ...], Entry] = {}
+        self.dynamic: Entry | None = None
+
+
+@final
+class Session:
+    """One recording: a path in the trie, and the values that entered it."""
+
+    def __init__(self, root: Entry, draw: int) -> None:
+        self.entry = root
+        self.draw = draw
+        self.inputs: list[Any] = []
+        self.axes: list[int | None] = []
+        self.models: list[ManagedModel] = []
+        self.results: list[list[weakref.ref[DeviceTensor]]] = []
+        self.externals: list[DeviceTensor] = []  # values of older recordings that still need gradients
+        self.batch_size: int | None = None
+        self.num_calls = 0
+        self.has_effects = False  # a model call may have changed buffers
+        self.is_executed = False  # its model calls ran, for the sake of their values
+        self.num_executed = 0  # operations that ran
+        self.start_buffers: dict[
+            ManagedModel, dict[str, Any]
+        ] = {}  # what the first run of its model calls started from
+        self.start_params: list[Mapping[str, Any]] = []
+        self.shadows: Shadows | None = None
+        self._inputs: dict[tuple[int, int], int] = {}
+        self._kept: list[Any] = []
+
+    def input(self, tensor: torch.Tensor) -> tuple[int, int | None]:
+        """The index of a tensor among the inputs, and its batch dim; its present value is what enters."""
+        version = 0 if isinstance(tensor, DeviceTensor) or tensor.is_inference() else tensor._version
+        found = self._inputs.get((id(tensor), version))
+        if found is not None:
+            return found, self.axes[found]
+        value: Any
+        axis: int | None
+        if isinstance(tensor, DeviceTensor):
+            value, axis = tensor._cell.feed()
+        else:
+            value, axis = placed_array(tensor), 0
+            if value is None:
+                value = host_copy(tensor)
+                axis = 0 if tensor.dim() and tensor.shape[0] == self.batch_size else None
+            elif not tensor.dim():
+                axis = None
+        if axis == 0 and self.batch_size is None:
+            self.batch_size = tensor.shape[0]
+        self._kept.append(tensor)
+        self._inputs[id(tensor), version] = len(self.inputs)
+        return self.add(value, axis), axis
+
+    def add(self, value: Any, axis: int | None) -> int:
+        """A further input; returns its index."""
+        self.inputs.append(value)
+        self.axes.append(axis)
+        return len(self.inputs) - 1
+
+    def mark(self) -> tuple[int, int, int, int]:
+        """The present extent, for `rewind`."""
+        return len(self.inputs), len(self.models), len(self.externals), len(self._kept)
+
+    def rewind(self, mark: tuple[int, int, int, int]) -> None:
+        """Forget what was added since `mark`."""
+        inputs, models, externals, kept = mark
+        if len(self.inputs) > inputs:
+            self._inputs = {key: index for key, index in self._inputs.items() if index < inputs}
+        del (
+            self.inputs[inputs:],
+            self.axes[inputs:],
+            self.models[models:],
+            self.externals[externals:],
+            self._kept[kept:],
+        )
+        del self.start_params[models:]
+
+    def model_index(self, model: ManagedModel) -> int:
+        """The index of a model of this recording."""
+        for index, found in enumerate(self.models):
+            if found is model:
+                return index
+        self.models.append(model)
+        self.start_params.append(model.handle.params)
+        return len(self.models) - 1
+
+    def path(self) -> list[Entry]:
+        """All entries, in order."""
+        entries: list[Entry] = []
+        entry: Entry | None = self.entry
+        while entry is not None and entry.parent is not None:
+            entries.append(entry)
+            entry = entry.parent
+        return entries[::-1]
+
+    def live(self) -> list[tuple[int, int, DeviceTensor]]:
+        """Every recorded value that user code still holds."""
+        found = []
+        for position, refs in enumerate(self.results):
+            for out, ref in enumerate(refs):
+                tensor = ref()
+                at = None if tensor is None else tensor._ref
+                if tensor is not None and at is not None and (at.session, at.position, at.out) == (self, position, out):
+                    found.append((position, out, tensor))
+        return found
+
+    def refuse_changed_parameters(self, used: frozenset[int]) -> None:
+        """Raise, as torch does, where parameters of the used models changed since."""
+        for index in used:
+            model, before = self.models[index], self.start_params[index]
+            now = model.handle.params
+            if now is not before and any(now[name] is not value for name, value in before.items()):
+                raise RuntimeError(
+                    f"a parameter of {type(model.module).__name__} was changed (by an optimizer step or a write) after a forward"
+                    " pass whose gradients are still wanted: call accelerator.backward before the change"
+                )
+
+
+@final
+class Shadows:
+    """Fake tensors for every value of a recording: what a new operation gives is tried on them."""
+
+    def __init__(self, session: Session) -> None:
+        self.fakes = Fakes()
+        self.env: dict[tuple[int, int], torch.Tensor] = {}
+        self.position = -1  # the last entry that was followed
+        self._leaves: dict[Key, torch.Tensor] = {}
+        for entry in session.path():
+            self.follow(entry)
+
+    def follow(self, entry: Entry) -> None:
+        """Bring the shadows to after `entry`."""
+        if entry.model is not None:
+            with self.fakes.active(), torch.enable_grad():
+                made = [fake_leaf(spec) for spec in entry.specs]
+                tensors = [tensor.clone() if tensor.requires_grad else tensor for tensor in made]
+        else:
+            with self.fakes.active(), entry.modes.active():
+                args, kwargs = thaw(entry.arguments, lambda described: self.leaf(described, entry.numbers))
+                _, tensors = freeze_result(entry.func(*args, **kwargs))
+        self.keep(entry.position, tensors)
+
+    def keep(self, position: int, tensors: list[torch.Tensor]) -> None:
+        """Note the results at `position`."""
+        self.position = position
+        for out, tensor in enumerate(tensors):
+            self.env[position, out] = tensor
+
+    def leaf(self, described: tuple[Any, ...], numbers: tuple[float, ...] | None) -> Any:
+        """The fake of an operand; call it inside the fake mode."""
+        kind = described[1]
+        if kind == "r":
+            return self.env[described[2], described[3]]
+        if kind == "f":
+            return torch.empty(()) if numbers is None else numbers[described[2]]
+        found = self._leaves.get(described)
+        if found is None:
+            dtype, shape, requires_grad = described[3:6]
+            found = self._leaves[described] = fake_leaf(OutSpec(shape, dtype, requires_grad))
+        return found
