@@ -1,8 +1,10 @@
 """Flax scripts on the torch engine: the numbers of the jax engine, in memory that torch owns."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import jax
@@ -219,6 +221,16 @@ def test_an_update_that_keeps_old_parameters_in_its_state_gets_copies():
         train(accelerator, model, optimizer, [batch])
         (remembered,) = [state for state in optimizer.opt_state if jax.tree.leaves(state)]
         np.testing.assert_array_equal(remembered["head"]["kernel"], before["head.kernel"])
+
+
+def test_free_memory_frees_the_model_and_its_programs():
+    accelerator, model, optimizer = prepared("torch", MLP(), optax.sgd(0.1))
+    train(accelerator, model, optimizer, BATCHES[:1])
+    held = weakref.ref(model._polyaccel_model)
+    accelerator.free_memory()
+    del model, optimizer
+    gc.collect()
+    assert held() is None
 
 
 # -- random numbers ----------------------------------------------------------------------------------------------------
