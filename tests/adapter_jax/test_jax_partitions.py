@@ -9,7 +9,7 @@ from flax import nnx
 from jax_engines import Mlp, Noisy, batches, cross_entropy, loss_by_function, open_engine, train
 
 from polyaccel.errors import PlanError
-from polyaccel.protocols import ProgramResult
+from polyaccel.protocols import ProgramResult, StepSpec
 
 
 class Norm(nnx.Module):
@@ -298,3 +298,14 @@ def test_a_batch_that_does_not_divide_is_computed_whole_in_evaluation_and_refuse
     assert error.shape == (6,)
     with pytest.raises(PlanError, match="6 samples cannot be cut over 4"):
         engine.backward(LinearCall(model, inputs, False), scale=1.0)
+
+
+def test_a_loop_that_never_waits_does_not_hang_on_virtual_devices():
+    engine = open_engine(4, partitioning="pmap")
+    model = engine.prepare_model(Mlp(nnx.Rngs(0)))
+    optimizer = engine.prepare_optimizer(optax.sgd(0.1), model)
+    step = engine.train_step(StepSpec(cross_entropy, model, model, optimizer))
+    batch = batches(1)[0]
+    for _ in range(200):  # without pacing, 32 waiting programs stop each other for good
+        loss = step(batch, True)
+    assert np.isfinite(float(loss))

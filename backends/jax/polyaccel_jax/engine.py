@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _JOIN_TIMEOUT_S = 120
 _HEARTBEAT_TIMEOUT_S = 60
+_MAX_STEPS_IN_FLIGHT = 4  # of up to five programs each: forward, backward, clip, update, zeros
 
 
 class JaxEngine:
@@ -47,6 +49,9 @@ class JaxEngine:
     def __init__(self, config: Config, rendezvous: Rendezvous, devices: Sequence[jax.Device] | None = None) -> None:
         if config.cpu:
             _use_cpu_only()
+        # Several CPU devices of one process share a pool of threads. With 32 programs waiting (jaxlib's bound per device) their
+        # collectives wait for each other for ever, so a process with such devices never runs far ahead of them.
+        self._in_flight: deque[jax.Array] | None = None
         self._holds_job = rendezvous.num_processes > 1 and _join(rendezvous)
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None
@@ -62,6 +67,8 @@ class JaxEngine:
         )
         self.device: jax.Device = local[0]
         self._local_devices = local
+        if len(local) > 1 and local[0].platform == "cpu":
+            self._in_flight = deque()
         self.collectives: Collectives = JaxCollectives(self._devices, self.topology)
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.num_compiles = 0
@@ -232,6 +239,13 @@ class JaxEngine:
     def local(self, array: jax.Array) -> jax.Array:
         """This process's part of an array as an array of its own."""
         return self.mesh.local(array) if self._is_distributed else array
+
+    def pace(self, result: jax.Array | None) -> None:
+        """Note a result of a dispatched program; on several CPU devices, wait for an earlier one."""
+        if self._in_flight is not None and result is not None:
+            self._in_flight.append(result)
+            if len(self._in_flight) > _MAX_STEPS_IN_FLIGHT:
+                self._in_flight.popleft().block_until_ready()
 
     def constrain(self, tree: Any) -> Any:
         """Traced: these values are equal on all devices. Says so to the partitioner; nothing on one device."""

@@ -187,6 +187,7 @@ class _Fused:
             engine.scaler = scaler
         if any(changed):
             self.work.keep_buffers(changed)
+        engine.pace(loss)
         result = call.finish(loss, outputs)
         return named_result(result) if type(result) is tuple else result
 

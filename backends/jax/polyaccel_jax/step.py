@@ -124,6 +124,7 @@ class Steps:
             )
         stream.spent(call.draw, following)
         work.keep_buffers(changed)
+        engine.pace(outputs[0] if outputs else None)
         return call.finish(None, outputs)
 
     # -- backward --------------------------------------------------------------------------------------------------------
@@ -154,6 +155,7 @@ class Steps:
                 if is_finite is not None:
                     self._note_overflow(model, is_finite)
         work.keep_buffers(changed)
+        engine.pace(loss)
         return call.finish(loss, outputs)
 
     def _held(self, work: Work, grad_names: Sequence[str], scale: float) -> tuple[Named, ...]:
