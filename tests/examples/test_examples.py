@@ -49,6 +49,7 @@ def test_the_demos_table_and_picture_show_the_difference(tmp_path):
 
     def run_of(losses):
         return {"devices": 1, "losses": losses, "steps_per_s": 2.0, "compile_s": 1.0, "accuracy": 0.5}
+
     runs = {"task": {"torch": run_of([2.0, 1.0]), "jax": run_of([2.0, 1.001])}}
     assert demo.difference([2.0, 1.001], [2.0, 1.0]) == pytest.approx(1e-3)
     assert "1.0e-03" in demo.table(runs)

@@ -28,7 +28,9 @@ def engines():
 @pytest.mark.parametrize("backend", engines())
 def test_every_collective_agrees_between_two_processes(backend):
     two_devices = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # per jax process
-    done = launch("--backend", backend, "--num-processes", 2, "--cpu", HERE / "launched_collectives.py", env=two_devices)
+    done = launch(
+        "--backend", backend, "--num-processes", 2, "--cpu", HERE / "launched_collectives.py", env=two_devices
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("all collectives agree") == 1
 
