@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,13 @@ import numpy as np
 import torch
 from jax import lax
 
+from .matmul import precision_of
 from .table import lowers
 
 aten = torch.ops.aten
+
+# Longer windows are gathered and reduced: one step per element would be slow to compile.
+_MAX_UNROLLED = 16
 
 
 def _expand(values: Sequence[int] | int, count: int) -> list[int]:
@@ -36,6 +41,12 @@ class _Windows:
     @property
     def count(self) -> int:
         return len(self.starts)
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the windows cover the dim without gap, overlap or padding."""
+        regular = self.stride == self.reach and self.dilation == 1 and bool((self.lengths == self.reach).all())
+        return regular and self.starts[0] == 0 and self.count * self.reach == self.size
 
     @property
     def reach(self) -> int:
@@ -99,43 +110,71 @@ def _flat_positions(windows: Sequence[_Windows], offsets: Sequence[int]) -> np.n
     return flat
 
 
-def _first_positions(windows: Sequence[_Windows]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    flat = np.zeros((1,) * len(windows), np.int64)
-    for dim, w in enumerate(windows):
-        shape = [1] * len(windows)
-        shape[dim] = -1
-        skipped = np.maximum(-(w.starts // w.dilation), 0)
-        flat = flat * w.size + (w.starts + skipped * w.dilation).reshape(shape)
-    return flat
-
-
 def _lowest(dtype: Any) -> Any:
     return -np.inf if jnp.issubdtype(dtype, np.floating) else np.iinfo(dtype).min
 
 
+def _along(values: np.ndarray[Any, Any], ndim: int, dim: int) -> np.ndarray[Any, Any]:
+    """A static vector (or matrix, over `dim` and the next one) that broadcasts against `ndim` dims."""
+    shape = [1] * ndim
+    shape[dim : dim + values.ndim] = values.shape
+    return values.reshape(shape)
+
+
+def _gathered(x: jax.Array, dim: int, windows: _Windows, fill: Any) -> jax.Array:
+    """Every window as a dim of its own, after `dim`."""
+    shape = (*x.shape[:dim], windows.count, windows.reach, *x.shape[dim + 1 :])
+    if windows.tiles:
+        return x.reshape(shape)
+    rows = np.stack([windows.positions(offset) for offset in range(windows.reach)], 1)
+    valid = np.stack([windows.valid(offset) for offset in range(windows.reach)], 1)
+    taken = jnp.take(x, np.clip(rows, 0, windows.size - 1).reshape(-1), dim).reshape(shape)
+    return jnp.where(_along(valid, len(shape), dim), taken, jnp.asarray(fill, x.dtype))
+
+
 def _max_pool(x: jax.Array, windows: Sequence[_Windows]) -> tuple[jax.Array, jax.Array]:
-    """The largest element of every window and its position; the first of equal ones, the last NaN."""
+    """The largest element of every window and its position, counted over all spatial dims; the first of equal ones.
+
+    One dim after the other, from the last: the first of equal elements in row-major order is the first row's first.
+    """
     lead = x.ndim - len(windows)
+    where = jnp.zeros(x.shape, np.int32)
+    scale = 1
+    for dim, w in reversed(list(enumerate(windows, start=lead))):
+        x, where = _max_along(x, where, dim, w, scale)
+        scale *= w.size
+    return x, where.astype(np.int64)
+
+
+def _max_along(x: jax.Array, where: jax.Array, dim: int, w: _Windows, scale: int) -> tuple[jax.Array, jax.Array]:
     lowest = _lowest(x.dtype)
-    shape = (*x.shape[:lead], *(w.count for w in windows))
-    best = jnp.full(shape, lowest, x.dtype)
-    where = jnp.broadcast_to(jnp.asarray(_first_positions(windows), np.int32), shape)
-    for offsets in _offsets(windows):
-        values = x
-        for dim, (w, offset) in enumerate(zip(windows, offsets, strict=True), start=lead):
-            values = _take(values, dim, w, offset, lowest)
-        wins = values > best
+    if w.reach > _MAX_UNROLLED:
+        values = _gathered(x, dim, w, lowest)
+        rows = np.stack([w.positions(offset) for offset in range(w.reach)], 1).clip(0, w.size - 1) * scale
+        inner = _gathered(where, dim, w, 0) + jnp.asarray(_along(rows, values.ndim, dim), np.int32)
+        chosen = jnp.argmax(values, dim + 1, keepdims=True)
+        return tuple(jnp.take_along_axis(a, chosen, dim + 1).squeeze(dim + 1) for a in (values, inner))  # type: ignore[return-value]
+    shape = (*x.shape[:dim], w.count, *x.shape[dim + 1 :])
+    best, place = jnp.full(shape, lowest, x.dtype), jnp.zeros(shape, np.int32)
+    seen = np.zeros(w.count, np.bool_)
+    for offset in range(w.reach):
+        values = _take(x, dim, w, offset, lowest)
+        first = w.valid(offset) & ~seen  # so that a window of nothing but -inf has a place
+        seen |= first
+        wins = (values > best) | _along(first, x.ndim, dim)
         if jnp.issubdtype(x.dtype, np.floating):
-            wins = wins | jnp.isnan(values)
-        where = jnp.where(wins, jnp.asarray(_flat_positions(windows, offsets), np.int32), where)
+            wins = wins | jnp.isnan(values)  # NaN wins, as in torch
+        position = _along(w.positions(offset) * scale, x.ndim, dim)
+        place = jnp.where(wins, _take(where, dim, w, offset, 0) + jnp.asarray(position, np.int32), place)
         best = jnp.where(wins, values, best)
-    return best, where.astype(np.int64)
+    return best, place
 
 
 def _max_pool_backward(grad: jax.Array, x: jax.Array, windows: Sequence[_Windows], indices: jax.Array) -> jax.Array:
     lead = x.ndim - len(windows)
     indices = indices.astype(np.int32)
-    if all(w.stride for w in windows):
+    # Sums of shifted products fuse into one loop; a scatter does not, and pays off for large windows only.
+    if all(w.stride for w in windows) and math.prod(w.reach for w in windows) <= 4 * _MAX_UNROLLED:
         total = jnp.zeros(x.shape, grad.dtype)
         for offsets in _offsets(windows):
             chosen = indices == jnp.asarray(_flat_positions(windows, offsets), np.int32)
@@ -168,7 +207,17 @@ def _avg_pool(x: jax.Array, windows: Sequence[_Windows], divisor: Any) -> jax.Ar
     wide = jnp.promote_types(x.dtype, np.float32) if jnp.issubdtype(x.dtype, np.inexact) else x.dtype
     total = x.astype(wide)
     for dim, w in enumerate(windows, start=lead):  # a sum over a box is a sum over each dim in turn
-        total = sum((_take(total, dim, w, offset, 0) for offset in range(w.reach)), start=jnp.zeros((), wide))
+        if w.tiles:
+            total = total.reshape(*total.shape[:dim], w.count, w.reach, *total.shape[dim + 1 :]).sum(dim + 1)
+        elif w.reach > _MAX_UNROLLED:
+            member = np.zeros((w.count, w.size))
+            for offset in range(w.reach):
+                inside = w.valid(offset)
+                member[np.flatnonzero(inside), w.positions(offset)[inside]] = 1
+            matrix = jnp.asarray(member, wide)
+            total = jnp.moveaxis(jnp.tensordot(total, matrix, (dim, 1), precision=precision_of(matrix)), -1, dim)
+        else:
+            total = sum((_take(total, dim, w, offset, 0) for offset in range(w.reach)), start=jnp.zeros((), wide))
     return (total / jnp.asarray(divisor, wide)).astype(x.dtype)
 
 

@@ -147,16 +147,24 @@ def _pick(image: jax.Array, corners: Sequence[jax.Array]) -> jax.Array:
     return jnp.where(inside[:, None], values, jnp.zeros((), image.dtype))
 
 
+def _weighted_taps(image: jax.Array, corners: Sequence[Sequence[jax.Array]], weights: Sequence[jax.Array]) -> jax.Array:
+    """The sum over taps of weight times image; one gather for all of them. `corners[dim][tap]`, each (n, *out)."""
+    values = _pick(image, [jnp.stack(places, 1) for places in corners])  # (n, c, taps, *out)
+    return (values * jnp.stack(weights, 1)[:, None]).sum(2)
+
+
 def _linear_sample(image: jax.Array, places: Sequence[jax.Array]) -> jax.Array:
     floors = [jax.lax.stop_gradient(jnp.floor(x)) for x in places]
-    total = jnp.zeros((*image.shape[:2], *places[0].shape[1:]), image.dtype)
+    corners: list[list[jax.Array]] = [[] for _ in places]
+    weights = []
     for corner in itertools.product((0, 1), repeat=len(places)):
-        weight = jnp.ones((), image.dtype)
-        for x, floor, up in zip(places, floors, corner, strict=True):
+        weight = jnp.ones_like(places[0])
+        for dim, (x, floor, up) in enumerate(zip(places, floors, corner, strict=True)):
             part = x - floor
             weight = weight * (part if up else 1 - part)
-        total = total + _pick(image, [floor + up for floor, up in zip(floors, corner, strict=True)]) * weight[:, None]
-    return total
+            corners[dim].append(floor + up)
+        weights.append(weight)
+    return _weighted_taps(image, corners, weights)
 
 
 def _cubic_weights(t: jax.Array) -> list[jax.Array]:
@@ -174,18 +182,16 @@ def _cubic_weights(t: jax.Array) -> list[jax.Array]:
 
 def _cubic_sample(image: jax.Array, places: Sequence[jax.Array], padding_mode: int, align_corners: bool) -> jax.Array:
     floors = [jax.lax.stop_gradient(jnp.floor(x)) for x in places]
-    weights = [_cubic_weights(x - floor) for x, floor in zip(places, floors, strict=True)]
-    total = jnp.zeros((*image.shape[:2], *places[0].shape[1:]), image.dtype)
+    along = [_cubic_weights(x - floor) for x, floor in zip(places, floors, strict=True)]
+    corners: list[list[jax.Array]] = [[] for _ in places]
+    weights = []
     for offsets in itertools.product(range(4), repeat=len(places)):
-        corner = [
-            _padded(floor + (offset - 1), size, padding_mode, align_corners)
-            for floor, offset, size in zip(floors, offsets, image.shape[2:], strict=True)
-        ]
-        weight = jnp.ones((), image.dtype)
-        for dim, offset in enumerate(offsets):
-            weight = weight * weights[dim][offset]
-        total = total + _pick(image, corner) * weight[:, None]
-    return total
+        weight = jnp.ones_like(places[0])
+        for dim, (floor, offset, size) in enumerate(zip(floors, offsets, image.shape[2:], strict=True)):
+            corners[dim].append(_padded(floor + (offset - 1), size, padding_mode, align_corners))
+            weight = weight * along[dim][offset]
+        weights.append(weight)
+    return _weighted_taps(image, corners, weights)
 
 
 @lowers(aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
