@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+from jax import lax
 
-from .promotion import BOOL, DType, cast, is_complex, is_integral
+from .promotion import BOOL, INT64, UINT8, DType, cast, is_complex, is_integral, real_dtype
 from .table import lowers
 
 aten = torch.ops.aten
@@ -17,7 +18,7 @@ aten = torch.ops.aten
 def convert(x: jax.Array, dtype: DType) -> jax.Array:
     """A cast with torch's meaning: floats truncate towards zero, and a negative float wraps into an unsigned integer."""
     if dtype.kind == "u" and not is_integral(x.dtype):
-        return cast(x, jnp.dtype(jnp.int64)).astype(dtype)
+        return cast(x, INT64).astype(dtype)
     return cast(x, dtype)
 
 
@@ -54,13 +55,17 @@ def copy(self: jax.Array, src: jax.Array) -> jax.Array:
 def view_dtype(self: jax.Array, dtype: DType) -> jax.Array:
     """The same bytes under another dtype; a different width splits or joins the last dim."""
     old, new = self.dtype.itemsize, dtype.itemsize
-    stored = self.astype(jnp.uint8) if self.dtype == BOOL else self
-    if new > old:
-        stored = stored.reshape(*self.shape[:-1], self.shape[-1] * old // new, new // old)
+    shape = self.shape if old == new else (*self.shape[:-1], self.shape[-1] * old // new)
+    if is_complex(self.dtype):
+        self = view_as_real(self)
+    elif self.dtype == BOOL:
+        self = self.astype(UINT8)
+    word = UINT8 if dtype == BOOL else real_dtype(dtype)  # XLA reinterprets neither bool nor complex
+    count = word.itemsize // self.dtype.itemsize
+    words = lax.bitcast_convert_type(self.reshape(-1, count) if count > 1 else self, word)
     if dtype == BOOL:
-        return jax.lax.bitcast_convert_type(stored, jnp.dtype(jnp.uint8)) != 0
-    out = jax.lax.bitcast_convert_type(stored, dtype)
-    return out.reshape(*self.shape[:-1], -1) if new < old else out
+        return (words != 0).reshape(shape)
+    return view_as_complex(words.reshape(*shape, 2)) if is_complex(dtype) else words.reshape(shape)
 
 
 @lowers(aten.view_as_real.default, aten.view_as_real_copy.default)
@@ -70,13 +75,13 @@ def view_as_real(self: jax.Array) -> jax.Array:
 
 @lowers(aten.view_as_complex.default, aten.view_as_complex_copy.default)
 def view_as_complex(self: jax.Array) -> jax.Array:
-    return jax.lax.complex(self[..., 0], self[..., 1])
+    return lax.complex(self[..., 0], self[..., 1])
 
 
 @lowers(aten.complex.default)
 def make_complex(real: jax.Array, imag: jax.Array) -> jax.Array:
     real, imag = jnp.broadcast_arrays(real, imag)
-    return jax.lax.complex(real, imag)
+    return lax.complex(real, imag)
 
 
 @lowers(aten.polar.default)

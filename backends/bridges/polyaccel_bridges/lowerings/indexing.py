@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from jax import lax
 
-from polyaccel.errors import UnsupportedError
-
 from .promotion import BOOL, INT32, INT64, Number, cast, is_float, is_integral, opmath
 from .table import lowers
 from .views import wrapped
@@ -37,17 +35,27 @@ def _is_mask(index: jax.Array | None) -> bool:
 
 def _advanced(shape: Sequence[int], indices: Indices) -> tuple[Any, ...]:
     """The numpy form of ATen's list of optional index tensors."""
-    if any(map(_is_mask, indices)):
-        raise UnsupportedError(
-            "a tensor is indexed by a boolean mask, so the result's shape depends on values",
-            hint="use torch.where or masked_fill, or multiply by the mask",
-        )
     return tuple(
         slice(None) if index is None else _index(index, shape[dim], wraps=True) for dim, index in enumerate(indices)
     )
 
 
-@lowers(aten.index.Tensor, aten._unsafe_index.Tensor)
+def _needs_integers(self: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> str | None:
+    if not any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
+        return None
+    return "it is indexed by a boolean mask, so its shape depends on values; use torch.where, or multiply by the mask"
+
+
+def _needs_one_mask(
+    self: torch.Tensor, indices: Sequence[torch.Tensor | None], *args: Any, **kwargs: Any
+) -> str | None:
+    if sum(index is not None for index in indices) == 1:
+        return None
+    reason = _needs_integers(self, indices)
+    return reason and "a boolean mask is combined with other indices; use torch.where"
+
+
+@lowers(aten.index.Tensor, aten._unsafe_index.Tensor, refuses=_needs_integers)
 def index(self: jax.Array, indices: Indices) -> jax.Array:
     return self.at[_advanced(self.shape, indices)].get(mode="promise_in_bounds")
 
@@ -71,7 +79,7 @@ def _masked_put(x: jax.Array, lead: int, mask: jax.Array, values: jax.Array, acc
     return jnp.where(full_mask, x + values if accumulate else values, x)
 
 
-@lowers(aten.index_put.default, aten._unsafe_index_put.default)
+@lowers(aten.index_put.default, aten._unsafe_index_put.default, refuses=_needs_one_mask)
 def index_put(self: jax.Array, indices: Indices, values: jax.Array, accumulate: bool = False) -> jax.Array:
     values = cast(values, self.dtype)
     used = [dim for dim, entry in enumerate(indices) if entry is not None]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import torch
 from jax import lax
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .promotion import INT32, real_dtype
+from .promotion import INT32, is_complex, opmath, real_dtype
 from .table import lowers
 
 aten = torch.ops.aten
@@ -172,15 +176,41 @@ def lu(A: jax.Array, *, pivot: bool = True) -> tuple[jax.Array, jax.Array, jax.A
 # --- solve, inverse, determinant -----------------------------------------------------------------------------------------------
 
 
-@lowers(aten._linalg_solve_ex.default)
+def _factors_transpose(factors_of: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Whether PyTorch factors the transpose of a contiguous real matrix; releases differ, and its backward solves with those factors."""
+    with _disable_current_modes():
+        factors = factors_of(torch.tensor([[1.0, 2.0], [3.0, 4.0]], device="cpu"))
+    return bool(factors[0, 0] == 2.0)  # the pivot of the first column: 3, or of the first row: 2
+
+
+_SOLVE_TRANSPOSES = _factors_transpose(lambda matrix: aten._linalg_solve_ex.default(matrix, matrix)[1])
+_DET_TRANSPOSES = _factors_transpose(lambda matrix: aten._linalg_det.default(matrix)[1])
+
+
+def _refusal(transposes: bool) -> Callable[..., str | None]:
+    def refuses(A: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+        if A.is_contiguous() or not transposes:
+            return None
+        return "PyTorch factors a matrix that is not contiguous in its own way; call .contiguous() on it first"
+
+    return refuses
+
+
+def _lu_of(A: jax.Array, transposes: bool) -> tuple[jax.Array, jax.Array, bool]:
+    """Factors, pivots, and whether they are those of the transpose."""
+    transposed = transposes and not is_complex(A.dtype)
+    factors, pivots, _ = _lu(jnp.swapaxes(A, -1, -2) if transposed else A)
+    return factors, pivots, transposed
+
+
+@lowers(aten._linalg_solve_ex.default, refuses=_refusal(_SOLVE_TRANSPOSES))
 def solve_ex(
     A: jax.Array, B: jax.Array, *, left: bool = True, check_errors: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Solution, LU, pivots, info. Like torch it factors the transpose of a real matrix: its backward solves with exactly these factors."""
+    """Solution, LU, pivots, info."""
     is_vector = B.ndim == 1 or (A.ndim - 1 == B.ndim and B.shape == A.shape[:-1])
     b = B[..., None] if is_vector else B
-    transposed = not jnp.issubdtype(A.dtype, jnp.complexfloating)
-    factors, pivots, _ = _lu(jnp.swapaxes(A, -1, -2) if transposed else A)
+    factors, pivots, transposed = _lu_of(A, _SOLVE_TRANSPOSES)
     solution = lu_solve(factors, pivots, b, left=left or is_vector, adjoint=transposed)
     return solution[..., 0] if is_vector else solution, factors, pivots, _no_info(A)
 
@@ -195,18 +225,16 @@ def _sign_of_permutation(pivots: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.where(swaps % 2 == 0, 1, -1).astype(dtype)
 
 
-@lowers(aten._linalg_det.default)
+@lowers(aten._linalg_det.default, refuses=_refusal(_DET_TRANSPOSES))
 def det(A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    transposed = not jnp.issubdtype(A.dtype, jnp.complexfloating)
-    factors, pivots, _ = _lu(jnp.swapaxes(A, -1, -2) if transposed else A)
+    factors, pivots, _ = _lu_of(A, _DET_TRANSPOSES)
     product = jnp.prod(jnp.diagonal(factors, axis1=-2, axis2=-1), axis=-1)
     return product * _sign_of_permutation(pivots, A.dtype), factors, pivots
 
 
-@lowers(aten._linalg_slogdet.default)
+@lowers(aten._linalg_slogdet.default, refuses=_refusal(_DET_TRANSPOSES))
 def slogdet(A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    transposed = not jnp.issubdtype(A.dtype, jnp.complexfloating)
-    factors, pivots, _ = _lu(jnp.swapaxes(A, -1, -2) if transposed else A)
+    factors, pivots, _ = _lu_of(A, _DET_TRANSPOSES)
     diagonal = jnp.diagonal(factors, axis1=-2, axis2=-1)
     sign = jnp.prod(jnp.sign(diagonal), axis=-1) * _sign_of_permutation(pivots, A.dtype)
     size = jnp.sum(jnp.log(jnp.abs(diagonal)), axis=-1).astype(real_dtype(A.dtype))
@@ -273,4 +301,4 @@ def pinv(
 def matrix_exp(self: jax.Array) -> jax.Array:
     if self.size == 0:
         return self
-    return jax.scipy.linalg.expm(self)
+    return jax.scipy.linalg.expm(self.astype(opmath(self.dtype))).astype(self.dtype)

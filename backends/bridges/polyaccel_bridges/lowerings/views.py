@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,18 +168,25 @@ def _strided_indices(size: Sequence[int], stride: Sequence[int], offset: int) ->
     return indices
 
 
-@lowers(aten.as_strided.default, aten.as_strided_copy.default)
+def _needs_own_storage(self: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+    """Elements are counted in the storage, so it must hold exactly the tensor's elements in order."""
+    if self.is_contiguous() and self.storage_offset() == 0:
+        return None
+    return "it reads the storage of a tensor that is a view or not contiguous; call .contiguous() on that tensor first"
+
+
+@lowers(aten.as_strided.default, aten.as_strided_copy.default, refuses=_needs_own_storage)
 def as_strided(
     self: jax.Array, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> jax.Array:
-    """Elements of the flattened array: in a captured graph every tensor that meets `as_strided` is contiguous and owns its storage."""
+    """Elements of the flattened array."""
     contiguous = [math.prod(size[i + 1 :]) for i in range(len(size))]
     if tuple(size) == self.shape and not storage_offset and list(stride) == contiguous:
         return self
     return self.reshape(-1)[_strided_indices(size, stride, storage_offset or 0)]
 
 
-@lowers(aten.as_strided_scatter.default)
+@lowers(aten.as_strided_scatter.default, refuses=_needs_own_storage)
 def as_strided_scatter(
     self: jax.Array, src: jax.Array, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> jax.Array:
