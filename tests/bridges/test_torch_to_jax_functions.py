@@ -222,3 +222,35 @@ def test_the_fused_step_with_clipping_accumulation_and_a_schedule():
         return seen
 
     assert losses(fused=True) == pytest.approx(losses(fused=False), abs=1e-6)  # one float32 rounding per step
+
+
+def test_parameters_beside_their_model_get_their_gradients():
+    def script(acc):
+        model = net()
+        weight = model[0].weight
+        model, optimizer = acc.prepare(model, sgd(model))
+        for _ in range(2):
+            x, y = data()
+            acc.backward(lambda: F.cross_entropy(model(x), y) + weight.pow(2).sum())  # noqa: B023
+            optimizer.step()
+            optimizer.zero_grad()
+            acc.backward(lambda m, b: F.cross_entropy(m(x), y) + b.abs().sum(), model, model[2].bias)  # noqa: B023
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(model.state_dict())
+
+    assert_same_on_jax(script)
+
+
+def test_values_that_need_gradients_from_outside_are_refused():
+    acc = on_jax()
+    model = acc.prepare(net())
+    x, y = data()
+    out = model(x)
+    with pytest.raises(PrepareError, match="requires grad"):
+        acc.backward(lambda: F.cross_entropy(out, y))
+    with pytest.raises(PrepareError, match="requires grad"):
+        acc.backward(lambda m, extra: F.cross_entropy(m(x), y) + extra, model, torch.zeros((), requires_grad=True))
+    head = nn.Linear(3, 3)
+    with pytest.raises(PrepareError, match=r"head\.(weight|bias)"):
+        acc.backward(lambda m: F.cross_entropy(head(m(x)), y), model)

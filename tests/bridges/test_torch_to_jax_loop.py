@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bridge_scripts import assert_same_on_jax, on_jax
 from torch import nn
 
-from polyaccel.errors import PrepareError
+from polyaccel.errors import PrepareError, UnsupportedError
 
 torch.set_num_threads(1)
 
@@ -324,3 +324,70 @@ def test_wrong_shapes_fail_at_the_users_line():
         model(torch.randn(4, 5))
     with pytest.raises(RuntimeError):
         model(torch.randn(4, 6)) + torch.randn(7)
+
+
+def test_operations_with_named_results_work():
+    def step(model, x, y):
+        out = model(x)
+        values, indices = out.max(dim=1)
+        top = out.topk(2)
+        low = out.sort(dim=1).values[:, 0]
+        first, *rest = out.unbind(1)
+        return (
+            values.mean() + top.values.sum() * 0.1 - low.mean() + (first * indices).mean() + sum(r.mean() for r in rest)
+        )
+
+    assert_same_on_jax(lambda acc: trained(acc, step))
+
+
+def test_loss_backward_works_too():
+    def script(acc):
+        model = Net()
+        model, optimizer = acc.prepare(model, sgd(model))
+        for x, y in batches():
+            loss = F.cross_entropy(model(x), y)
+            loss /= 2
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return dict(model.state_dict())
+
+    assert_same_on_jax(script)
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+def test_a_custom_autograd_function_works_inside_and_is_refused_outside_of_captured_code():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return Tripled.apply(self.layer(x))
+
+    assert_same_on_jax(lambda acc: trained(acc, lambda m, x, y: F.cross_entropy(m(x), y), model=Inside()))
+    acc = on_jax()
+    model = acc.prepare(Net())
+    x, y = batches(1)[0]
+    out = model(x)
+    with pytest.raises(UnsupportedError, match=r"Tripled\.apply"):
+        acc.backward(F.cross_entropy(out, y) + Tripled.apply(out).mean())
+    with pytest.raises(UnsupportedError, match=r"Tripled\.apply"):
+        acc.backward(Tripled.apply(model(x).mean()))
+
+
+def test_the_global_partitioning_sees_the_whole_batch():
+    assert_same_on_jax(
+        lambda acc: trained(acc, lambda model, x, y: F.cross_entropy(model(x), y)),
+        num_devices=4,
+        partitioning="sharding",
+    )

@@ -30,7 +30,7 @@ from .guards import FunctionGuard
 from .modules import ManagedModel, PreparedModule
 from .packing import LEAF, Identity, Key, freeze, settle, thaw
 from .shadows import Modes, OutSpec, freeze_result, infer
-from .tensors import ArrayCell, DeviceTensor, host_copy
+from .tensors import ArrayCell, DeviceParameter, DeviceTensor, host_copy
 
 if TYPE_CHECKING:
     from .tape import Recorder
@@ -76,6 +76,8 @@ class _Arguments:
 
     def tensor(self, tensor: torch.Tensor) -> Key:
         """An argument: dim 0 is the batch where it has the size that the first argument has."""
+        if isinstance(tensor, DeviceParameter):
+            return _managed(tensor)
         value, axis = feed(tensor)
         if axis is not None:
             if self._batch_size is None:
@@ -90,6 +92,11 @@ class _Arguments:
         """A plain value or unknown object; it is compared separately from the structure."""
         self.values.append(value)
         return (LEAF, "v", len(self.values) - 1)
+
+
+def _managed(parameter: DeviceParameter) -> Key:
+    """A prepared model's parameter beside its model: it enters by its name, and gets its gradient."""
+    return (LEAF, "m", Identity(parameter))
 
 
 def feed(tensor: torch.Tensor) -> tuple[Any, int | None]:
@@ -159,6 +166,8 @@ class _Closure:
         self.tensors: list[torch.Tensor] = []
 
     def tensor(self, tensor: torch.Tensor) -> Key:
+        if isinstance(tensor, DeviceParameter):
+            return _managed(tensor)
         self.tensors.append(tensor)
         is_batch = not isinstance(tensor, DeviceTensor) and placed_array(tensor) is not None
         return (LEAF, "c", len(self.tensors) - 1, tensor.dtype, tensor.shape, is_batch)
@@ -170,6 +179,8 @@ def _prepared_in(tree: Any) -> Iterator[ManagedModel]:
     for leaf in leaves_of(tree):
         if isinstance(leaf, PreparedModule):
             yield leaf._model
+        elif isinstance(leaf, DeviceParameter):
+            yield leaf._cell._model
         elif hasattr(leaf, "source") and isinstance(leaf.source, ManagedModel):
             yield leaf.source
         elif callable(leaf) and hasattr(leaf, "__code__"):
@@ -283,13 +294,15 @@ class _FunctionRecipe:
         ]
         self._axes += [None] * len(numbers)
         self._specs = [OutSpec(d[4], d[3], d[6]) for d in tensors]
-        for described in tensors:
-            if described[6]:
-                raise PrepareError(
-                    f"an argument of shape {tuple(described[4])} requires grad, but is no parameter of a prepared model:"
-                    " its gradient would be lost",
-                    "call requires_grad_() on it inside the loss function, or detach() it",
-                )
+        needing = [described[4] for described in tensors if described[6]] + [
+            t.shape for t in closure if t.requires_grad
+        ]
+        for shape in needing:
+            raise PrepareError(
+                f"a value of shape {tuple(shape)} that a loss function uses requires grad, but is no parameter of a prepared model:"
+                " its gradient would be lost",
+                "call requires_grad_() on it inside the loss function, or detach() it",
+            )
         self._specs += [OutSpec(t.shape, t.dtype, False) for t in closure]
         self._specs += [OutSpec(torch.Size(()), torch.float32, False) for _ in numbers]
         self._look()
@@ -343,6 +356,8 @@ class _FunctionRecipe:
         def leaf(described: tuple[Any, ...]) -> Any:
             if described[1] == "t":
                 return leaves[described[2]]
+            if described[1] == "m":
+                return described[2].value
             index = described[2]
             if index in numbers:
                 return numbers[index]
@@ -404,7 +419,7 @@ class _FunctionRecipe:
 def _tensor_leaves(key: Key) -> list[tuple[Any, ...]]:
     from .packing import described
 
-    return [found for found in described(key) if found[1] != "v"]
+    return [found for found in described(key) if found[1] in ("t", "c")]
 
 
 def _public(value: Any) -> Any:

@@ -56,6 +56,7 @@ _LIST: Final = Mark("list")
 _DICT: Final = Mark("dict")
 _SLICE: Final = Mark("slice")
 _TREE: Final = Mark("tree")
+_NAMED: Final = Mark("named")  # what torch.max and its kin return: tuples of a class of their own
 _VALUE: Final = Mark("value")
 _OBJECT: Final = Mark("object")
 
@@ -99,6 +100,8 @@ def freeze(value: Any, tensor: Describe, number: Describe | None = None, other: 
         return (_DICT, tuple(value), *[freeze(item, tensor, number, other) for item in value.values()])
     if kind is slice:
         return (_SLICE, *[freeze(item, tensor, number, other) for item in (value.start, value.stop, value.step)])
+    if isinstance(value, tuple) and kind.__module__ == "torch.return_types":
+        return (_NAMED, Identity(kind), *[freeze(item, tensor, number, other) for item in value])
     if isinstance(value, torch.nn.Module):
         return (_OBJECT, Identity(value))
     if isinstance(value, _BY_VALUE):
@@ -139,6 +142,8 @@ def thaw(key: Any, leaf: Callable[[tuple[Any, ...]], Any]) -> Any:
         return slice(*[thaw(item, leaf) for item in key[1:]])
     if mark is _TREE:
         return key[1].unflatten([thaw(item, leaf) for item in key[2:]])
+    if mark is _NAMED:
+        return key[1].value([thaw(item, leaf) for item in key[2:]])
     if mark is _VALUE:
         return key[2]
     return key[1].value

@@ -24,6 +24,7 @@ from .fused import input_dtypes, run_entry
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
 from .tape_calls import operands_of
+from .tensors import STACKED
 
 if TYPE_CHECKING:
     from .recordings import Entry
@@ -293,6 +294,8 @@ class ComposedProgram:
         axis = self._recipe.axes[index]
         if self._num_processes == 1 or axis is None:
             return value, False
+        if axis == STACKED:
+            return value, True
         return self._split(value, axis), True
 
     def _split(self, value: Any, axis: int) -> Any:

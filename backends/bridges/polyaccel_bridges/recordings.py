@@ -12,7 +12,7 @@ from .exchange import placed_array
 from .modules import ManagedModel
 from .packing import Key, thaw
 from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result
-from .tensors import DeviceTensor, host_copy
+from .tensors import ArrayCell, DeviceTensor, host_copy
 
 
 class Ref(NamedTuple):
@@ -100,7 +100,8 @@ class Session:
         value: Any
         axis: int | None
         if isinstance(tensor, DeviceTensor):
-            value, axis = tensor._cell.feed()
+            cell = tensor._cell
+            value, axis = cell.feed_recording() if type(cell) is ArrayCell else cell.feed()
         else:
             value, axis = placed_array(tensor), 0
             if value is None:

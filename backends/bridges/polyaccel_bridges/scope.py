@@ -71,14 +71,14 @@ class CaptureScope:
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """What takes the place of a tensor from outside. Raises PrepareError where its gradient would be lost."""
-        given = self._given.get(id(tensor))
-        if given is not None:
-            return given[1]
         managed = _managed(tensor)
         if managed is not None:
             return managed
         if tensor.requires_grad and torch.is_grad_enabled():
             refuse_foreign(tensor)
+        given = self._given.get(id(tensor))
+        if given is not None:
+            return given[1]
         if id(tensor) not in self._found_ids:
             self._found_ids.add(id(tensor))
             self.found.append(tensor)
@@ -141,7 +141,11 @@ def _is_outside(value: Any) -> bool:
 
 
 def run_model(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None) -> Any:
-    """The module's outputs; under autocast, floating ones come out in float32, as Accelerate gives them."""
+    """The module's outputs; under autocast floating ones come out in float32, as Accelerate gives them.
+
+    Of torch.compile's wrapper, the module inside runs: a captured program is compiled anyway.
+    """
+    module = getattr(module, "_orig_mod", module)
     if autocast is None:
         return module(*args, **kwargs)
     with torch.autocast("cpu", dtype=autocast):

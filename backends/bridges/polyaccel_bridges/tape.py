@@ -25,7 +25,7 @@ from .modules import ManagedModel
 from .packing import LEAF, Key, freeze, settle, thaw
 from .recordings import Entry, Floats, Ref, Session, Shadows
 from .shadows import Modes, OutSpec, ValueDependent, freeze_result, infer, spec_of
-from .tensors import DeviceParameter, DeviceTensor, refuse_shape
+from .tensors import DeviceParameter, DeviceTensor, refuse_custom_function, refuse_shape, tensors_in
 
 if TYPE_CHECKING:
     from .guards import FunctionGuard
@@ -114,7 +114,7 @@ class Recorder:
         """What a prepared model gives: recorded where gradients or recorded values are involved, else computed at once."""
         token = model.guard.token()
         modes = Modes.now()
-        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_in((*args, *kwargs.values()))
         needs_grad = modes.is_grad_enabled and (bool(token.trainable) or any(t.requires_grad for t in tensors))
         if not needs_grad and not any(isinstance(t, DeviceTensor) and t._cell is None for t in tensors):
             self.settle_effects(model, "buffers")
@@ -157,6 +157,8 @@ class Recorder:
                         "a value of another Accelerator's model was used", "use one Accelerator per script"
                     )
                 ref = found._ref
+                if not found._requires_grad and modes.is_grad_enabled:
+                    refuse_custom_function(found)
                 if ref is not None and ref.session is session:
                     return (LEAF, "r", ref.position, ref.out, found._cell is not None)
                 if ref is not None and found._requires_grad and modes.is_grad_enabled:
@@ -419,6 +421,7 @@ class Recorder:
         if loss.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
         if not loss._requires_grad:
+            refuse_custom_function(loss)
             raise PrepareError(
                 "the loss depends on no trainable parameter of the prepared models",
                 "compute it outside torch.no_grad(), and leave some requires_grad on",
@@ -455,12 +458,6 @@ class Recorder:
                 count,
                 values,
             )
-
-
-def _leaves(tree: Any) -> list[Any]:
-    from .packing import leaves_of
-
-    return leaves_of(tree)
 
 
 _SECOND = (

@@ -12,7 +12,7 @@ import torch
 from polyaccel.protocols import ArraySpec
 
 from .calls import TorchCall, handles
-from .tensors import ArrayCell, DeviceTensor
+from .tensors import STACKED, ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
     from .modules import ManagedModel
@@ -85,6 +85,12 @@ class TapeRecipe:
         program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
         self.output_axes = program.output_axes
         return program
+
+    def cell(self, array: Any, axis: int | None) -> ArrayCell:
+        """An output as user code's value: its own process's, where each has another one."""
+        recorder = self.recorder
+        row = recorder.engine.topology.process_index if axis is None and recorder.num_processes > 1 else None
+        return ArrayCell(recorder.engine, array, axis, row)
 
     def spec(self, place: Place) -> Any:
         """What is known of a recorded value."""
@@ -281,7 +287,7 @@ def value_call(recorder: Recorder, session: Session) -> TorchCall:
         for place, ref, array, axis in zip(wanted, tensors, outputs, recipe.output_axes, strict=True):
             tensor = ref()
             if tensor is not None:
-                tensor._cell = ArrayCell(recorder.engine, array, axis)
+                tensor._cell = recipe.cell(array, axis)
                 if not tensor._requires_grad:
                     tensor._ref = None
                 elif place[:2] in recipe.spent:
@@ -308,7 +314,7 @@ def loss_call(recorder: Recorder, loss: DeviceTensor) -> TorchCall:
         for ref, array, axis in zip(pending, outputs, recipe.output_axes, strict=True):
             tensor = ref()
             if tensor is not None:
-                tensor._cell = ArrayCell(recorder.engine, array, axis)
+                tensor._cell = recipe.cell(array, axis)
         for place, ref in everything:
             tensor = ref()
             if tensor is None:
@@ -342,7 +348,7 @@ def _call(recorder: Recorder, recipe: TapeRecipe, assembly: _Assembly, finish: A
         recipe,
         handles(recipe.models),
         assembly.inputs,
-        assembly.axes,
+        [None if axis == STACKED else axis for axis in assembly.axes],
         finish,
         is_global=True,
         draw=assembly.draw,

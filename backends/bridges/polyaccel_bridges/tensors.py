@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from polyaccel import trees
 from polyaccel.errors import PrepareError, UnsupportedError
 
 from . import scope as capturing
@@ -37,30 +38,41 @@ class Cell(Protocol):
         ...
 
 
+STACKED = -1  # the "batch dim" of an array that has one row per process, each process's own value
+
+
 class ArrayCell:
-    """A value on the device; after a write on the host, the host's."""
+    """A value on the device; after a write on the host, the host's. With `row`, this process's row of an array of all of them."""
 
-    __slots__ = ("_array", "_axis", "_engine", "_host", "_version")
+    __slots__ = ("_array", "_axis", "_engine", "_host", "_row", "_version")
 
-    def __init__(self, engine: Any, array: Any, axis: int | None) -> None:
+    def __init__(self, engine: Any, array: Any, axis: int | None, row: int | None = None) -> None:
         self._engine = engine
         self._array = array
         self._axis = axis
+        self._row = row
         self._host: torch.Tensor | None = None
         self._version = 0
 
     def host(self) -> torch.Tensor:
         """The value on the CPU; waits for the device the first time."""
         if self._host is None:
-            self._host = fetch(self._engine, self._array)
+            whole = fetch(self._engine, self._array)
+            self._host = whole if self._row is None else whole[self._row].clone()
             self._version = self._host._version
         return self._host
 
     def feed(self) -> tuple[Any, int | None]:
         """The device array, or a copy of what the host made of it."""
-        if self._host is not None and self._host._version != self._version:
-            return host_copy(self._host), self._axis
+        if self._row is not None or (self._host is not None and self._host._version != self._version):
+            return host_copy(self.host()), self._axis
         return self._array, self._axis
+
+    def feed_recording(self) -> tuple[Any, int | None]:
+        """The same for a recording, which takes the rows of all processes as they are."""
+        if self._row is not None and (self._host is None or self._host._version == self._version):
+            return self._array, STACKED
+        return self.feed()
 
 
 class HostCell:
@@ -126,7 +138,8 @@ class DeviceTensor(torch.Tensor):
         cell: Any = None,
     ) -> DeviceTensor:
         """A tensor of this shape and dtype with a value (`cell`) or a place in a recording (`ref`)."""
-        return _fill(_wrapper(DeviceTensor, shape, dtype), recorder, shape, dtype, requires_grad, ref, cell)
+        made = _wrapper(DeviceTensor, shape, dtype, requires_grad)
+        return _fill(made, recorder, shape, dtype, requires_grad, ref, cell)
 
     # -- torch's own hooks -------------------------------------------------------------------------------------------
 
@@ -390,7 +403,7 @@ class DeviceParameter(DeviceTensor):
     @staticmethod
     def make_parameter(recorder: Recorder, tensor: torch.Tensor, cell: Any) -> DeviceParameter:
         """A stand-in for `tensor`, whose value is now in `cell`."""
-        made = _wrapper(DeviceParameter, tensor.shape, tensor.dtype)
+        made = _wrapper(DeviceParameter, tensor.shape, tensor.dtype, tensor.requires_grad)
         _fill(made, recorder, tensor.shape, tensor.dtype, tensor.requires_grad, None, cell)
         assert isinstance(made, DeviceParameter)
         return made
@@ -440,9 +453,29 @@ class Recorded:
 RECORDED = Recorded()
 
 
-def _wrapper(kind: type[DeviceTensor], shape: Sequence[int], dtype: torch.dtype) -> DeviceTensor:
-    made: DeviceTensor = torch.Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=_CPU)
+def _wrapper(kind: type[DeviceTensor], shape: Sequence[int], dtype: torch.dtype, requires_grad: bool) -> DeviceTensor:
+    # requires_grad is for torch.autograd.Function alone, which asks C++ and not the property: see `refuse_custom_function`.
+    make: Any = torch.Tensor._make_wrapper_subclass
+    made: DeviceTensor = make(kind, shape, dtype=dtype, device=_CPU, requires_grad=requires_grad)
     return made
+
+
+_GRAD_FN: Any = torch._C.TensorBase.grad_fn
+
+
+def refuse_custom_function(tensor: DeviceTensor) -> None:
+    """Raise UnsupportedError for what a torch.autograd.Function gave: its backward is unknown to a recording.
+
+    `apply` cannot be intercepted; but it marks its outputs in C++, where nothing else marks a DeviceTensor.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        node = _GRAD_FN.__get__(tensor)
+    if node is not None:
+        raise UnsupportedError(
+            f"{node.name().removesuffix('Backward')}.apply on a value that a prepared model computed: its own backward would be"
+            " ignored",
+            "call it inside the model, or inside a loss function: accelerator.backward(loss_fn, model, batch)",
+        )
 
 
 def _fill(
@@ -489,6 +522,17 @@ def device_tensors(values: Iterator[Any] | Sequence[Any]) -> list[DeviceTensor]:
             found.extend(device_tensors(list(value.values())))
         elif type(value) is slice:
             found.extend(device_tensors((value.start, value.stop, value.step)))
+    return found
+
+
+def tensors_in(values: Iterator[Any] | Sequence[Any]) -> list[torch.Tensor]:
+    """Every tensor in the arguments of a model."""
+    found: list[torch.Tensor] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif not isinstance(value, str | int | float | None):
+            found.extend(leaf for leaf in trees.flatten(value)[0] if isinstance(leaf, torch.Tensor))
     return found
 
 
