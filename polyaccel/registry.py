@@ -12,7 +12,9 @@ from polyaccel.protocols import Backend, Bridge
 
 BACKENDS = "polyaccel.backends"
 BRIDGES = "polyaccel.bridges"
-_PREFERENCE = ("torch", "jax", "xla")  # for "auto", among backends whose framework is equally present
+# For "auto". torch_xla is only imported by who means it, and a jax that is loaded beside torch is often some library's.
+_PREFERENCE = ("torch", "jax", "xla")
+_PREFERENCE_LOADED = ("xla", "torch", "jax")
 
 
 @cache
@@ -56,8 +58,7 @@ def choose_backend(name: str) -> Backend:
         if not probe.is_usable:
             raise BackendUnavailableError(f"backend={name!r} cannot be used here: {probe.reason}", probe.cure)
         return backend
-    order = {known: rank for rank, known in enumerate(_PREFERENCE)}
-    candidates = [load_backend(known) for known in sorted(backend_names(), key=lambda n: order.get(n, len(order)))]
+    candidates = [load_backend(known) for known in _in_order(_PREFERENCE)]
     probes = [(backend, backend.probe()) for backend in candidates]
     usable = [(backend, probe) for backend, probe in probes if probe.is_usable]
     if not usable:
@@ -66,7 +67,12 @@ def choose_backend(name: str) -> Backend:
             f"no backend can be used here ({reasons})",
             next((p.cure for _, p in probes if p.cure), "pip install 'polyaccel[torch]'"),
         )
-    return next((backend for backend, probe in usable if probe.is_loaded), usable[0][0])
+    loaded = {backend.name: backend for backend, probe in usable if probe.is_loaded}
+    return next((loaded[known] for known in _in_order(_PREFERENCE_LOADED) if known in loaded), usable[0][0])
+
+
+def _in_order(preference: tuple[str, ...]) -> list[str]:
+    return sorted(backend_names(), key=lambda name: preference.index(name) if name in preference else len(preference))
 
 
 def load_bridge(source: Dialect, target: Dialect, *, backend: str) -> Bridge:

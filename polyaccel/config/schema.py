@@ -48,7 +48,7 @@ class Config:
     compile_backend: str = field(default="inductor", metadata={"help": "torch: the torch.compile backend"})
     compilation_cache: str = field(
         default="auto",
-        metadata={"help": "jax: folder of the persistent compilation cache; auto: the user's cache folder; off"},
+        metadata={"help": "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"},
     )
     seed: int = field(default=0, metadata={"help": "seed of the engine's random stream until set_seed is called"})
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, metadata={"help": ""})
