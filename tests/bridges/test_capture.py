@@ -506,6 +506,20 @@ def test_a_lowering_with_a_wrong_dtype_is_caught_while_tracing(monkeypatch):
         run_forward(graph, params, buffers, arrays_of([torch.ones(2, 4)]), jax.random.key(0))
 
 
+def test_an_array_of_another_shape_or_width_than_captured_is_named():
+    model = nn.BatchNorm1d(4)
+    graph = capture_forward(lambda x: [model(x)], {"model": model}, [TensorSpec((2, 4), torch.float32)], autocast=None)
+    params, buffers = state_arrays(graph, {"model": model})
+    with (
+        exact_dtypes(),
+        pytest.raises(PolyaccelError, match=r"input 0 was captured as float32\[2, 4\], but is float32\[3, 4\]"),
+    ):
+        run_forward(graph, params, buffers, arrays_of([torch.ones(3, 4)]), jax.random.key(0))
+    buffers["model.num_batches_tracked"] = jnp.zeros((), jnp.int32)
+    with pytest.raises(PolyaccelError, match=r"model\.num_batches_tracked was captured as int64\[\], but is int32\[\]"):
+        run_forward(graph, params, buffers, arrays_of([torch.ones(2, 4)]), jax.random.key(0))
+
+
 # --- forward and vjp ------------------------------------------------------------------------------------------------------------
 
 

@@ -118,7 +118,7 @@ def capture_training(
     grads = [(name, node) for name, node in zip(traced.wanted, traced.grads, strict=True) if node is not None]
     nodes = [*traced.outputs, *(node for _, node in grads), *(node for _, node in traced.written)]
     refuse_missing(traced.module.graph, nodes)
-    program = compile_program(traced.module, traced.placeholders, nodes)
+    program = compile_program(traced.module, traced.inputs, nodes)
     return TrainingGraph(
         program=program,
         state_names=traced.state.names,
@@ -142,7 +142,7 @@ def capture_forward(
     traced = _trace(function, modules, inputs, autocast, "forward")
     nodes = [*traced.outputs, *(node for _, node in traced.written)]
     refuse_missing(traced.module.graph, nodes)
-    program = compile_program(traced.module, traced.placeholders, nodes)
+    program = compile_program(traced.module, traced.inputs, nodes)
     return ForwardGraph(
         program=program,
         state_names=traced.state.names,
@@ -183,8 +183,10 @@ def capture_vjp(
         if node.op != "get_attr":
             forward_nodes.add(node)
     residuals = _frontier(gradients, forward_nodes, set(seeds.values()))
-    forward = compile_program(traced.module, traced.placeholders, [*traced.outputs, *written, *residuals])
-    backward = compile_program(traced.module, [*residuals, *(seeds[index] for index in sorted(seeds))], gradients)
+    forward = compile_program(traced.module, traced.inputs, [*traced.outputs, *written, *residuals])
+    given = {f"residual {index}": node for index, node in enumerate(residuals)}
+    given |= {f"the cotangent of output {index}": seeds[index] for index in sorted(seeds)}
+    backward = compile_program(traced.module, given, gradients)
     return VjpGraph(
         forward=forward,
         backward=backward,
@@ -326,7 +328,7 @@ class _Traced:
 
     module: GraphModule
     state: _State
-    placeholders: list[Node]
+    inputs: dict[str, Node]
     outputs: list[Node]
     wanted: list[str | int]
     grads: list[Node | None]
@@ -381,10 +383,11 @@ def _trace(
     written, rest = rest[: len(layout.written)], rest[len(layout.written) :]
     grads, after = rest[: len(layout.wanted)], rest[len(layout.wanted) :]
     _refuse_late_writes(dict(zip(layout.written, written)), dict(zip(layout.written_after, after)))
+    names = [*state.specs, *(f"input {index}" for index in range(len(inputs)))]
     return _Traced(
         module=module,
         state=state,
-        placeholders=[node for node in nodes if node.op == "placeholder"],
+        inputs=dict(zip(names, (node for node in nodes if node.op == "placeholder"), strict=True)),
         outputs=outputs,
         wanted=layout.wanted,
         grads=grads,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,20 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Program:
-    """A pure function from arrays to arrays: `num_inputs` inputs come first among the values, then `constants`."""
+    """A pure function from arrays to arrays: the inputs come first among its values, then `constants`."""
 
-    num_inputs: int
+    input_names: tuple[str, ...]
+    input_specs: tuple[ArraySpec, ...]
     constants: tuple[np.ndarray[Any, Any], ...]
     instructions: tuple[Instruction, ...]
     num_values: int
     outputs: tuple[Slot | None, ...]
     output_specs: tuple[ArraySpec | None, ...]
+
+    @property
+    def num_inputs(self) -> int:
+        """How many arrays it takes."""
+        return len(self.input_specs)
 
     @property
     def draws_randomly(self) -> bool:
@@ -133,10 +139,10 @@ def spec_of(value: Any) -> ArraySpec | tuple[ArraySpec | None, ...] | None:
     return None
 
 
-def compile_program(module: GraphModule, inputs: Sequence[Node], outputs: Sequence[Node | None]) -> Program:
+def compile_program(module: GraphModule, inputs: Mapping[str, Node], outputs: Sequence[Node | None]) -> Program:
     """The part of `module`'s graph that `outputs` need, as a Program of `inputs` (any nodes: what comes before them is cut off)."""
-    live = _needed(inputs, outputs)
-    slots: dict[Node, int] = {node: index for index, node in enumerate(inputs)}
+    live = _needed(inputs.values(), outputs)
+    slots: dict[Node, int] = {node: index for index, node in enumerate(inputs.values())}
     constants: dict[int, tuple[int, np.ndarray[Any, Any]]] = {}  # by tensor: one that is used twice is kept once
     for node in module.graph.nodes:
         if node in live and node.op == "get_attr":
@@ -159,7 +165,8 @@ def compile_program(module: GraphModule, inputs: Sequence[Node], outputs: Sequen
         frees = tuple(sorted(slot for slot in ended if last_use[slot] is node))
         instructions.append(_instruction(node, slots, frees))
     return Program(
-        num_inputs=len(inputs),
+        input_names=tuple(inputs),
+        input_specs=tuple(_tensor_spec(node) for node in inputs.values()),
         constants=tuple(array for _, array in constants.values()),
         instructions=tuple(instructions),
         num_values=num_values,

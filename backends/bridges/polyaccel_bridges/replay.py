@@ -99,8 +99,7 @@ def run_vjp_backward(
 
 def run_program(program: Program, inputs: Sequence[jax.Array], key: jax.Array | None) -> list[Any]:
     """The outputs of `program`. Raises PolyaccelError where a lowering gives another shape or dtype than PyTorch."""
-    if len(inputs) != program.num_inputs:
-        raise PolyaccelError(f"the captured program takes {program.num_inputs} arrays, not {len(inputs)}")
+    _check_inputs(program, inputs)
     values: list[Any] = [None] * program.num_values
     values[: len(inputs)] = inputs
     for index, constant in enumerate(program.constants, start=len(inputs)):
@@ -114,6 +113,17 @@ def run_program(program: Program, inputs: Sequence[jax.Array], key: jax.Array | 
         None if slot is None or spec is None else lax.convert_element_type(values[slot.index], spec.dtype)
         for slot, spec in zip(program.outputs, program.output_specs, strict=True)
     ]
+
+
+def _check_inputs(program: Program, inputs: Sequence[jax.Array]) -> None:
+    if len(inputs) != len(program.input_specs):
+        raise PolyaccelError(f"the captured program takes {len(program.input_specs)} arrays, not {len(inputs)}")
+    for name, spec, given in zip(program.input_names, program.input_specs, inputs, strict=True):
+        if tuple(given.shape) != spec.shape or given.dtype != spec.dtype:
+            raise PolyaccelError(
+                f"{name} was captured as {spec.dtype}{list(spec.shape)}, but is {given.dtype}{list(given.shape)}",
+                "capture anew for other shapes; 64-bit types need `exact_dtypes()` around the making of arrays too",
+            )
 
 
 def _execute(step: Instruction, values: list[Any], key: jax.Array | None) -> Any:
