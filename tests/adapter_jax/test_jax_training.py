@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from flax import nnx
 from jax_engines import (
@@ -204,6 +205,24 @@ def test_a_lambda_written_in_the_loop_does_not_compile_in_every_round():
         optimizer.step()
         optimizer.zero_grad()
     assert engine.num_compiles == 2  # backward and update
+
+
+def test_a_loss_function_that_captures_something_new_in_every_step_is_warned_about(caplog, monkeypatch):
+    monkeypatch.setattr("polyaccel_jax.step._MANY_SIGNATURES", 3)
+    engine = open_engine()
+    model = engine.prepare_model(Mlp(nnx.Rngs(0)))
+    for batch in batches(3):
+        loss_by_function(engine, lambda m, batch=batch: cross_entropy(m, batch), model)
+    assert "pass what changes as an argument" in caplog.text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_state_that_starts_as_the_parameters_themselves(form):
+    engine = open_engine()
+    transformation = optax.contrib.schedule_free_sgd(0.5)  # keeps a second copy of the parameters
+    model, optimizer = prepared(engine, Mlp(nnx.Rngs(0)), transformation)
+    expected = train_by_hand(Mlp(nnx.Rngs(0)), transformation, batches(4))
+    np.testing.assert_allclose(train(engine, model, optimizer, batches(4), form=form), expected, **CLOSE)
 
 
 def test_numbers_are_traced_and_flags_are_static():

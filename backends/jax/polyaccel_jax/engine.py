@@ -75,6 +75,7 @@ class JaxEngine:
         self.scaler: ScalerState | None = None
         self._is_distributed = rendezvous.num_processes > 1
         self._num_models = 0
+        self._known_calls: dict[Any, Any] = {}
         self._seed = config.seed
         self._stream: RandomStream | None = None
 
@@ -178,7 +179,7 @@ class JaxEngine:
 
     def lower(self, call: LossCall) -> ProgramCall:
         """A flax loss call as a program call."""
-        lowered: ProgramCall = dialect.lower_call(call)
+        lowered: ProgramCall = dialect.lower_call(call, self._known_calls)
         return lowered
 
     def backward(self, loss: Any, *, scale: float) -> Any:

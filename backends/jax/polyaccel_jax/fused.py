@@ -86,7 +86,7 @@ class FusedStep:
             if key in self._programs:
                 return self._programs[key]
             work = self.steps.work(call, with_grads=True)
-            _, program = work.program(specs)
+            program = work.program(call.inputs).program
             mine = {f"{self.model.name}.{name}" for name in self.optimizer.names}
             fused = None
             if self.model in work.models and mine.issuperset(program.grad_names):

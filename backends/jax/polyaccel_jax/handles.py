@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from polyaccel.errors import PrepareError
@@ -143,8 +144,13 @@ class JaxOptimizer:
         self.covers_model = self.indices == tuple(range(len(model.names)))
         self.skipped: jax.Array | None = None
         params = {name: model.params[name] for name in self.names}
+
+        def init(params: dict[str, jax.Array]) -> Any:
+            # Copies: a state that starts as the parameters themselves would be donated twice.
+            return jax.tree.map(jnp.copy, source.init(params))
+
         with engine.dtypes(model.wants_64bit):
-            state = jax.jit(source.init, out_shardings=engine.mesh.replicated)(params)
+            state = jax.jit(init, out_shardings=engine.mesh.replicated)(params)
         self.treedef: Any = jax.tree.structure(state)
         leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)

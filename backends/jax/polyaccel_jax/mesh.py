@@ -82,10 +82,10 @@ class DeviceMesh:
         are. A batch that does not divide over the shards is replicated in a job of one process, which serves evaluation;
         steps with gradients refuse it.
         """
-        waiting = [index for index, leaf in enumerate(leaves) if not self.is_placed(leaf)]
         placed = list(leaves)
-        if not waiting:
+        if self.are_placed(leaves):
             return placed
+        waiting = [index for index, leaf in enumerate(leaves) if not self.is_placed(leaf)]
         shapes = [tuple(np.shape(leaf)) for leaf in leaves]
         if self.num_processes > 1:
             known = axes is not None

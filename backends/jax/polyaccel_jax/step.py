@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,15 +15,27 @@ from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import Program, ProgramCall, ProgramResult
 from polyaccel_jax import partition
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
-from polyaccel_jax.partition import Layout, Specs, specs_of
+from polyaccel_jax.partition import Layout, specs_of
 from polyaccel_jax.precision import all_finite, next_scaler
 from polyaccel_jax.random_stream import draw_key, next_counter
 
 if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
 
+_log = logging.getLogger("polyaccel.jax")
+_MANY_SIGNATURES = 64
+
 Named = dict[str, jax.Array]
 Target = tuple[JaxModel, Collection[str] | None]  # parameters whose gradients are clipped; None: all of the model's
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A program, how its inputs are cut, and per model the names of the parameters that it gives gradients of."""
+
+    layout: Layout
+    program: Program
+    grad_names: tuple[tuple[str, ...], ...]
 
 
 class Work:
@@ -39,17 +53,24 @@ class Work:
         self.is_global = call.is_global
         self.partitioning = self.models[0].partitioning if self.models else engine.default_partitioning
         self.functions: dict[Hashable, Callable[..., Any]] = {}
-        self._programs: dict[Specs, tuple[Layout, Program]] = {}
+        self._programs: dict[Hashable, Built] = {}
 
-    def program(self, specs: Specs) -> tuple[Layout, Program]:
-        """The program for inputs of these specs. Raises what the call's `build` raises."""
-        found = self._programs.get(specs)
+    def program(self, inputs: Sequence[Any]) -> Built:
+        """The program for arrays (or tracers) of these specs. Raises what the call's `build` raises."""
+        key = tuple([(array.shape, array.dtype) for array in inputs])
+        found = self._programs.get(key)
         if found is None:
-            axes = self.call.input_axes
-            layout = partition.layout_of(self.engine.mesh, self.partitioning, specs, axes, with_grads=self.with_grads)
-            program = partition.build(self.engine.mesh, layout, self.call, with_grads=self.with_grads)
-            found = self._programs[specs] = (layout, program)
+            axes, mesh = self.call.input_axes, self.engine.mesh
+            layout = partition.layout_of(mesh, self.partitioning, specs_of(inputs), axes, with_grads=self.with_grads)
+            program = partition.build(mesh, layout, self.call, with_grads=self.with_grads)
+            wanted = self.by_model(dict.fromkeys(program.grad_names))  # type: ignore[arg-type]
+            found = self._programs[key] = Built(layout, program, tuple(tuple(names) for names in wanted))
         return found
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether an optimizer has made parameters of buffers since."""
+        return tuple([model.names for model in self.models]) != self.names
 
     def run(
         self,
@@ -62,7 +83,8 @@ class Work:
     ) -> tuple[ProgramResult, jax.Array | None]:
         """Traced: the program's result, and the following random counter if the program draws."""
         self.engine.num_compiles += 1
-        layout, program = self.program(specs_of(inputs))
+        built = self.program(inputs)
+        layout, program = built.layout, built.program
         all_params: Named = {}
         all_buffers: Named = {}
         for model, names, leaves, held in zip(self.models, self.names, params, buffers, strict=True):
@@ -100,8 +122,14 @@ class Steps:
         """What calls of this signature share; the call becomes the one that builds."""
         key = (call.signature, with_grads)
         found = self._work.get(key)
-        if found is None or any(a.names is not b for a, b in zip(found.models, found.names, strict=True)):
+        if found is None or found.is_outdated:
             found = self._work[key] = Work(self.engine, call, with_grads=with_grads)
+            if len(self._work) == _MANY_SIGNATURES:
+                _log.warning(
+                    "%d different functions or argument structures were compiled for this engine. A loss function that captures"
+                    " another object in every step compiles in every step: pass what changes as an argument.",
+                    _MANY_SIGNATURES,
+                )
         found.call = call
         return found
 
@@ -114,7 +142,7 @@ class Steps:
             work = self.work(call, with_grads=False)
             function = work.functions.get("forward") or _forward_function(work)
             inputs = engine.mesh.place(call.inputs, call.input_axes)
-            work.program(specs_of(inputs))
+            work.program(inputs)
             outputs, changed, following = function(
                 tuple([model.leaves for model in work.models]),
                 tuple([model.buffer_arrays for model in work.models]),
@@ -135,8 +163,7 @@ class Steps:
         with engine.dtypes(call.wants_64bit):
             work = self.work(call, with_grads=True)
             inputs = engine.mesh.place(call.inputs, call.input_axes)
-            _, program = work.program(specs_of(inputs))
-            held = self._held(work, program.grad_names, scale)
+            held = self._held(work.models, work.program(inputs).grad_names, scale)
             function = work.functions.get(scale) or _backward_function(work, scale)
             loss, outputs, grads, changed, following, is_finite = function(
                 held,
@@ -150,7 +177,7 @@ class Steps:
         stream.spent(call.draw, following)
         for model, new in zip(work.models, grads, strict=True):
             if new:
-                model.gradients = {**model.gradients, **new}
+                model.gradients = {**model.gradients, **new} if model.gradients else new
                 model.gradients_are_shared = False
                 if is_finite is not None:
                     self._note_overflow(model, is_finite)
@@ -158,15 +185,14 @@ class Steps:
         engine.pace(loss)
         return call.finish(loss, outputs)
 
-    def _held(self, work: Work, grad_names: Sequence[str], scale: float) -> tuple[Named, ...]:
+    def _held(self, models: Sequence[JaxModel], grad_names: Sequence[Sequence[str]], scale: float) -> tuple[Named, ...]:
         """The gradients to add to, per model; they are donated.
 
         With accumulation the first micro batch adds to zeros, so that one program serves all of them.
         """
         held: list[Named] = []
-        wanted = work.by_model(dict.fromkeys(grad_names))  # type: ignore[arg-type]
-        for model, names in zip(work.models, wanted, strict=True):
-            have = self._own_gradients(model, names)
+        for model, names in zip(models, grad_names, strict=True):
+            have = self._own_gradients(model, names) if model.gradients else {}
             if have or scale != 1.0:
                 missing = [name for name in names if name not in have]
                 if missing:
@@ -251,8 +277,10 @@ class Steps:
     def update(self, optimizer: JaxOptimizer) -> None:
         """One step of an optimizer from the gradients that its model holds; nothing if it holds none."""
         engine, model = self.engine, optimizer.model
-        mine = set(optimizer.names)
-        grads = {name: grad for name, grad in model.gradients.items() if name in mine}
+        grads = model.gradients
+        if not optimizer.covers_model:
+            mine = set(optimizer.names)
+            grads = {name: grad for name, grad in grads.items() if name in mine}
         if not grads:
             return
         with engine.dtypes(model.wants_64bit):

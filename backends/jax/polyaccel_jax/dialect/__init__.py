@@ -59,11 +59,11 @@ def optimizer_handle(source: Any, optimizer: Any) -> Any:
     return PreparedOptax(source, optimizer)
 
 
-def lower_call(call: LossCall) -> Any:
-    """A loss function and its arguments as a ProgramCall."""
+def lower_call(call: LossCall, known: dict[Any, Any] | None = None) -> Any:
+    """A loss function and its arguments as a ProgramCall; `known` keeps calls between steps."""
     from polyaccel_jax.dialect import functional
 
-    return functional.lower_call(call)
+    return functional.lower_call(call, {} if known is None else known)
 
 
 def prepare_loader(loader: Any, spec: LoaderSpec, engine: Any) -> Any:

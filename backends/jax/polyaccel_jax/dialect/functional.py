@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,7 +17,6 @@ from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LossCall, ProgramModel, ProgramResult, ShardCall
 
 Named = dict[str, jax.Array]
-NUMBERS = (int, float, complex)
 
 
 class FlaxSource(Protocol):
@@ -95,41 +95,49 @@ class FlaxCall:
     def __init__(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_loss: bool
     ) -> None:
-        leaves, self._treedef = jax.tree.flatten((args, dict(kwargs)), is_leaf=_is_model)
+        leaves, self._treedef = jax.tree.flatten((args, dict(kwargs)), is_leaf=_refuse_unprepared)
         self.function = function
         self.is_loss = is_loss
-        self.inputs: Sequence[Any] = []
         models: list[Any] = []
         self._slots: list[tuple[str, Any]] = []
-        inputs: list[Any] = []
+        self.inputs: Sequence[Any] = [leaf for leaf in leaves if _kind(leaf) == "input"]
+        num_inputs = 0
         for leaf in leaves:
-            if isinstance(leaf, Handle):
+            kind = _kind(leaf)
+            if kind == "model":
                 model = leaf._polyaccel_model
                 if model not in models:
                     models.append(model)
-                self._slots.append(("model", models.index(model)))
-            elif _is_traced(leaf):
-                self._slots.append(("input", len(inputs)))
-                inputs.append(leaf)
+                self._slots.append((kind, models.index(model)))
+            elif kind == "input":
+                self._slots.append((kind, num_inputs))
+                num_inputs += 1
             else:
-                self._slots.append(("static", _hashable(leaf)))
+                self._slots.append((kind, _hashable(leaf)))
         if not models:
             raise PrepareError(
                 f"{_name(function)} was called without a prepared model",
                 "pass what accelerator.prepare returned: accelerator.backward(loss_fn, model, batch)",
             )
-        self.inputs = inputs
         self.models: tuple[ProgramModel, ...] = tuple(models)
         self._local: Callable[[Any], Any] = models[0].engine.local
-        self.signature: Hashable = (
-            function_key(function),
-            is_loss,
-            self._treedef,
-            tuple(self._slots),
-            tuple((model.name, model.source.token) for model in models),
+        self.signature: Hashable = Hashed(
+            (
+                function_key(function),
+                is_loss,
+                self._treedef,
+                tuple(self._slots),
+                tuple((model.name, model.source.token) for model in models),
+            )
         )
         results = models[0].source.results
         self._results: Results = results.get(self.signature) or results.setdefault(self.signature, Results())
+
+    def with_inputs(self, inputs: Sequence[Any]) -> FlaxCall:
+        """The same call of other arrays."""
+        other = copy.copy(self)
+        other.inputs = inputs
+        return other
 
     def build(
         self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: ShardCall
@@ -335,14 +343,53 @@ def _without(prefix: str, values: Named) -> Named:
 # -- what a function and its arguments are -----------------------------------------------------------------------------------
 
 
-def lower_call(call: LossCall) -> FlaxCall:
-    """A loss function and its arguments as a program call. Raises PrepareError where no prepared model is among them."""
-    return FlaxCall(call.function, call.args, call.kwargs, is_loss=True)
+def lower_call(call: LossCall, known: dict[Hashable, FlaxCall]) -> FlaxCall:
+    """A loss function and its arguments as a program call. Raises PrepareError where no prepared model is among them.
+
+    `known` keeps calls between steps: one that differs from an earlier one in its arrays alone is made from that.
+    """
+    leaves, treedef = _flatten((call.args, call.kwargs) if call.kwargs else call.args)
+    inputs: list[Any] = []
+    parts: list[Any] = [call.function, treedef]
+    for leaf in leaves:
+        kind = _kind(leaf)
+        if kind == "input":
+            inputs.append(leaf)
+        elif kind == "model":
+            parts.append((leaf, leaf._polyaccel_model.source.token))
+        else:
+            parts.append((type(leaf), leaf))
+    try:
+        key = tuple(parts)
+        found = known.get(key)
+    except TypeError:  # something that cannot be hashed: a new call says what
+        return FlaxCall(call.function, call.args, call.kwargs, is_loss=True)
+    if found is None:
+        found = FlaxCall(call.function, call.args, call.kwargs, is_loss=True)
+        if len(known) >= _MAX_KNOWN:  # a function that is made anew in every round never comes back
+            known.clear()
+        known[key] = found
+    return found.with_inputs(inputs)
 
 
-def _is_model(value: Any) -> bool:
-    if isinstance(value, Handle):
-        return True
+_MAX_KNOWN = 256
+_flatten = jax.tree_util.default_registry.flatten  # what jax.tree.flatten calls, without its wrapper
+_kinds: dict[type, str] = {bool: "static", int: "input", float: "input", complex: "input"}
+
+
+def _kind(leaf: Any) -> str:
+    """What a leaf of the arguments is: a prepared "model", an "input" (an array or a number), or "static"."""
+    found = _kinds.get(type(leaf))
+    if found is not None:
+        return found
+    if isinstance(leaf, np.ndarray | np.generic):
+        return "input" if leaf.dtype.kind in "biufcV" else "static"
+    kind = "model" if isinstance(leaf, Handle) else "input" if isinstance(leaf, jax.Array) else "static"
+    _kinds[type(leaf)] = kind
+    return kind
+
+
+def _refuse_unprepared(value: Any) -> bool:
     if any(kind.__module__.partition(".")[0] == "flax" and kind.__name__ == "Module" for kind in type(value).__mro__):
         raise PrepareError(
             f"the loss function was given a {type(value).__name__} that is not prepared",
@@ -351,10 +398,20 @@ def _is_model(value: Any) -> bool:
     return False
 
 
-def _is_traced(leaf: Any) -> bool:
-    if isinstance(leaf, np.ndarray):
-        return leaf.dtype.kind in "biufcV"
-    return isinstance(leaf, jax.Array | np.generic) or (isinstance(leaf, NUMBERS) and not isinstance(leaf, bool))
+class Hashed:
+    """A tuple that computes its hash once."""
+
+    __slots__ = ("_hash", "value")
+
+    def __init__(self, value: tuple[Hashable, ...]) -> None:
+        self.value = value
+        self._hash = hash(value)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Hashed) and self.value == other.value)
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 def _hashable(leaf: Any) -> Hashable:
@@ -365,8 +422,6 @@ def _hashable(leaf: Any) -> Hashable:
             f"an argument of the loss function holds a {type(leaf).__name__}, which is neither an array nor hashable",
             "pass arrays, numbers, strings and containers of them",
         ) from None
-    if isinstance(leaf, np.ndarray):
-        raise UnsupportedError(f"an array of dtype {leaf.dtype} cannot be put on a device", "pass numbers")
     return (type(leaf), leaf)  # True and 1 are equal, and are not the same program
 
 
