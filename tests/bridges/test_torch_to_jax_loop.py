@@ -391,3 +391,24 @@ def test_the_global_partitioning_sees_the_whole_batch():
         num_devices=4,
         partitioning="sharding",
     )
+
+
+def test_conversions_keep_gradients_or_give_plain_numbers():
+    def script(acc):
+        model = Net()
+        model, optimizer = acc.prepare(model, sgd(model))
+        kept = []
+        for x, y in batches():
+            out = model(x)
+            loss = (
+                F.cross_entropy(out.type(torch.float64).to(torch.float32).float(), y) + out.type_as(out).double().mean()
+            )
+            acc.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            kept.append(loss.detach())
+            assert out.type() == "torch.FloatTensor"
+        numbers = torch.tensor([value.item() for value in kept])
+        return torch.stack(kept).mean(), numbers, sum(kept) / len(kept), max(kept), torch.tensor(kept)
+
+    assert_same_on_jax(script)

@@ -32,6 +32,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
     special = _SPECIAL.get(func)
     if special is not None:
         return special(*args, **kwargs)
+    if func is _T.type and len(args) == 1 and not kwargs:
+        return torch.empty((), dtype=args[0]._dtype).type()
     if getattr(func, "__name__", "") in (_GETTER, "__set__", "__delete__") and not _computes(func):
         return _metadata(func, args)
     operands = device_tensors((*args, *kwargs.values()))
@@ -256,7 +258,7 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _T.allclose: _of_value(_T.allclose),
     torch.is_nonzero: _of_value(torch.is_nonzero),
     _T.__contains__: _of_value(_T.__contains__),
-    **{func: _of_value(func) for func in _each("__dlpack__", "storage", "share_memory_", "pin_memory", "type")},
+    **{func: _of_value(func) for func in _each("__dlpack__", "storage", "share_memory_", "pin_memory")},
     **{
         func: _new_like(func)
         for func in _each(

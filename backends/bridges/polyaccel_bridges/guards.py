@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from operator import is_
 from types import CodeType, FunctionType, MethodType
@@ -14,6 +15,8 @@ from polyaccel.errors import PrepareError
 
 from .packing import Identity
 
+_log = logging.getLogger(__name__)
+_MANY = 8  # states of one model before the user is told what makes them
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_version", "dump_patches", "call_super_init"})
@@ -43,6 +46,7 @@ class ModuleGuard:
         self._object_values: list[Any] = []
         self._token: ModuleToken | None = None
         self._tokens: dict[tuple[Any, ...], ModuleToken] = {}
+        self._has_warned = False
 
     def token(self) -> ModuleToken:
         """The token of now. Raises PrepareError for parameters or buffers that were put in after prepare."""
@@ -56,6 +60,42 @@ class ModuleGuard:
         self._token = self._find()
         return self._token
 
+    def scalars(self) -> dict[str, Any]:
+        """The plain attributes of all submodules, by path."""
+        return {
+            f"{path}.{key}" if path else key: value
+            for path, module in self._module.named_modules()
+            for key, value in module.__dict__.items()
+            if isinstance(value, int | float) and key not in _OWN
+        }
+
+    def note_changes_in_forward(self, before: Mapping[str, Any]) -> None:
+        """Say once that a plain attribute which forward changes keeps its value between the steps of a captured program."""
+        changed = [name for name, value in self.scalars().items() if name in before and before[name] != value]
+        if changed and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "the forward of %s changes its attribute %s: a captured program runs with the value that it had at capture;"
+                " register a buffer for what changes with every step",
+                type(self._module).__name__,
+                ", ".join(changed),
+            )
+
+    def _note_many(self) -> None:
+        """Say once what makes a model be captured again and again."""
+        if len(self._tokens) == _MANY:
+            places = [(holder, key) for holder, key in (*self._scalars, *self._objects)]
+            seen = list(self._tokens)[-2:]
+            changed = sorted(
+                {key for (_, key), a, b in zip(places, *(one[1:][0] + one[2] for one in seen), strict=False) if a != b}
+            )
+            _log.warning(
+                "%s was captured for %d states of its attributes; %s changes often, and every value is compiled anew",
+                type(self._module).__name__,
+                _MANY,
+                ", ".join(changed) or "its structure",
+            )
+
     def _find(self) -> ModuleToken:
         trainable = frozenset(
             self._names[id(p)] for p in self._module.parameters() if p.requires_grad and id(p) in self._names
@@ -68,6 +108,7 @@ class ModuleGuard:
         token = self._tokens.get(state)
         if token is None:
             token = self._tokens[state] = ModuleToken(self._module.training, trainable)
+            self._note_many()
         return token
 
     def _walk(self) -> None:

@@ -39,11 +39,11 @@ class PieceGraph:
         sources: list[tuple[str, Any]] = []
         kept = 0
         for slot in slots[: graph.num_residuals]:
-            index = graph.forward.num_inputs if slot is None else slot.index
+            index = len(graph.forward.input_names) if slot is None else slot.index
             name = names[index] if index < len(names) else None
             if name is not None and dict(graph.state_names)[name]:
                 sources.append(("param", name))
-            elif len(names) <= index < graph.forward.num_inputs:
+            elif len(names) <= index < len(graph.forward.input_names):
                 sources.append(("input", index - len(names)))
             else:
                 sources.append(("kept", kept))

@@ -67,7 +67,11 @@ class CaptureScope:
                 f"the captured function calls {type(prepared.module).__name__}, a prepared model that it was not given",
                 "pass every model as an argument: accelerator.backward(loss_fn, model, other_model, batch)",
             )
-        return run_model(prepared.module, args, kwargs, self.autocast)
+        guard = prepared._model.guard
+        before = guard.scalars()
+        result = run_model(prepared.module, args, kwargs, self.autocast)
+        guard.note_changes_in_forward(before)
+        return result
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """What takes the place of a tensor from outside. Raises PrepareError where its gradient would be lost."""
