@@ -14,6 +14,8 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polyaccel.errors import UnsupportedError
+
 _MODULE_CALL: CodeType = nn.Module._call_impl.__code__
 _OURS = frozenset({"torch", "jax", "polyaccel", "polyaccel_bridges", "polyaccel_jax"})
 _META = "polyaccel_source"
@@ -140,6 +142,11 @@ class SourceNotes(TorchDispatchMode):
         else:
             forward = self._by_sequence.get(backward._sequence_nr())
             source = forward or source
+        if kwargs and kwargs.get("generator") is not None:
+            raise UnsupportedError(
+                f"{func} draws from a torch.Generator of its own, whose state a compiled program cannot advance: {source}",
+                "leave `generator` out: the draws then follow set_seed, or use the torch backend",
+            )
         # Backward formulas run without gradients; a forward that is repeated inside a backward pass records them.
         repeated = backward is not None and torch.is_grad_enabled()
         result = func(*args, **(kwargs or {}))
