@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from polyaccel import processes, seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config, resolve
+from polyaccel.dialects import of_script
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
@@ -71,6 +72,7 @@ class Accelerator:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         self.config: Config = resolve({**arguments, "backend": None if backend == "auto" else backend})
         chosen = choose_backend(self.config.backend)
+        expected = of_script()  # before the engine imports frameworks of its own
         self._engine = chosen.open(self.config, from_environment())
         capabilities = chosen.capabilities
         self.backend: str = chosen.name
@@ -86,8 +88,8 @@ class Accelerator:
         self.gradient_state = GradientState(self.plan.gradient_accumulation_steps)
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
-        self._prepared = Preparation(self._engine, capabilities, chosen.name)
-        self._gathering = Gathering(self._engine)
+        self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
+        self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
         self._differentiates_values = "backward_value" in capabilities.features
 
     # -- where am I ----------------------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ class Accelerator:
     @property
     def device(self) -> Any:
         """Where the script puts its own tensors: a torch.device in a torch script on every engine, a jax.Device in a flax one."""
-        bridge = self._prepared.bridge
+        bridge = self._prepared.script_bridge
         return self._engine.device if bridge is None else bridge.device(self._engine)
 
     @property
@@ -162,9 +164,6 @@ class Accelerator:
         pass through. Must be called on every process.
         """
         results = [self._gated(value) for value in self._prepared.prepare(objects, spec=self._loader_spec())]
-        bridge = self._prepared.bridge
-        if bridge is not None:
-            self._gathering.lower, self._gathering.lift = (lambda value: bridge.lower(value, "value")), bridge.lift
         return results[0] if len(results) == 1 else tuple(results)
 
     def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -27,6 +28,13 @@ _KNOWN: dict[tuple[str, str], tuple[Dialect, Role]] = {
     ("jaxlib", "ArrayImpl"): ("flax", "loss"),
     ("jax", "Tracer"): ("flax", "loss"),
 }
+
+
+def of_script() -> Dialect | None:
+    """The dialect that a script seems to be written in, told from what it has imported so far; None if that tells nothing."""
+    if "flax" in sys.modules:
+        return "flax"
+    return "torch" if "torch" in sys.modules else None
 
 
 def identify(value: Any, extra: Mapping[tuple[str, str], tuple[Dialect, Role]] = {}) -> tuple[Dialect, Role] | None:

@@ -7,21 +7,20 @@ from typing import Any
 
 from polyaccel import trees
 from polyaccel.errors import ConfigError, UnsupportedError, nearest
-from polyaccel.protocols import Engine
+from polyaccel.protocols import Bridge, Engine
 
 REDUCTIONS = ("sum", "mean", "max", "min", "none")
 
 
 class Gathering:
-    """Collectives over nested values of user code. `lower` and `lift` translate one array into the engine's and back.
+    """Collectives over nested values of user code; the script's bridge translates each array into the engine's and back.
 
     With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None]) -> None:
         self._engine = engine
-        self.lower: Callable[[Any], Any] = _same
-        self.lift: Callable[[Any], Any] = _same
+        self._script_bridge = script_bridge
 
     @property
     def num_processes(self) -> int:
@@ -59,14 +58,9 @@ class Gathering:
         if reduction == "none":
             return tree
         operation: Any = reduction
-
-        def one(array: Any) -> Any:
-            reduced = self._engine.collectives.all_reduce(array, operation) if self.num_processes > 1 else array
-            return reduced * scale if scale != 1.0 else reduced
-
-        if self.num_processes == 1 and scale == 1.0:
-            return tree
-        return self._map(one, tree, "reduce")
+        if self.num_processes > 1:
+            tree = self._map(lambda array: self._engine.collectives.all_reduce(array, operation), tree, "reduce")
+        return tree if scale == 1.0 else trees.map_leaves(lambda leaf: leaf * scale if is_array(leaf) else leaf, tree)
 
     def broadcast(self, tree: Any, from_process: int = 0) -> Any:
         """Every array as process `from_process` has it."""
@@ -101,13 +95,15 @@ class Gathering:
         return structure.unflatten([pad(position, leaf) for position, leaf in enumerate(leaves)])
 
     def _map(self, operation: Callable[[Any], Any], tree: Any, name: str) -> Any:
+        bridge = self._script_bridge()
+
         def one(leaf: Any) -> Any:
             if not is_array(leaf):
                 raise UnsupportedError(
                     f"{name} got a {type(leaf).__name__}: {leaf!r:.60}",
                     "gather arrays, or use gather_object for plain values",
                 )
-            return self.lift(operation(self.lower(leaf)))
+            return operation(leaf) if bridge is None else bridge.lift(operation(bridge.lower(leaf, "value")))
 
         return trees.map_leaves(one, tree)
 
@@ -122,10 +118,6 @@ class Gathering:
 def is_array(value: Any) -> bool:
     """True for an array of any framework."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _pad(array: Any, axis: int, size: int, value: float, first: bool) -> Any:

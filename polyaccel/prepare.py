@@ -26,13 +26,26 @@ class Prepared:
 class Preparation:
     """Everything that one Accelerator has prepared, and the dialect of its script once a model told it."""
 
-    def __init__(self, engine: Engine, capabilities: Capabilities, backend: str) -> None:
+    def __init__(self, engine: Engine, capabilities: Capabilities, backend: str, *, expected: Dialect | None) -> None:
         self.entries: list[Prepared] = []
         self.bridge: Bridge | None = None
         self._engine = engine
         self._capabilities = capabilities
         self._backend = backend
+        self._expected_dialect = expected
         self._script: Dialect | None = None
+        self._expected: Bridge | None = None
+
+    @property
+    def script_bridge(self) -> Bridge | None:
+        """The bridge of the script's dialect. Before a model has told the dialect, that of what the script has imported: values
+        such as `accelerator.device` are asked for early."""
+        if self.bridge is not None or self._script is not None:
+            return self.bridge
+        expected = self._expected_dialect
+        if expected is None or expected == self._capabilities.dialect or not self._capabilities.accepts_bridges:
+            return None
+        return self._bridge_for(expected)
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -103,7 +116,7 @@ class Preparation:
                 f"backend {self._backend!r} cannot run {type(model).__name__}, which is written in {dialect}",
                 f"use backend={cure!r} for this script",
             )
-        self.bridge = self._load_bridge(dialect)
+        self.bridge = self._bridge_for(dialect)
 
     def _prepare_one(
         self, value: Any, kind: tuple[Dialect, Role], models: list[Prepared], spec: LoaderSpec, evaluation_mode: bool
@@ -126,12 +139,12 @@ class Preparation:
         return entry
 
     def _bridge_for(self, dialect: Dialect) -> Bridge:
-        return self.bridge or self._load_bridge(dialect)
-
-    def _load_bridge(self, dialect: Dialect) -> Bridge:
-        bridge = load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
-        bridge.engine = self._engine
-        return bridge
+        if self.bridge is not None:
+            return self.bridge
+        if self._expected is None or self._expected.source != dialect:
+            self._expected = load_bridge(dialect, self._capabilities.dialect, backend=self._backend)
+            self._expected.engine = self._engine
+        return self._expected
 
     def _loader_spec(self, spec: LoaderSpec, bridge: Bridge | None) -> LoaderSpec:
         # User code sees batches of its own dialect: the script's bridge lifts them. A torch DataLoader in a flax script on jax needs

@@ -1,6 +1,8 @@
 """Mistakes at the level of user code, engine by engine: a PolyaccelError that says what, why and the way out, and nothing changed."""
 
 import importlib.util
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -172,3 +174,14 @@ def test_more_processes_than_devices_names_both_numbers(backend, count, monkeypa
         return
     with pytest.raises(PolyaccelError, match="2"):
         load_backend(backend).worker_slots(count, use_cpu=False)
+
+
+@needs_jax
+def test_a_torch_script_may_ask_for_its_device_and_gather_before_anything_is_prepared():
+    script = (
+        "import torch\nfrom polyaccel import Accelerator\na = Accelerator(backend='jax', cpu=True)\n"
+        "model = torch.nn.Linear(2, 1).to(a.device)\nvalue = a.reduce(a.gather(torch.ones(2)), 'mean', scale=2.0)\n"
+        "assert isinstance(value, torch.Tensor) and value.tolist() == [2.0, 2.0], value\nprint(a.device)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "cpu\n", done.stderr
