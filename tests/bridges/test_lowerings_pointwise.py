@@ -201,6 +201,7 @@ def test_comparisons_with_numbers_that_the_dtype_cannot_hold() -> None:
         call(aten.eq.Scalar, floats(0.1, 0.2, dtype=torch.bfloat16), 0.1),  # the number is rounded to bfloat16 first
         call(aten.lt.Scalar, ints(1, 2, 3), 2.5),
         call(aten.gt.Scalar, small, 100),
+        call(aten.lt.Scalar, small, 300),  # wraps around: 44
         call(aten.ge.Tensor, small, ints(100, 100, 100)),
         call(aten.eq.Scalar, torch.tensor([True, False]), 1),
     )

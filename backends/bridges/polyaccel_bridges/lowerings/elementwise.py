@@ -15,7 +15,6 @@ from torch._ops import OpOverload
 from .promotion import (
     BOOL,
     INT32,
-    DType,
     Number,
     cast,
     compute,
@@ -429,20 +428,9 @@ def clamp_max(self: jax.Array, max: Operand) -> jax.Array:
 # --- comparisons, logic, bits --------------------------------------------------------------------------------------------------
 
 
-def _out_of_range(number: Operand, dtype: DType) -> bool:
-    return (
-        isinstance(number, int)
-        and is_integral(dtype)
-        and dtype != BOOL
-        and not (np.iinfo(dtype).min <= number <= np.iinfo(dtype).max)
-    )
-
-
 def _comparison(function: Callable[[Any, Any], Any], *overloads: OpOverload) -> None:
     def lowering(self: Operand, other: Operand) -> jax.Array:
         dtype = result_dtype(self, other)
-        if _out_of_range(other, dtype):  # torch compares with the number itself, not with its wrapped value
-            return jnp.broadcast_to(jnp.asarray(function(0, other)), jnp.shape(self))
         return function(cast(self, dtype), cast(other, dtype))
 
     lowers(*overloads)(lowering)
