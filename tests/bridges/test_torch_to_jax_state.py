@@ -292,3 +292,25 @@ def test_a_model_prepared_twice_is_refused():
     acc.prepare(model)
     with pytest.raises(PrepareError, match="prepared before"):
         on_jax().prepare(model)
+
+
+def test_values_recorded_before_a_change_of_the_parameters_are_those_of_the_old_parameters():
+    def script(acc):
+        model = net()
+        model, optimizer = acc.prepare(model, sgd(model))
+        model.eval()
+        x, y = data()
+        before = model(x)
+        early = F.cross_entropy(before, y)
+        early.item()
+        doubled = early * 2
+        acc.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+        kept = model(x)
+        with torch.no_grad():
+            model[0].weight.zero_()
+        after = model(x)
+        model[3].bias.data = torch.ones(2)
+        return before, doubled, kept, after, model(x)
+
+    assert_same_on_jax(script)
