@@ -113,7 +113,7 @@ class JaxEngine:
 
     def current_key(self) -> tuple[jax.Array, int]:
         """(base key, the number of the next draw)."""
-        return self.stream.base, self.stream.count
+        return self.stream.key, self.stream.count
 
     def synchronize(self) -> None:
         """Return when the devices have finished all work given to them."""
