@@ -141,15 +141,14 @@ class ManagedModel:
         written = [cell for cell in self.touched.values() if cell.is_written()]
         state = [cell for cell in written if cell.kind != "grads"]
         if state:
+            self.recorder.settle()  # what was recorded before the write is computed from the values before it
             self.handle.assign({cell.name: to_numpy(cell.host()) for cell in state})
         for cell in written:
             if cell.kind == "grads":
                 cell.push()
             else:
                 cell.note_clean()
-        self.touched.clear()
-        for cell in written:
-            self.touched[id(cell)] = cell
+        self.touched = {key: cell for key, cell in self.touched.items() if cell.is_current()}
 
     def forget_grads(self, names: Sequence[str] | None = None) -> None:
         """Drop host copies of gradients that are no more."""

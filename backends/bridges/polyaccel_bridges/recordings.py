@@ -168,6 +168,10 @@ class Session:
                     found.append((position, out, tensor))
         return found
 
+    def has_pending(self) -> bool:
+        """Whether user code holds a value that was not computed yet."""
+        return any(tensor._cell is None for _, _, tensor in self.live())
+
     def refuse_changed_parameters(self, used: frozenset[int]) -> None:
         """Raise, as torch does, where parameters of the used models changed since."""
         for index in used:

@@ -47,7 +47,7 @@ class StateCell:
             self._host = fetch(model.handle.engine, array)
             self._version = self._host._version
             self._array = array
-            model.touched[id(self)] = self
+        model.touched[id(self)] = self
         return self._host
 
     def feed(self) -> tuple[Any, int | None]:
@@ -73,6 +73,10 @@ class StateCell:
     def is_written(self) -> bool:
         """Whether the host's copy was written to and not pushed yet."""
         return self._host is not None and self._host._version != self._version
+
+    def is_current(self) -> bool:
+        """Whether the host's copy is still the present value, so that a write to it counts."""
+        return self._host is not None and self._array is self._current()
 
     def push(self) -> None:
         """Give what was written on the host to the handle."""

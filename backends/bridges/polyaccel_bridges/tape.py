@@ -53,6 +53,7 @@ class Recorder:
         self._engine: Any = None
         self._root = Entry(None, None, None, Modes(True, None), ())
         self._session: Session | None = None
+        self._closed: list[Session] = []  # ended ones whose values may still be wanted
         self._recaptures: dict[Any, int] = {}
         self._autocast: torch.dtype | None = None
 
@@ -139,10 +140,11 @@ class Recorder:
         return self._append(session, entry, operands)
 
     def _open(self) -> Session:
+        for model in self.models:
+            if model.touched:
+                model.push_writes()  # ends the recording where parameters were written to
         session = self._session
         if session is None:
-            for model in self.models:
-                model.push_writes()
             session = self._session = Session(self._root, self.engine.current_key()[1])
         return session
 
@@ -367,13 +369,12 @@ class Recorder:
 
     def settle(self) -> None:
         """Compute everything recorded that somebody may still look at: parameters or buffers are about to change."""
-        session = self._session
-        if session is None:
-            return
-        pending = any(tensor._cell is None for _, _, tensor in session.live())
-        if pending or (session.has_effects and not session.is_executed):
-            self._execute(session)
-        self._close(session)
+        if self._session is not None:
+            self._close(self._session)
+        closed, self._closed = self._closed, []
+        for session in closed:
+            if session.has_pending():
+                self._execute(session)
 
     def settle_effects(self, model: ManagedModel, kind: str) -> None:
         """Run recorded calls of a model that change its buffers, before somebody looks at them."""
@@ -386,8 +387,6 @@ class Recorder:
     def _execute(self, session: Session) -> None:
         from .tape_calls import value_call
 
-        for model in self.models:
-            model.push_writes()
         if session.has_effects and not session.is_executed:
             session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
         call = value_call(self, session)
@@ -396,10 +395,13 @@ class Recorder:
         session.num_executed = len(session.results)
 
     def _close(self, session: Session) -> None:
-        if (session.has_effects and not session.is_executed) or (
-            session.num_calls >= _MAX_CALLS and any(t._cell is None for _, _, t in session.live())
-        ):
+        """End a recording. Its model calls run if they change buffers; values that are still held wait for `settle`."""
+        is_long = session.num_calls >= _MAX_CALLS and session.has_pending()
+        if (session.has_effects and not session.is_executed) or is_long:
             self._execute(session)
+        elif session.has_pending():
+            self._closed = [one for one in self._closed if one.has_pending()]
+            self._closed.append(session)
         session.shadows = None
         if self._session is session:
             self._session = None
