@@ -24,8 +24,8 @@ GLOBAL_BATCH = 64
 
 class CNN(nnx.Module):
     def __init__(self, dropout, rngs):
-        self.conv1, self.norm1 = nnx.Conv(1, 32, (3, 3), rngs=rngs), nnx.BatchNorm(32, rngs=rngs)
-        self.conv2, self.norm2 = nnx.Conv(32, 64, (3, 3), rngs=rngs), nnx.BatchNorm(64, rngs=rngs)
+        self.conv1, self.norm1 = nnx.Conv(1, 32, (3, 3), rngs=rngs), nnx.BatchNorm(32, momentum=0.9, rngs=rngs)
+        self.conv2, self.norm2 = nnx.Conv(32, 64, (3, 3), rngs=rngs), nnx.BatchNorm(64, momentum=0.9, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.head = nnx.Linear(64 * 2 * 2, 10, rngs=rngs)
 
