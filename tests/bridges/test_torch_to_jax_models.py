@@ -300,3 +300,19 @@ def test_attributes_that_change_are_noticed(caplog):
     assert_same_on_jax(script)
     assert "changes its attribute calls" in caplog.text
     assert "scale changes often" in caplog.text
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_dropout_masks_of_a_forward_stay_in_every_backward_that_goes_through_it(num_devices):
+    acc = on_jax(num_devices=num_devices)
+    generator = nn.Sequential(nn.Dropout(0.5), nn.Linear(32, 1, bias=False))
+    critic = nn.Linear(1, 1)
+    generator, critic, optimizer = acc.prepare(generator, critic, sgd(critic))
+    weight = generator[1].weight.detach().clone()
+    fake = generator(torch.ones(4, 32))
+    acc.backward(critic(fake.detach()).mean())
+    optimizer.step()
+    values = fake.detach().clone()
+    acc.backward(fake.sum() + 0 * critic(fake).mean())
+    grad = generator[1].weight.grad.clone()
+    assert (grad * weight).sum().item() == pytest.approx(values.sum().item(), abs=1e-5)  # linear in the weight
