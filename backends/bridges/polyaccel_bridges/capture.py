@@ -564,7 +564,7 @@ def _is_written(leaf: torch.Tensor) -> bool:
 
 def _plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
     if isinstance(tensor, FunctionalTensor):
-        torch._sync(tensor)  # type: ignore[no-untyped-call]
+        torch._sync(tensor)
         return torch._from_functional_tensor(tensor.elem)
     return tensor
 

@@ -210,7 +210,8 @@ _STRUCTURAL: dict[Any, Lowering] = {operator.getitem: Lowering(_project), barrie
 
 
 def _lowering_of(node: Node) -> Lowering | None:
-    return _STRUCTURAL.get(node.target) or LOWERINGS.get(node.target)  # type: ignore[arg-type]
+    target: Any = node.target
+    return _STRUCTURAL.get(target) or LOWERINGS.get(target)
 
 
 def _instruction(node: Node, slots: dict[Node, int], frees: tuple[int, ...]) -> Instruction:

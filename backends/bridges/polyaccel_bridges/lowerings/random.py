@@ -29,7 +29,7 @@ def _normal(key: jax.Array, shape: Sequence[int], dtype: DType | None) -> jax.Ar
 
 def _smallest(dtype: DType) -> float:
     """The smallest positive normal number; draws that torch keeps off 0 are at least this."""
-    return float(jnp.finfo(dtype).tiny)  # type: ignore[no-untyped-call]
+    return float(jnp.finfo(dtype).tiny)
 
 
 def _happens(key: jax.Array, p: Any, shape: Sequence[int]) -> jax.Array:
@@ -106,7 +106,7 @@ def randint_like_low(key: jax.Array, self: jax.Array, low: int, high: int, *, dt
 def _largest_random(dtype: DType) -> int:
     """torch's upper bound of `random_()`: every integer that the dtype holds exactly, counted from 0."""
     if jnp.issubdtype(dtype, np.floating):
-        return int(2 ** (jnp.finfo(dtype).nmant + 1))  # type: ignore[no-untyped-call]
+        return int(2 ** (jnp.finfo(dtype).nmant + 1))
     return 1 if dtype == np.bool_ else int(np.iinfo(dtype).max)
 
 

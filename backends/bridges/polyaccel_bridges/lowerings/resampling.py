@@ -83,7 +83,7 @@ def _register_antialiased(forward: Any, backward: Any, kernel: Callable[[Matrix]
         scales_h: float | None = None,
         scales_w: float | None = None,
     ) -> jax.Array:
-        like = jax.ShapeDtypeStruct(tuple(input_size), grad_output.dtype)  # type: ignore[no-untyped-call]
+        like = jax.ShapeDtypeStruct(tuple(input_size), grad_output.dtype)
         factors = (scales_h, scales_w)
         grad: jax.Array
         (grad,) = jax.linear_transpose(lambda x: resize(x, output_size, align_corners, factors), like)(grad_output)
