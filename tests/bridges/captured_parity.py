@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from polyaccel_bridges.capture import TensorSpec, TrainingGraph, capture_training
+from polyaccel_bridges.capture import capture_training
+from polyaccel_bridges.graphs import TensorSpec, TrainingGraph
 from polyaccel_bridges.programs import constant_array
 from polyaccel_bridges.replay import TrainingResult, exact_dtypes, run_training
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from polyaccel.errors import PolyaccelError, PrepareError, UnsupportedError
-from polyaccel_bridges.capture import TensorSpec, capture_forward, capture_training, capture_vjp
+from polyaccel_bridges.capture import capture_forward, capture_training, capture_vjp
+from polyaccel_bridges.graphs import TensorSpec
 from polyaccel_bridges.lowerings import LOWERINGS, Lowering
 from polyaccel_bridges.replay import exact_dtypes, run_forward, run_training
 

@@ -15,7 +15,8 @@ from captured_parity import arrays_of, error, specs_of, state_arrays, train_both
 from torch import nn
 
 from polyaccel_bridges import programs
-from polyaccel_bridges.capture import TensorSpec, capture_forward, capture_training, capture_vjp
+from polyaccel_bridges.capture import capture_forward, capture_training, capture_vjp
+from polyaccel_bridges.graphs import TensorSpec
 from polyaccel_bridges.replay import exact_dtypes, run_forward, run_training, run_vjp_backward, run_vjp_forward
 
 CLOSE = 1e-5

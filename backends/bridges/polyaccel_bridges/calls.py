@@ -13,7 +13,7 @@ from jax import lax
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, ProgramResult
 
-from .capture import ForwardGraph, TensorSpec, TrainingGraph, VjpGraph
+from .graphs import ForwardGraph, TensorSpec, TrainingGraph, VjpGraph
 from .packing import Key, thaw
 from .programs import numpy_dtype
 from .replay import run_forward, run_training

@@ -24,8 +24,9 @@ from .calls import (
     rebuild,
     tensor_specs,
 )
-from .capture import TensorSpec, capture_training
+from .capture import capture_training
 from .exchange import placed_array, torch_dtype
+from .graphs import TensorSpec
 from .guards import FunctionGuard
 from .modules import ManagedModel, PreparedModule
 from .packing import LEAF, Identity, Key, freeze, settle, thaw

@@ -11,8 +11,9 @@ from polyaccel.protocols import ArraySpec, ProgramResult
 
 from . import scope as capturing
 from .calls import ForwardProgram, TrainingProgram, numpy_dtypes, tensor_specs
-from .capture import TensorSpec, capture_forward, capture_training
+from .capture import capture_forward, capture_training
 from .exchange import torch_dtype
+from .graphs import TensorSpec
 from .packing import thaw
 from .shadows import freeze_result
 

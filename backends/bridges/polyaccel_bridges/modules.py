@@ -12,10 +12,10 @@ from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
 
-from . import capture
 from . import scope as capturing
 from .exchange import to_numpy
 from .guards import ModuleGuard
+from .module_state import collect_state
 from .state_cells import Kind, StateCell
 from .tensors import DeviceParameter, DeviceTensor
 
@@ -43,7 +43,7 @@ class ManagedModel:
         self._cells: dict[tuple[Kind, str], StateCell] = {}
         self._params: dict[str, torch.Tensor] = {}
         self._buffers: dict[str, torch.Tensor] = {}
-        for place in capture._collect({"": module}).places:
+        for place in collect_state({"": module}).places:
             name = place.name.removeprefix(".")
             tensor = place.holder[place.key]
             self.names[id(tensor)] = name

@@ -9,7 +9,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from .capture import VjpGraph
+from .graphs import VjpGraph
 from .replay import run_vjp_backward, run_vjp_forward
 
 Arrays = dict[str, Any]

@@ -19,8 +19,9 @@ from polyaccel.protocols import ArraySpec, ProgramResult
 
 from . import scope as capturing
 from .calls import as_dtypes, numpy_dtypes, refuse_written_parameters
-from .capture import TensorSpec, capture_vjp
+from .capture import capture_vjp
 from .fused import input_dtypes, run_entry
+from .graphs import TensorSpec
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
 from .tape_calls import operands_of

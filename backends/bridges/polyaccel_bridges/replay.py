@@ -19,7 +19,7 @@ from polyaccel.errors import PolyaccelError
 from .programs import ArraySpec, Instruction, Program, Slot
 
 if TYPE_CHECKING:
-    from .capture import ForwardGraph, TrainingGraph, VjpGraph
+    from .graphs import ForwardGraph, TrainingGraph, VjpGraph
 
 Arrays = Mapping[str, jax.Array]
 

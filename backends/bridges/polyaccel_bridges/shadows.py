@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from polyaccel.errors import PolyaccelError, PrepareError
 
-from . import capture
+from .capture_errors import explained
+from .module_state import collect_state, filled
 from .packing import LEAF, Key, freeze, settle
 from .sources import source_of_error
+from .tracing import CAPTURE_LOCK, capturing_flags
 
 ValueDependent = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -146,22 +148,22 @@ def infer(
 
     Raises PrepareError with the user's line where the outputs depend on the values of tensors.
     """
-    with capture._LOCK:
-        state = capture._collect(modules)
+    with CAPTURE_LOCK:
+        state = collect_state(modules)
         fakes = Fakes()
-        with capture._capturing(), fakes.active():
+        with capturing_flags(), fakes.active():
             held = {name: fake_leaf(_as_out(spec)) for name, spec in state.specs.items()}
             arguments = [_non_leaf(fake_leaf(spec)) for spec in inputs]
             try:
-                with capture._filled(state, held), modes.active():
+                with filled(state, held), modes.active():
                     result = run(arguments)
             except PolyaccelError:
                 raise
             except Exception as error:
-                explained = capture._explained(error, state.paths)
-                if explained is error:
+                found = explained(error, state.paths)
+                if found is error:
                     raise
-                raise explained from error
+                raise found from error
             structure, tensors = freeze_result(result)
             return structure, [spec_of(tensor) for tensor in tensors]
 
