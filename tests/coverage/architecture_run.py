@@ -1,0 +1,125 @@
+"""Trains one architecture by torch and by jax through the public API, on equal weights and batches, and compares the losses."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from architecture_case import Batch, Case
+from torch import nn
+
+from polyaccel import Accelerator
+from polyaccel.errors import PolyaccelError
+from polyaccel_bridges.programs import Program
+
+TOLERANCE = 1e-4  # relative, of every loss of the run
+FLOAT64_TOLERANCE = 1e-7  # what a float64 run keeps where only rounding told the float32 runs apart
+LEARNING_RATE = 1e-3
+
+MakeAccelerator = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The losses of one run; `compile_s` is the CPU time of the first two steps beyond that of the usual one."""
+
+    losses: list[float]
+    compile_s: float
+
+
+def make_accelerator(backend: str) -> Accelerator:
+    """An Accelerator on the CPU."""
+    return Accelerator(backend=backend, cpu=True)
+
+
+def train(case: Case, model: nn.Module, accelerator: Any, steps: int, dtype: torch.dtype = torch.float32) -> Run:
+    """`steps` AdamW steps of a copy of `model`, as an Accelerate script takes them."""
+    model = copy.deepcopy(model).to(dtype).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    losses, seconds = [], []
+    for step in range(steps):
+        batch = batch_of(case, step, dtype)
+        start = time.process_time()
+        loss = case.loss(model(**batch), batch)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        seconds.append(time.process_time() - start)
+    usual = statistics.median(seconds[2:] or seconds)
+    return Run(losses, sum(max(0.0, taken - usual) for taken in seconds[:2]))
+
+
+def batch_of(case: Case, step: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """The batch of a step, its floating tensors in `dtype`."""
+    torch.manual_seed(1000 + step)
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in case.batch(step).items()}
+
+
+def built(case: Case) -> nn.Module:
+    """The case's model, the same in every call. Raises ValueError where its forward is random: nothing could be compared."""
+    torch.manual_seed(0)
+    model = case.build().train()
+    batch = batch_of(case, 0)
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        probe = copy.deepcopy(model)
+        with torch.no_grad():
+            losses.append(float(case.loss(probe(**copy.deepcopy(batch)), batch)))
+    if losses[0] != losses[1]:
+        raise ValueError(f"{case.name}: two forwards of one batch give {losses}: some dropout is on")
+    return model
+
+
+def difference(ours: list[float], reference: list[float]) -> float:
+    """The largest relative difference of two curves; infinite where one of them is not finite."""
+    if not all(map(math.isfinite, [*ours, *reference])):
+        return math.inf
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(ours, reference, strict=True))
+
+
+def measure(case: Case, steps: int | None = None, make: MakeAccelerator = make_accelerator) -> dict[str, Any]:
+    """The row of a case: status, difference, compile seconds, graph size.
+
+    passed: within TOLERANCE. ill-conditioned: not, but in float64 jax follows torch within FLOAT64_TOLERANCE, so that rounding alone
+    tells the curves apart; the reason shows how far torch's own float32 is from its float64. refused: an error of polyaccel, quoted.
+    failed: anything else.
+    """
+    steps = steps or case.steps
+    model = built(case)
+    row: dict[str, Any] = {"params": sum(p.numel() for p in model.parameters()), "steps": steps}
+    reference = train(case, model, make("torch"), steps)
+    if len(set(reference.losses)) < steps:
+        raise ValueError(f"{case.name}: the loss stands still ({reference.losses}): nothing would be compared")
+    try:
+        accelerator = make("jax")
+        ours = train(case, model, accelerator, steps)
+    except PolyaccelError as error:
+        return row | {"status": "refused", "reason": str(error)}
+    row |= {
+        "difference": difference(ours.losses, reference.losses),
+        "compile_s": round(ours.compile_s, 1),
+        "nodes": num_nodes(),
+    }
+    if row["difference"] <= TOLERANCE:
+        return row | {"status": "passed", "reason": ""}
+    exact = train(case, model, make("torch"), steps, torch.float64)
+    ours_exact = train(case, model, make("jax"), steps, torch.float64)
+    exact_difference = difference(ours_exact.losses, exact.losses)
+    own = difference(reference.losses, exact.losses)
+    facts = f"float64: jax against torch {exact_difference:.1e}; torch float32 against torch float64 {own:.1e}"
+    return row | {"status": "ill-conditioned" if exact_difference <= FLOAT64_TOLERANCE else "failed", "reason": facts}
+
+
+def num_nodes() -> int:
+    """Operations in the captured programs that are alive in this process."""
+    return sum(len(found.instructions) for found in gc.get_objects() if type(found) is Program)
