@@ -92,6 +92,19 @@ def is_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and bool(jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key))
 
 
+def words(value: Any) -> Any:
+    """Random keys as the unsigned integers that they are made of; anything else as it is."""
+    return jax.random.key_data(value) if is_key(value) else value
+
+
+def like(tensor: torch.Tensor, current: jax.Array) -> jax.Array:
+    """A tensor's values in the dtype of `current`: words become random keys where that holds keys."""
+    array = to_numpy(tensor.cpu())
+    if is_key(current):
+        return jax.random.wrap_key_data(jax.numpy.asarray(array, np.uint32), impl=jax.random.key_impl(current))
+    return jax.numpy.asarray(array, current.dtype)
+
+
 def host(value: Any) -> np.ndarray[Any, Any]:
     """An array as numpy; waits for the device."""
     return np.asarray(value)

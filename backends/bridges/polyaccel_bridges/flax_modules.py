@@ -15,7 +15,7 @@ from torch import nn
 from polyaccel.errors import PrepareError, UnsupportedError
 
 from .exchange import to_tensor
-from .flax_arrays import View, finish, host, is_key, place, to_torch
+from .flax_arrays import View, finish, host, is_key, like, place, to_torch, words
 
 if TYPE_CHECKING:
     from .flax_programs import FlaxRuntime
@@ -116,6 +116,17 @@ class HeldModel:
             self.beside.update(kept)
             self._num_changes += 1
 
+    def read_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """What is beside torch's tensors, copied to the host: random keys as their words."""
+        return {name: np.array(host(words(value))) for name, value in self.beside.items()}
+
+    def write_arrays(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `read_arrays` gave, here or in another process, as tensors."""
+        self.beside.update(
+            {name: _copy(like(tensor, self.beside[name]), self.engine.device) for name, tensor in tensors.items()}
+        )
+        self._num_changes += 1
+
     # -- its place in torch ----------------------------------------------------------------------------------------------
 
     @property
@@ -130,9 +141,17 @@ class HeldModel:
         return found
 
     def adopt(self, handle: nn.Module) -> None:
-        """Note the engine's handle."""
+        """Note the engine's handle. Under DistributedDataParallel process 0's random keys count, as its parameters do."""
         self._handle = weakref.ref(handle)
-        self.is_replicated = not isinstance(handle, FlaxModule)
+        was_replicated, self.is_replicated = self.is_replicated, not isinstance(handle, FlaxModule)
+        if self.is_replicated and not was_replicated:
+            collectives = self.engine.engine.collectives
+            self.write_arrays(
+                {
+                    name: collectives.broadcast(torch.from_numpy(array.astype(np.int64)), 0)
+                    for name, array in self.read_arrays().items()
+                }
+            )
 
 
 class FlaxModule(nn.Module):
@@ -160,6 +179,14 @@ class FlaxModule(nn.Module):
             result: tuple[torch.Tensor, list[torch.Tensor]] = others[0](call, others[1:])
             return result
         return self.held.engine.differentiable(call)
+
+    def read_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Random keys and unsigned counters by name, which are part of the state and cannot be torch tensors."""
+        return self.held.read_arrays()
+
+    def write_arrays(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace them."""
+        self.held.write_arrays(tensors)
 
     def extra_repr(self) -> str:
         """The flax class."""

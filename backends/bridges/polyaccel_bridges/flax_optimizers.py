@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import nn
 
 from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
 from polyaccel_jax import dialect
 
-from .exchange import to_numpy, to_tensor
-from .flax_arrays import as_argument, fence, finish, host, is_key, place
+from .exchange import to_tensor
+from .flax_arrays import as_argument, fence, finish, host, is_key, like, place, words
 from .flax_modules import FlaxModule, HeldModel
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
         leaves, self._treedef = jax.tree.flatten(initial)
         # Copies: what is donated below must be nobody else's, neither torch's parameters nor the user's own state.
         self._leaves: list[jax.Array] = finish([jnp.copy(leaf) for leaf in place(leaves, held.engine.device)])
-        self._paths = self._name_slots()
+        self.state_names: list[str] = self.source.state_names(initial)
         self._update = jax.jit(self._traced_update, donate_argnums=2)
         super().__init__([held.tensors[name] for name in self.names], {})
         self.source.attach(self)
@@ -121,11 +122,10 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Slots:
-        """Copies of the state by parameter and slot. What belongs to no single parameter (a step count) is the first one's."""
+        """Copies of the state by parameter and slot (`0/mu`). What belongs to no parameter (a step count) is the first one's."""
         slots: Slots = defaultdict(dict)
-        for (name, slot), leaf in zip(self._paths, self._leaves, strict=True):
-            value = to_tensor(host(jax.random.key_data(leaf) if is_key(leaf) else leaf))
-            slots[self.held.tensors[name]][slot] = value
+        for (name, slot), leaf in zip(self._slots(), self._leaves, strict=True):
+            slots[self.held.tensors[name]][slot] = to_tensor(host(words(leaf)))
         return slots
 
     @state.setter
@@ -143,7 +143,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
         """Continue from what `state_dict` gave. Raises CheckpointError, before anything changes, if slots or shapes differ."""
         positions = {name: index for index, name in enumerate(self.names)}
         given = {(index, slot): value for index, slots in state_dict["state"].items() for slot, value in slots.items()}
-        wanted = [(positions[name], slot) for name, slot in self._paths]
+        wanted = [(positions[name], slot) for name, slot in self._slots()]
         if set(given) != set(wanted):
             names = sorted({slot for _, slot in set(given) ^ set(wanted)})
             raise CheckpointError(
@@ -152,31 +152,33 @@ class OptaxOptimizer(torch.optim.Optimizer):
             )
         leaves = []
         for where, old in zip(wanted, self._leaves, strict=True):
-            new = jnp.asarray(to_numpy(torch.as_tensor(given[where]).cpu()))
-            new = jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if is_key(old) else new
-            if new.shape != old.shape:
+            new = torch.as_tensor(given[where])
+            if tuple(new.shape) != words(old).shape:
                 raise CheckpointError(
-                    f"the saved {where[1]} of {self.names[where[0]]} has shape {new.shape}, and {old.shape} is needed",
+                    f"the saved {where[1]} of {self.names[where[0]]} has shape {tuple(new.shape)}, and {words(old).shape} is needed",
                     "build the model with the settings that it was saved with",
                 )
-            leaves.append(new)
+            leaves.append(like(new, old))
         self.opt_state = jax.tree.unflatten(self._treedef, leaves)
 
-    def _name_slots(self) -> list[tuple[str, str]]:
-        """Of every state leaf: the parameter that it belongs to, and what it is of it (`0/mu`)."""
-        like_params = self.held.source.pack(dict(zip(self.names, self.names, strict=True)))
-        structure: Any = jax.tree.structure(like_params)
-        state = jax.tree.unflatten(self._treedef, self._leaves)
-        parts, _ = jax.tree_util.tree_flatten_with_path(
-            state, is_leaf=lambda part: jax.tree.structure(part) == structure
-        )
-        found: list[tuple[str, str]] = []
-        for path, part in parts:
-            # No dots: the engine writes a slot behind its parameter's name and a dot.
-            slot = jax.tree_util.keystr(path, simple=True, separator="/").replace(".", "/") or "state"
-            owners = jax.tree.leaves(like_params) if jax.tree.structure(part) == structure else self.names[:1]
-            found.extend((name, slot) for name in owners)
+    def _slots(self) -> list[tuple[str, str]]:
+        """Of every state leaf: the parameter that it belongs to, and what it is of it."""
+        found = []
+        for full in self.state_names:
+            name, dot, slot = full.rpartition(".")
+            found.append((name, slot) if dot else (self.names[0], full))
         return found
+
+    # -- the state, as shards have it ------------------------------------------------------------------------------------
+
+    def read_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The state by the names that it has on every engine (`head.kernel.0/mu`, `0/count`), copied to the host."""
+        return {name: np.array(host(words(leaf))) for name, leaf in zip(self.state_names, self._leaves, strict=True)}
+
+    def write_arrays(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `read_arrays` gave, as tensors: a value for every name, of the same shape."""
+        leaves = [like(tensors[name], old) for name, old in zip(self.state_names, self._leaves, strict=True)]
+        self.opt_state = jax.tree.unflatten(self._treedef, leaves)
 
 
 class HeldOptimizer:

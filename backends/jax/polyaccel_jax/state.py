@@ -44,6 +44,8 @@ def write(handle: JaxModel | JaxOptimizer, shards: Iterable[Shard]) -> None:
             )
         whole = values.setdefault(shard.name, np.empty(like.shape, like.dtype))
         data = np.asarray(shard.data)
+        if shard.dtype == "bfloat16" and data.dtype == np.uint16:  # as torch hands it out: numpy alone has no such type
+            data = data.view(jnp.bfloat16)
         whole[tuple(slice(start, start + size) for start, size in zip(shard.offset, data.shape, strict=True))] = data
         filled[shard.name] = filled.get(shard.name, 0) + data.size
     missing = [name for name in current if name not in values or filled[name] < values[name].size]
@@ -68,5 +70,8 @@ def _is_key(array: jax.Array) -> bool:
 def _arrays(handle: JaxModel | JaxOptimizer) -> dict[str, jax.Array]:
     if isinstance(handle, JaxModel):
         return {**handle.params, **handle.buffer_arrays}
-    paths = jax.tree_util.tree_flatten_with_path(handle.state)[0]
+    state = handle.state
+    if hasattr(handle.source, "state_names"):
+        return dict(zip(handle.source.state_names(state), jax.tree.leaves(state), strict=True))
+    paths = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}

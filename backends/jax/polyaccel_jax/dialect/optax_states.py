@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from polyaccel.errors import PrepareError
+from polyaccel.errors import CheckpointError, PrepareError
 from polyaccel_jax.dialect.functional import Named
 from polyaccel_jax.dialect.nnx_modules import NnxSource
 
@@ -75,6 +75,29 @@ class OptaxSource:
         updates, state = self.transformation.update(self._source.pack(complete), state, tree)
         return self._source.unpack(optax.apply_updates(tree, updates)), state
 
+    def state_names(self, state: Any) -> list[str]:
+        """Of every leaf of `state`, in the order of `jax.tree.leaves`, a name that is the same on every engine.
+
+        What belongs to a parameter is `<parameter>.<its place in the transformation's state>` (`head.kernel.0/mu`); what belongs
+        to none is its place alone (`0/count`). Raises CheckpointError where two leaves would share a name.
+        """
+        packed = self._source.pack(dict(zip(self._names, self._names, strict=True)))
+        owners = {_parts(path): name for path, name in jax.tree_util.tree_flatten_with_path(packed)[0]}
+        names = []
+        for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+            parts = _parts(path)
+            # A state that mirrors the parameters repeats their paths; a masked one has the paths of some of them.
+            cut = next((start for start in range(len(parts)) if parts[start:] in owners), None)
+            place = "/".join(parts[:cut]).replace(".", "/") or "state"
+            names.append(place if cut is None else f"{owners[parts[cut:]]}.{place}")
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(
+                f"two parts of the optimizer's state would both be saved as {twice!r}",
+                "name the parts of the transformation's state without dots and slashes",
+            )
+        return names
+
     def attach(self, handle: Any) -> None:
         """Take the handle that owns the state from now on."""
         self.handle = handle
@@ -125,3 +148,7 @@ class PreparedOptax:
             current = jax.tree.unflatten(structure, jax.tree.leaves(self.opt_state))
             nnx.update(optimizer.opt_state, nnx.state(current))
         return optimizer
+
+
+def _parts(path: Any) -> tuple[str, ...]:
+    return tuple([jax.tree_util.keystr((key,), simple=True) for key in path])
