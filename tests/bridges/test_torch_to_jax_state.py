@@ -314,3 +314,21 @@ def test_values_recorded_before_a_change_of_the_parameters_are_those_of_the_old_
         return before, doubled, kept, after, model(x)
 
     assert_same_on_jax(script)
+
+
+def test_a_gradient_that_was_kept_outlives_zero_grad():
+    def script(acc):
+        model = nn.Linear(3, 1)
+        model, optimizer = acc.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        kept = []
+        for step in range(3):
+            acc.backward(model(torch.randn(4, 3)).pow(2).mean())
+            kept.append(model.weight.grad)
+            if step == 1:
+                model.weight.grad.mul_(2)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step < 2)
+        model.weight.grad = None
+        return kept  # the last one was set to zeros
+
+    assert_same_on_jax(script)

@@ -151,7 +151,10 @@ class ManagedModel:
         self.touched = {key: cell for key, cell in self.touched.items() if cell.is_current()}
 
     def forget_grads(self, names: Sequence[str] | None = None) -> None:
-        """Drop host copies of gradients that are no more."""
+        """Gradients are about to be dropped: tensors of them that user code holds keep their values, as in torch."""
+        for (kind, name), cell in list(self._cells.items()):
+            if kind == "params" and (names is None or name in names):
+                cell.release_grad()
         for cell in list(self.touched.values()):
             if cell.kind == "grads" and (names is None or cell.name in names):
                 del self.touched[id(cell)]

@@ -137,7 +137,8 @@ class PreparedOptimizer(Optimizer):
         if not self._syncs():
             return
         self._source.managed.push_writes()
-        self._source.managed.forget_grads(self._source.names())
+        if set_to_none:
+            self._source.managed.forget_grads(self._source.names())
         self._source.handle.zero_grad(set_to_none)
 
     @property

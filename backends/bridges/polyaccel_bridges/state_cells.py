@@ -10,7 +10,7 @@ import jax
 import torch
 
 from .exchange import fetch, to_numpy
-from .tensors import DeviceParameter, DeviceTensor, host_copy
+from .tensors import ArrayCell, DeviceParameter, DeviceTensor, HostCell, host_copy
 
 if TYPE_CHECKING:
     from .modules import ManagedModel
@@ -116,10 +116,21 @@ class StateCell:
             self._grad = (cell, weakref.ref(found))
         return found
 
+    def release_grad(self) -> None:
+        """A gradient tensor that user code holds becomes a value of its own: the next backward makes another one."""
+        held, self._grad = self._grad, None
+        tensor = None if held is None else held[1]()
+        if held is None or tensor is None:
+            return
+        cell, array = held[0], held[0]._current()
+        if cell._host is not None and (array is None or cell.is_written()):
+            tensor._cell = HostCell(cell._host)
+        elif array is not None:
+            tensor._cell = ArrayCell(self._model.handle.engine, array, None)
+
     def set_grad(self, parameter: DeviceParameter, value: torch.Tensor | None) -> None:
         """`p.grad = value`."""
         if value is None:
-            self._grad = None
             self._model.forget_grads((self.name,))
             self._model.handle.zero_grad((self.name,))
             return
