@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ _Tensors = tuple[torch.Tensor, ...]
 
 def capture_decompositions() -> dict[Any, Callable[..., Any]]:
     """The table for `make_fx`. An entry that returns NotImplemented leaves the operation whole."""
+    return dict(_table())
+
+
+@functools.cache  # PyTorch goes through every registered operation to list its own: 75 ms, half of a small capture
+def _table() -> dict[Any, Callable[..., Any]]:
     table = dict(core_aten_decompositions())
     # Decomposed, its second result is not the log-sum-exp that the backward wants, and no fused kernel could serve it.
     table.pop(aten._scaled_dot_product_flash_attention_for_cpu.default, None)
