@@ -83,7 +83,8 @@ def test_the_fused_step_gives_the_numbers_of_the_separate_calls():
     separate = train(accelerator, model, optimizer, max_norm=0.5)
     accelerator, model, optimizer = prepared("torch", CNN(), optax.adam(1e-3))
     step = accelerator.train_step(loss_fn, model, optimizer, max_grad_norm=0.5)
-    assert [float(step(batch)) for batch in BATCHES] == separate  # the same programs on the same arrays
+    # One program in place of three: XLA takes the same sums in another order.
+    np.testing.assert_allclose([float(step(batch)) for batch in BATCHES], separate, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 5e-3)])

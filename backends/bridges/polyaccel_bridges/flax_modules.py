@@ -39,9 +39,9 @@ class HeldModel:
         self.positions = {key: index for index, key in enumerate(self.names)}
         self.tensors: dict[str, torch.Tensor] = {key: _parameter(value, device) for key, value in params.items()}
         self.beside: dict[str, jax.Array] = {}
-        self.programs: dict[
-            Hashable, Any
-        ] = {}  # compiled, of the calls whose first model this is; they go when it goes
+        # Compiled, of the calls whose first model this is, and those calls; they go when it goes.
+        self.programs: dict[Hashable, Any] = {}
+        self.known_calls: dict[Any, Any] = {}
         self.is_replicated = False  # whether other processes expect a gradient of every parameter (DDP)
         self._handle: weakref.ref[nn.Module] | None = None
         self._num_changes = 0

@@ -57,9 +57,9 @@ class OptaxOptimizer(torch.optim.Optimizer):
         self._treedef: Any
         leaves, self._treedef = jax.tree.flatten(initial)
         # Copies: what is donated below must be nobody else's, neither torch's parameters nor the user's own state.
-        self._leaves: list[jax.Array] = finish([jnp.copy(leaf) for leaf in place(leaves, held.engine.device)])
+        self.leaves: list[jax.Array] = finish([jnp.copy(leaf) for leaf in place(leaves, held.engine.device)])
         self.state_names: list[str] = self.source.state_names(initial)
-        self._update = jax.jit(self._traced_update, donate_argnums=2)
+        self._update = jax.jit(self.traced_update, donate_argnums=2)
         super().__init__([held.tensors[name] for name in self.names], {})
         self.source.attach(self)
 
@@ -78,11 +78,12 @@ class OptaxOptimizer(torch.optim.Optimizer):
             return loss
         fence(self.held.engine.engine.device)
         params = self.held.leaves(self.names)
-        new, self._leaves = finish(self._update(params, grads, self._leaves))
+        new, self.leaves = finish(self._update(params, grads, self.leaves))
         self.held.write(dict(zip(self.names, new, strict=True)))
         return loss
 
-    def _traced_update(self, params: list[jax.Array], grads: dict[str, jax.Array], leaves: list[jax.Array]) -> Any:
+    def traced_update(self, params: list[jax.Array], grads: dict[str, jax.Array], leaves: list[jax.Array]) -> Any:
+        """Traced: parameters and gradients to new parameters, in the order of `names`, and new state."""
         # Behind the barrier nothing that comes out can be the very memory of a parameter or gradient, which are torch's.
         params, grads = jax.lax.optimization_barrier((params, grads))
         named = dict(zip(self.names, params, strict=True))
@@ -102,7 +103,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
     @property
     def opt_state(self) -> Any:
         """The optax state; valid until the next step."""
-        return jax.tree.unflatten(self._treedef, self._leaves)
+        return jax.tree.unflatten(self._treedef, self.leaves)
 
     @opt_state.setter
     def opt_state(self, value: Any) -> None:
@@ -114,9 +115,9 @@ class OptaxOptimizer(torch.optim.Optimizer):
             )
         device = self.held.engine.device
         cast = [
-            new if is_key(old) else jnp.asarray(new, old.dtype) for new, old in zip(leaves, self._leaves, strict=True)
+            new if is_key(old) else jnp.asarray(new, old.dtype) for new, old in zip(leaves, self.leaves, strict=True)
         ]
-        self._leaves = finish([jnp.copy(leaf) for leaf in place(cast, device)])
+        self.leaves = finish([jnp.copy(leaf) for leaf in place(cast, device)])
 
     # -- the state, as torch has it --------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
     def state(self) -> Slots:
         """Copies of the state by parameter and slot (`0/mu`). What belongs to no parameter (a step count) is the first one's."""
         slots: Slots = defaultdict(dict)
-        for (name, slot), leaf in zip(self._slots(), self._leaves, strict=True):
+        for (name, slot), leaf in zip(self._slots(), self.leaves, strict=True):
             slots[self.held.tensors[name]][slot] = to_tensor(host(words(leaf)))
         return slots
 
@@ -151,7 +152,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
                 "build the optimizer with the transformation that it was saved with",
             )
         leaves = []
-        for where, old in zip(wanted, self._leaves, strict=True):
+        for where, old in zip(wanted, self.leaves, strict=True):
             new = torch.as_tensor(given[where])
             if tuple(new.shape) != words(old).shape:
                 raise CheckpointError(
@@ -173,11 +174,11 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     def read_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The state by the names that it has on every engine (`head.kernel.0/mu`, `0/count`), copied to the host."""
-        return {name: np.array(host(words(leaf))) for name, leaf in zip(self.state_names, self._leaves, strict=True)}
+        return {name: np.array(host(words(leaf))) for name, leaf in zip(self.state_names, self.leaves, strict=True)}
 
     def write_arrays(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over what `read_arrays` gave, as tensors: a value for every name, of the same shape."""
-        leaves = [like(tensors[name], old) for name, old in zip(self.state_names, self._leaves, strict=True)]
+        leaves = [like(tensors[name], old) for name, old in zip(self.state_names, self.leaves, strict=True)]
         self.opt_state = jax.tree.unflatten(self._treedef, leaves)
 
 

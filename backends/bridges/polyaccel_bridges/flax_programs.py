@@ -39,6 +39,7 @@ class FlaxRuntime:
         compilation_cache.enable(engine.config.compilation_cache)
         self.device: jax.Device = jax_device(engine.device)
         self.num_compiles = 0
+        self._handed: list[tuple[torch.Tensor, jax.Array]] = []  # what the last call gave torch, and where it came from
         self._inner_scale: torch.Tensor | None = None
 
     # -- what the dialect asks -------------------------------------------------------------------------------------------
@@ -103,14 +104,28 @@ class FlaxRuntime:
             outcome = self.run(call, with_grads=True, loss_scale=None if scale is None else float_argument(scale))
             assert outcome.loss is not None
             outputs.extend(to_torch(output) for output in outcome.outputs)
+            loss = to_torch(outcome.loss)
+            self._handed = list(zip((loss, *outputs), (outcome.loss, *outcome.outputs), strict=True))
             grads = [
                 to_torch(outcome.grads[name]) if name in outcome.grads else _no_gradient(call.models, name, parameter)
                 for name, parameter in parameters.items()
             ]
-            return to_torch(outcome.loss), grads, scale
+            return loss, grads, scale
 
         loss = _JaxLoss.apply(forward, self, *parameters.values())
         return loss, outputs
+
+    def array_of(self, tensor: torch.Tensor) -> jax.Array | None:
+        """The jax array that a tensor of the last call was made of; None for another tensor, or one that was written to."""
+        for given, array in self._handed:
+            if (
+                given.data_ptr() == tensor.data_ptr()
+                and (given.shape, given.dtype, given.stride()) == (tensor.shape, tensor.dtype, tensor.stride())
+                and tensor._version == 0
+                and tensor.numel()
+            ):
+                return array
+        return None
 
     def inner_scale(self) -> torch.Tensor | None:
         """fp16: what the loss is multiplied by inside the next program; None in other precisions.
@@ -164,6 +179,11 @@ class Compiled:
 
     def _run(self, params: Any, buffers: Any, seed: Any, inputs: Any, loss_scale: Any) -> Any:
         self._runtime.num_compiles += 1
+        # Behind the barrier nothing that comes out can be the very memory of what goes in, which torch and the user write to.
+        params, inputs = jax.lax.optimization_barrier((params, inputs))
+        plain = {index: buffer for index, buffer in enumerate(buffers) if not is_key(buffer)}
+        plain = jax.lax.optimization_barrier(plain)
+        buffers = [plain.get(index, buffer) for index, buffer in enumerate(buffers)]
         named_params = dict(zip(self._names, params, strict=True))
         named_buffers = dict(zip(self._buffer_names, map(self._of_this_process, buffers), strict=True))
         key = self._of_this_process(jax.random.fold_in(jax.random.key(seed[0]), seed[1]))
@@ -197,16 +217,21 @@ class _JaxLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, incoming: torch.Tensor | None) -> tuple[Any, ...]:
+        grads, ctx.grads = ctx.grads, None  # the memory is handed out: torch accumulates into it and clips it in place
+        if grads is None:
+            raise RuntimeError("the gradients of this loss were taken already; compute the loss again")
         if incoming is None:
-            return (None, None, *(None for _ in ctx.grads))
+            return (None, None, *(None for _ in grads))
         factor = incoming
         if ctx.scale is not None:
             factor = incoming / ctx.scale
             ctx.runtime.note_scale(incoming)
-        # Always new memory: what XLA gave may be shared between outputs, and torch accumulates and clips in place.
-        present = [grad for grad in ctx.grads if grad is not None]
-        scaled = iter(torch._foreach_mul(present, factor) if present else ())
-        return (None, None, *(None if grad is None else next(scaled) for grad in ctx.grads))
+        present = [grad for grad in grads if grad is not None]
+        are_distinct = len({grad.data_ptr() for grad in present}) == len(present)
+        if present and (not are_distinct or factor.is_cuda or float(factor) != 1.0):
+            present = list(torch._foreach_mul(present, factor))
+        scaled = iter(present)
+        return (None, None, *(None if grad is None else next(scaled) for grad in grads))
 
 
 def _no_gradient(models: Sequence[HeldModel], name: str, parameter: torch.Tensor) -> torch.Tensor | None:

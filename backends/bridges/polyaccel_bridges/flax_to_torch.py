@@ -13,7 +13,7 @@ from polyaccel import trees
 from polyaccel.data import DataSharding, refuse_prepared
 from polyaccel.dialects import Role
 from polyaccel.errors import PrepareError, UnsupportedError
-from polyaccel.protocols import Engine, LossCall
+from polyaccel.protocols import Engine, LossCall, StepSpec
 from polyaccel_jax import dialect
 from polyaccel_jax.dialect.functional import Handle
 from polyaccel_jax.dialect.loaders import HostIterable
@@ -23,6 +23,7 @@ from .flax_arrays import host, is_key, place, to_jax, to_torch
 from .flax_modules import FlaxModule, HeldModel
 from .flax_optimizers import HeldOptimizer, LoweredOptimizer
 from .flax_programs import FlaxRuntime, torch_call
+from .flax_steps import fused_step
 
 
 class FlaxToTorch:
@@ -85,7 +86,14 @@ class FlaxToTorch:
                 "pass the function: loss = accelerator.backward(loss_fn, model, batch),"
                 " or step = accelerator.train_step(loss_fn, model, optimizer)",
             )
-        return torch_call(self._runtime, dialect.lower_call(loss))
+        # Calls are kept with the model that they belong to, and go when it goes.
+        first = next((argument for argument in loss.args if isinstance(argument, Handle)), None)
+        known = None if first is None else first._polyaccel_model.known_calls
+        return torch_call(self._runtime, dialect.lower_call(loss, known))
+
+    def train_step(self, spec: StepSpec) -> Any:
+        """The engine's fused step for a flax script, or None where it is made of the separate calls."""
+        return fused_step(self._runtime, spec)
 
     def _lower_value(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
@@ -116,7 +124,10 @@ class FlaxToTorch:
         return jax.tree.map(self._lift_leaf, value)
 
     def _lift_leaf(self, leaf: Any) -> Any:
-        return to_jax(leaf, self._runtime.device) if isinstance(leaf, torch.Tensor) else leaf
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        array = self._runtime.array_of(leaf)
+        return to_jax(leaf, self._runtime.device) if array is None else array
 
     def lift_batch(self, host_batch: Any, placed_batch: Any) -> Any:
         """The batch as jax arrays on the engine's device; what is no array stays."""

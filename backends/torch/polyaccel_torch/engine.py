@@ -230,10 +230,11 @@ class TorchEngine:
     def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any] | None:
         """The calls of the other two forms in the same order, without what lies between them.
 
-        None for a script of another dialect, whose loss function takes no torch batches.
+        None for a script of another dialect, whose loss function takes no torch batches, unless its bridge has a step for it.
         """
         if spec.bridge is not None:
-            return None
+            make = getattr(spec.bridge, "train_step", None)
+            return None if make is None else make(spec)
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
         part = parallel.parallel_part(spec.model)
         max_norm, scale = spec.max_grad_norm, spec.scale
