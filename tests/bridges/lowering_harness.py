@@ -164,7 +164,7 @@ def _run_samples(operation: Any, dtype: torch.dtype, recorder: Recorder, samples
     try:
         # the generator itself: the public method seeds every device again for each sample, which takes longer than the rest
         generated = iter(operation.sample_inputs_func(operation, "cpu", dtype, differentiable))
-        for sample in _spread(generated, samples):
+        for sample in spread(generated, samples):
             with recorder:
                 outputs = operation(sample.input, *sample.args, **sample.kwargs)
                 _differentiate(outputs, (sample.input, sample.args, sample.kwargs))
@@ -172,8 +172,8 @@ def _run_samples(operation: Any, dtype: torch.dtype, recorder: Recorder, samples
         return  # some samples need CUDA, sparse tensors or a shape check that the decomposition refuses
 
 
-def _spread(samples: Iterator[Any], count: int) -> Iterator[Any]:
-    """The first half of `count`, then the same number from further back, where the unusual shapes stand."""
+def spread(samples: Iterator[Any], count: int) -> Iterator[Any]:
+    """The first half of `count`, then as many of the 40 behind them, where the unusual shapes stand."""
     yield from islice(samples, count - count // 2)
     rest = list(islice(samples, 40))
     step = max(1, len(rest) // max(1, count // 2))
@@ -218,8 +218,8 @@ def evaluate(calls: Sequence[Call], *, chunk: int = 64) -> list[Outcome]:
     return outcomes
 
 
-# The checks are about meaning: the compiler's more expensive passes are left out.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Checks of meaning leave the compiler's more expensive passes out.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _evaluate_together(calls: Sequence[Call]) -> list[Outcome]:
@@ -242,7 +242,7 @@ def _evaluate_together(calls: Sequence[Call]) -> list[Outcome]:
                 results.append(None)
         return results
 
-    compiled = jax.jit(program).lower(arrays).compile(compiler_options=_QUICK)
+    compiled = jax.jit(program).lower(arrays).compile(compiler_options=QUICK)
     results = jax.tree.map(np.asarray, compiled(arrays))
     return [Outcome(one, result, errors.get(i)) for i, (one, result) in enumerate(zip(calls, results, strict=True))]
 
