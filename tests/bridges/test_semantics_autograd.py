@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bridge_scripts import on_jax
 from semantics import assert_trains_as_torch, mean_square
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-
-from polyaccel.errors import PrepareError, UnsupportedError
 
 torch.set_num_threads(1)
 

@@ -36,7 +36,8 @@ def run_entry(entry: Entry, leaf: Any, scope: capturing.CaptureScope, *, allow_g
         args, kwargs = thaw(entry.arguments, leaf)
         if entry.model is not None:
             assert entry.model.prepared is not None
-            result = scope.call(entry.model.prepared, args, kwargs)
+            with entry.token.in_force():  # modes may have been switched since the call
+                result = scope.call(entry.model.prepared, args, kwargs)
         else:
             result = entry.func(*args, **kwargs)
     return freeze_result(result)[1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, final
 
 import torch
@@ -19,6 +20,18 @@ _log = logging.getLogger(__name__)
 _MANY = 8  # states of one model before the user is told what makes them
 _SCALARS = (bool, int, float, str, bytes, type(None))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ABSENT = object()
+# Hooks that torch calls for every module there is.
+_EVERYWHERE = tuple(
+    getattr(torch.nn.modules.module, name)
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+_EVERY_MODULE = frozenset(vars(nn.Module()))
 _OWN = frozenset({"_parameters", "_buffers", "_modules", "_version", "dump_patches", "call_super_init"})
 
 
@@ -26,11 +39,29 @@ _OWN = frozenset({"_parameters", "_buffers", "_modules", "_version", "dump_patch
 class ModuleToken:
     """Stands for one state of a module tree: modes, flags, scalar attributes, submodules, what is trainable."""
 
-    __slots__ = ("is_training", "trainable")
+    __slots__ = ("_values", "is_training", "trainable")
 
-    def __init__(self, is_training: bool, trainable: frozenset[str]) -> None:
+    def __init__(
+        self, is_training: bool, trainable: frozenset[str], values: Sequence[tuple[dict[str, Any], str, Any]]
+    ) -> None:
         self.is_training = is_training
         self.trainable = trainable
+        self._values = tuple(values)
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Inside, the modules' plain attributes are those of this state: what was recorded is captured as it was recorded."""
+        changed = [(own, key, own.get(key, _ABSENT)) for own, key, value in self._values if own.get(key) is not value]
+        for own, key, value in self._values:
+            own[key] = value
+        try:
+            yield
+        finally:
+            for own, key, value in changed:
+                if value is _ABSENT:
+                    own.pop(key, None)
+                else:
+                    own[key] = value
 
 
 @final
@@ -40,10 +71,14 @@ class ModuleGuard:
     def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
         self._module = module
         self._names = names  # parameters and buffers that are managed, by id
-        self._scalars: list[tuple[Mapping[str, Any], str]] = []
+        self._scalars: list[tuple[dict[str, Any], str]] = []
         self._scalar_values: list[Any] = []
-        self._objects: list[tuple[Mapping[str, Any], str]] = []
+        self._objects: list[tuple[dict[str, Any], str]] = []
         self._object_values: list[Any] = []
+        self._containers: list[Mapping[Any, Any]] = []  # what may grow or shrink: attributes, hooks, submodules, slots
+        self._sizes: list[int] = []
+        self._collections: list[Any] = []  # lists, dicts and sets in attributes: their plain values count
+        self._collection_values: list[Any] = []
         self._token: ModuleToken | None = None
         self._tokens: dict[tuple[Any, ...], ModuleToken] = {}
         self._has_warned = False
@@ -52,8 +87,10 @@ class ModuleGuard:
         """The token of now. Raises PrepareError for parameters or buffers that were put in after prepare."""
         if (
             self._token is not None
+            and list(map(len, self._containers)) == self._sizes
             and [holder.get(key) for holder, key in self._scalars] == self._scalar_values
             and all(map(is_, [holder.get(key) for holder, key in self._objects], self._object_values))
+            and list(map(_plain_part, self._collections)) == self._collection_values
         ):
             return self._token
         self._walk()
@@ -104,23 +141,41 @@ class ModuleGuard:
             tuple((id(holder), key) for holder, key in (*self._scalars, *self._objects)),
             tuple((type(value), value) for value in self._scalar_values),
             tuple(Identity(value) for value in self._object_values),
+            repr(self._collection_values),
         )
         token = self._tokens.get(state)
         if token is None:
-            token = self._tokens[state] = ModuleToken(self._module.training, trainable)
+            token = self._tokens[state] = ModuleToken(self._module.training, trainable, self._plain_values())
             self._note_many()
         return token
 
+    def _plain_values(self) -> list[tuple[dict[str, Any], str, Any]]:
+        own = {id(module.__dict__) for module in self._module.modules()}
+        places = zip((*self._scalars, *self._objects), (*self._scalar_values, *self._object_values), strict=True)
+        return [(holder, key, value) for (holder, key), value in places if id(holder) in own]
+
     def _walk(self) -> None:
-        scalars: list[tuple[Mapping[str, Any], str]] = []
-        objects: list[tuple[Mapping[str, Any], str]] = []
+        scalars: list[tuple[dict[str, Any], str]] = []
+        objects: list[tuple[dict[str, Any], str]] = []
+        containers: list[Mapping[Any, Any]] = list(_EVERYWHERE)
+        collections: list[Any] = []
+        seen: set[int] = set()
+        objects.extend((hooks, key) for hooks in _EVERYWHERE for key in hooks)
         for path, module in self._module.named_modules():
             own = module.__dict__
+            containers += (own, module._parameters, module._buffers, module._modules, *(own[hooks] for hooks in _HOOKS))
             for key, value in own.items():
                 if isinstance(value, _SCALARS) and key not in _OWN:
                     scalars.append((own, key))
                 elif isinstance(value, torch.Tensor | nn.Module | FunctionType | MethodType):
                     objects.append((own, key))
+                elif key in _EVERY_MODULE or id(value) in seen:
+                    continue
+                elif isinstance(value, list | dict | set | tuple):
+                    collections.append(value)
+                elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType):
+                    seen.add(id(value))  # a configuration, say, that many modules share
+                    scalars.extend((vars(value), name) for name, v in vars(value).items() if isinstance(v, _SCALARS))
             objects.extend((module._modules, key) for key in module._modules)
             objects.extend((own[hooks], key) for hooks in _HOOKS for key in own[hooks])
             for holder in (module._parameters, module._buffers):
@@ -135,9 +190,17 @@ class ModuleGuard:
                     objects.append((holder, key))
                     if holder is module._parameters:
                         scalars.append((tensor.__dict__, "_requires_grad"))
+        self._containers, self._sizes = containers, list(map(len, containers))
+        self._collections, self._collection_values = collections, list(map(_plain_part, collections))
         self._scalars, self._objects = scalars, objects
         self._scalar_values = [holder.get(key) for holder, key in scalars]
         self._object_values = [holder.get(key) for holder, key in objects]
+
+
+def _plain_part(collection: Any) -> Any:
+    if isinstance(collection, dict):
+        return {key: value for key, value in collection.items() if isinstance(value, _SCALARS)}, len(collection)
+    return [value for value in collection if isinstance(value, _SCALARS)], len(collection)
 
 
 # -- functions -----------------------------------------------------------------------------------------------------------
