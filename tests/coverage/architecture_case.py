@@ -45,7 +45,7 @@ def without_dropout(config: Any) -> Any:
         if hasattr(value, "to_dict"):
             without_dropout(value)
         elif ("drop" in name or name in _MASKING) and isinstance(value, float | int) and not isinstance(value, bool):
-            setattr(config, name, 0.0)
+            setattr(config, name, type(value)(0))
     return config
 
 

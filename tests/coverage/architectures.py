@@ -22,7 +22,15 @@ from typing import Any
 import architecture_table as table
 from architecture_case import Case
 
-MODULES = ("cases_text", "cases_vision", "cases_audio", "cases_multimodal", "cases_timm")
+MODULES = (
+    "cases_text",
+    "cases_experts",
+    "cases_recurrent",
+    "cases_vision",
+    "cases_audio",
+    "cases_multimodal",
+    "cases_timm",
+)
 
 
 def cases() -> dict[str, Case]:

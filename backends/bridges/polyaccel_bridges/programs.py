@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 
 from polyaccel.errors import UnsupportedError
 
-from .lowerings import LOWERINGS, Lowering, promotion
+from .lowerings import Lowering, lowering_of, promotion
 from .recomputation import barrier
 from .sources import draw_of_node, source_of_node
 
@@ -211,7 +211,7 @@ _STRUCTURAL: dict[Any, Lowering] = {operator.getitem: Lowering(_project), barrie
 
 def _lowering_of(node: Node) -> Lowering | None:
     target: Any = node.target
-    return _STRUCTURAL.get(target) or LOWERINGS.get(target)
+    return _STRUCTURAL.get(target) or lowering_of(target)
 
 
 def _instruction(node: Node, slots: dict[Node, int], frees: tuple[int, ...]) -> Instruction:

@@ -46,3 +46,24 @@ def lowers(
         return function
 
     return register
+
+
+LOWERINGS_BY_NAME: dict[str, Lowering] = {}
+
+
+def lowers_named(*names: str) -> Callable[[F], F]:
+    """`lowers` for operations that a library defines when it is imported, by the overload's full name (`library.operation.default`)."""
+
+    def register(function: F) -> F:
+        for name in names:
+            if name in LOWERINGS_BY_NAME:
+                raise ValueError(f"{name} already has a lowering: {LOWERINGS_BY_NAME[name].function.__qualname__}")
+            LOWERINGS_BY_NAME[name] = Lowering(function)
+        return function
+
+    return register
+
+
+def lowering_of(target: Any) -> Lowering | None:
+    """The lowering of what an fx node calls, if there is one."""
+    return LOWERINGS.get(target) or LOWERINGS_BY_NAME.get(str(target))
