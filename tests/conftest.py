@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_CACHE_FOLDER] = tempfile.mkdtemp(prefix="polyaccel-tests-")
     os.environ.update(
         XDG_CACHE_HOME=config.stash[_CACHE_FOLDER],  # compilation caches of one run are not the next run's
+        XDG_CONFIG_HOME=config.stash[_CACHE_FOLDER],  # nor is the developer's own configuration file
         HF_HUB_OFFLINE="1",  # tests build models from configs and download nothing
         MPLBACKEND="Agg",
         OMP_NUM_THREADS="1",  # two xdist workers with two threads each are slower than with one

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from pathlib import Path
 
-from polyaccel.precision import MIXED_PRECISIONS
+from polyaccel.cli.flags import add_setting_flags, flags_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `polyaccel launch`."""
-    parser.add_argument("--backend", help="torch, xla, jax or an installed third-party backend (default: auto)")
     parser.add_argument(
-        "--num-processes",
-        "--num_processes",
-        type=int,
-        help="processes on this machine (default: what the backend wants: torch one per GPU, xla and jax one per host)",
-    )
-    parser.add_argument("--mixed-precision", "--mixed_precision", choices=MIXED_PRECISIONS)
-    parser.add_argument("--gradient-accumulation-steps", "--gradient_accumulation_steps", type=int)
-    parser.add_argument("--split-batches", "--split_batches", action="store_true", default=None)
-    parser.add_argument("--partitioning", choices=("auto", "pmap", "sharding"))
-    parser.add_argument(
-        "--cpu", action="store_true", default=None, help="use the CPU even where an accelerator is present"
+        "--config-file",
+        "--config_file",
+        type=Path,
+        help="TOML, YAML, or a YAML of Accelerate (default: polyaccel.toml here)",
     )
     parser.add_argument("-m", "--module", action="store_true", help="the script is a module name, as in python -m")
+    add_setting_flags(parser)
     parser.add_argument("script", help="the training script")
     parser.add_argument("script_args", nargs=argparse.REMAINDER, metavar="...", help="its arguments")
 
 
 def run(options: argparse.Namespace) -> int:
     """Start the workers and wait; returns the first failing worker's exit code, else 0."""
+    from polyaccel.config.resolve import config_of, gather, launch_settings_of
     from polyaccel.launch.local import launch
 
-    settings: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("mixed_precision", "gradient_accumulation_steps", "split_batches", "partitioning", "cpu")
-    }
+    gathered = gather(file=options.config_file, flags=flags_of(options))
+    settings = launch_settings_of(gathered)
+    config_of(gathered)  # every mistake is shown before a process starts
     command = ["-m", options.script] if options.module else [options.script]
-    return launch(
-        [*command, *options.script_args],
-        backend=options.backend,
-        num_processes=options.num_processes,
-        settings=settings,
-    )
+    return launch([*command, *options.script_args], gathered=gathered, settings=settings)

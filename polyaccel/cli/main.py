@@ -9,7 +9,10 @@ from importlib import import_module
 
 from polyaccel.errors import PolyaccelError
 
-COMMANDS = {"launch": "start a training script on an engine, with one or more processes"}
+COMMANDS = {
+    "config": "ask for, write, show and check the configuration",
+    "launch": "start a training script on an engine, with one or more processes",
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,67 +1,126 @@
-"""Merges defaults, POLYACCEL_* environment and explicit arguments into one Config, once. All errors are shown at once.
+"""Merges defaults, file, POLYACCEL_* environment, flags and explicit arguments, once. All errors are shown at once.
 
 This file and launch/rendezvous.py are the only readers of the environment.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polyaccel.config.schema import PARTITIONINGS, RNG_TYPES, Config
-from polyaccel.errors import ConfigError, nearest
+from polyaccel.config.schema import Config, LaunchSettings
+from polyaccel.config.settings import PREFIX, SETTINGS, of_variable, unknown, unknown_variable
+from polyaccel.errors import ConfigError
 from polyaccel.mesh import MeshSpec
-from polyaccel.precision import MIXED_PRECISIONS
 
-PREFIX = "POLYACCEL_"
-_LAUNCHED_BACKEND = (
-    "POLYACCEL_LAUNCHED_BACKEND"  # set by the launcher, not by users: which engine's processes it started
-)
-_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
-_MESH_AXES = tuple(f.name for f in fields(MeshSpec))
+FILE_NAME = "polyaccel.toml"
+# Set by the launcher, not by users: which engine's processes it started, and where the values that it passes on came from.
+_LAUNCHED_BACKEND = "POLYACCEL_LAUNCHED_BACKEND"
+_SOURCES = "POLYACCEL_CONFIG_SOURCES"
+# A user's: the configuration file, or "off".
+_FILE = "POLYACCEL_CONFIG_FILE"
+
+
+@dataclass(slots=True)
+class Gathered:
+    """Settings by dotted name before they become values of the schema, their sources, and every mistake so far."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: Any, source: str) -> None:
+        """Let a value of higher precedence take the place of an earlier one."""
+        self.values[name], self.sources[name] = value, source
+
+    def raise_problems(self) -> None:
+        """Raise one ConfigError that lists every mistake, if there is any."""
+        if self.problems:
+            count = "a mistake" if len(self.problems) == 1 else f"{len(self.problems)} mistakes"
+            listed = "\n".join(f"  - {problem}" for problem in self.problems)
+            raise ConfigError(
+                f"the configuration has {count}:\n{listed}", "correct the values above where they were given"
+            )
 
 
 def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Config:
-    """The Config of `defaults < environment < arguments`; an argument that is None was not given.
+    """The Config of `defaults < file < environment < flags < arguments`; an argument that is None was not given.
+
+    The file is the one that POLYACCEL_CONFIG_FILE names ("off" for none), else polyaccel.toml in the working folder, else the
+    user's (`user_config_file`). Flags arrive through the environment that `polyaccel launch` gives its workers.
 
     Raises ConfigError that lists every unknown or impossible value with its source.
     """
     environment = os.environ if environment is None else environment
-    problems: list[str] = []
-    values, sources = _from_environment(environment, problems)
+    gathered = gather(environment)
     for name, value in arguments.items():
         if value is not None:
-            values[name], sources[name] = value, f"argument {name}"
+            _add_argument(gathered, name, value)
     launched = environment.get(_LAUNCHED_BACKEND)
-    chosen = values.get("backend", "auto")
+    chosen = gathered.values.get("backend", "auto")
     if launched and chosen not in ("auto", launched):
-        problems.append(
-            f"{sources['backend']}={chosen!r} contradicts the launcher, which started processes for {launched!r}"
+        gathered.problems.append(
+            f"{gathered.sources['backend']}={chosen!r} contradicts the launcher, which started processes for {launched!r}"
             f" (use `polyaccel launch --backend {chosen}`, or leave the argument out)"
         )
     elif launched:
-        values["backend"] = launched
-    if isinstance(values.get("rng_types"), (list, set)):
-        values["rng_types"] = tuple(values["rng_types"])
+        gathered.values["backend"] = launched
+    return config_of(gathered)
+
+
+def gather(
+    environment: Mapping[str, str] | None = None, *, file: Path | None = None, flags: Mapping[str, str] | None = None
+) -> Gathered:
+    """What file, environment and flags (texts by setting name) say, later ones over earlier ones; mistakes are collected."""
+    environment = os.environ if environment is None else environment
+    gathered = Gathered()
+    path = file or config_file(environment)
+    if path is not None:
+        _add_file(gathered, path)
+    _add_environment(gathered, environment)
+    for name, text in (flags or {}).items():
+        _add_text(gathered, name, text, f"flag {SETTINGS[name].flag}")
+    return gathered
+
+
+def config_of(gathered: Gathered) -> Config:
+    """The Config of gathered settings. Raises ConfigError for all mistakes at once."""
+    values = {name: value for name, value in gathered.values.items() if "." not in name}
+    sizes = {name.removeprefix("mesh."): size for name, size in gathered.values.items() if name.startswith("mesh.")}
     try:
-        values["mesh"] = MeshSpec.of(values.get("mesh"))
+        values["mesh"] = MeshSpec.of(values.get("mesh") or sizes or None)
     except ConfigError as error:
-        problems.append(f"{error.message} ({error.hint})")
-        values.pop("mesh")
-    config = Config(**values, sources=sources)
-    _check(config, sources, problems)
-    if problems:
-        raise ConfigError(
-            "the configuration has {}:\n{}".format(
-                "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes",
-                "\n".join(f"  - {p}" for p in problems),
-            ),
-            "correct the values above where they were given",
-        )
-    return config
+        gathered.problems.append(f"{error.message} ({error.hint})")
+    gathered.raise_problems()
+    return Config(**values, sources={name: source for name, source in gathered.sources.items() if not _launches(name)})
+
+
+def launch_settings_of(gathered: Gathered) -> LaunchSettings:
+    """The `[launch]` part of gathered settings. Raises ConfigError for all mistakes at once."""
+    gathered.raise_problems()
+    return LaunchSettings(
+        **{name.removeprefix("launch."): value for name, value in gathered.values.items() if _launches(name)}
+    )
+
+
+def config_file(environment: Mapping[str, str] | None = None) -> Path | None:
+    """The configuration file that is in force, or None. Raises ConfigError when POLYACCEL_CONFIG_FILE names none."""
+    environment = os.environ if environment is None else environment
+    named = environment.get(_FILE)
+    if named:
+        return None if named == "off" else Path(named)
+    return next((path for path in (Path(FILE_NAME), user_config_file(environment)) if path.is_file()), None)
+
+
+def user_config_file(environment: Mapping[str, str] | None = None) -> Path:
+    """The user's own file: $XDG_CONFIG_HOME/polyaccel/config.toml, or ~/.config/polyaccel/config.toml."""
+    environment = os.environ if environment is None else environment
+    home = environment.get("XDG_CONFIG_HOME") or Path(environment.get("HOME") or Path.home()) / ".config"
+    return Path(home) / "polyaccel" / "config.toml"
 
 
 def user_cache_folder() -> Path:
@@ -69,10 +128,18 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyaccel"
 
 
-def environment_for(config: Mapping[str, Any], *, launched: str) -> dict[str, str]:
-    """The POLYACCEL_* variables that give a worker these settings; the launcher's side of `resolve`."""
-    given = {PREFIX + name.upper(): str(value) for name, value in config.items() if value is not None}
-    return {**given, _LAUNCHED_BACKEND: launched}
+def environment_for(gathered: Gathered, *, launched: str) -> dict[str, str]:
+    """The variables that give a worker these settings and their sources; the launcher's side of `resolve`.
+
+    The worker reads no file of its own: it may run on another machine, or in another folder.
+    """
+    given = {name: value for name, value in gathered.values.items() if not _launches(name)}
+    texts = {
+        SETTINGS[name].variable: ",".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in given.items()
+    }
+    sources = json.dumps({name: gathered.sources[name] for name in given})
+    return {**texts, _FILE: "off", _SOURCES: sources, _LAUNCHED_BACKEND: launched}
 
 
 def inherited_environment() -> dict[str, str]:
@@ -80,62 +147,56 @@ def inherited_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
-def _from_environment(environment: Mapping[str, str], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    settings = {f.name: f for f in fields(Config) if f.name not in ("sources", "mesh")}
-    mesh: dict[str, int] = {}
+def _launches(name: str) -> bool:
+    return name.startswith("launch.")
+
+
+def _add_file(gathered: Gathered, path: Path) -> None:
+    from polyaccel.config.files import read_file
+
+    read = read_file(path)
+    for name, value in read.values.items():
+        gathered.add(name, value, read.sources[name])
+    gathered.problems += read.problems
+
+
+def _add_environment(gathered: Gathered, environment: Mapping[str, str]) -> None:
+    sources = _sources_of(environment)
     for variable, text in environment.items():
-        if not variable.startswith(PREFIX) or variable == _LAUNCHED_BACKEND:
+        if not variable.startswith(PREFIX) or variable in (_LAUNCHED_BACKEND, _SOURCES, _FILE):
             continue
-        name, _, axis = variable.removeprefix(PREFIX).lower().partition("__")
+        setting = of_variable(variable)
+        if setting is None:
+            gathered.problems.append(f"environment {variable} {unknown_variable(variable)}")
+        else:
+            _add_text(gathered, setting.name, text, sources.get(setting.name, f"environment {variable}"))
+
+
+def _sources_of(environment: Mapping[str, str]) -> dict[str, str]:
+    try:
+        sources = json.loads(environment.get(_SOURCES, "{}"))
+    except ValueError:
+        return {}
+    return {str(name): str(source) for name, source in sources.items()} if isinstance(sources, dict) else {}
+
+
+def _add_text(gathered: Gathered, name: str, text: str, source: str) -> None:
+    try:
+        gathered.add(name, SETTINGS[name].parse(text), source)
+    except ValueError as error:
+        gathered.problems.append(f"{source}={text!r} {error}")
+
+
+def _add_argument(gathered: Gathered, name: str, value: Any) -> None:
+    source = f"argument {name}"
+    if name == "mesh":
+        for axis in [known for known in gathered.values if known.startswith("mesh.")]:
+            del gathered.values[axis]  # a mesh is one value: sizes from elsewhere do not mix into it
+        gathered.add(name, value, source)
+    elif name not in SETTINGS:
+        gathered.problems.append(f"{source} {unknown(name)}")
+    else:
         try:
-            if name == "mesh" and axis in _MESH_AXES:
-                mesh[axis] = int(text)
-            elif name in settings and not axis:
-                values[name] = _parse(text, settings[name].default)
-                sources[name] = f"environment {variable}"
-            else:
-                known = [PREFIX + s.upper() for s in settings] + [f"{PREFIX}MESH__{a.upper()}" for a in _MESH_AXES]
-                problems.append(f"environment {variable} is no setting: {nearest(variable, known)}")
+            gathered.add(name, SETTINGS[name].check(value), source)
         except ValueError as error:
-            problems.append(f"environment {variable}={text!r}: {error}")
-    if mesh:
-        values["mesh"], sources["mesh"] = mesh, "environment POLYACCEL_MESH__*"
-    return values, sources
-
-
-def _parse(text: str, default: Any) -> Any:
-    if isinstance(default, bool):
-        if text.lower() in _TRUE | _FALSE:
-            return text.lower() in _TRUE
-        raise ValueError("expected true or false")
-    if isinstance(default, int):
-        try:
-            return int(text)
-        except ValueError:
-            raise ValueError("expected an integer") from None
-    if isinstance(default, tuple):
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    return text
-
-
-def _check(config: Config, sources: Mapping[str, str], problems: list[str]) -> None:
-    def wrong(name: str, why: str) -> None:
-        problems.append(f"{sources.get(name, 'default')}: {name}={getattr(config, name)!r} {why}")
-
-    for f in fields(Config):
-        default = f.default if f.default is not MISSING else None
-        kind = type(default) if default is not None else None
-        value = getattr(config, f.name)
-        if kind is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            wrong(f.name, f"is a {type(value).__name__}, expected {kind.__name__}")
-            return
-    for name, known in (("mixed_precision", MIXED_PRECISIONS), ("partitioning", PARTITIONINGS)):
-        if getattr(config, name) not in known:
-            wrong(name, f"is unknown: {nearest(str(getattr(config, name)), known)}")
-    for kind_of_rng in config.rng_types:
-        if kind_of_rng not in RNG_TYPES:
-            wrong("rng_types", f"names {kind_of_rng!r}: {nearest(str(kind_of_rng), RNG_TYPES)}")
-    if config.gradient_accumulation_steps < 1:
-        wrong("gradient_accumulation_steps", "must be at least 1")
+            gathered.problems.append(f"{source}: {name}={value!r} {error}")

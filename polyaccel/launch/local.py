@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from polyaccel.config.resolve import environment_for, inherited_environment
+from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
+from polyaccel.config.schema import LaunchSettings
 from polyaccel.errors import LaunchError
 from polyaccel.launch.rendezvous import Rendezvous
 from polyaccel.registry import choose_backend
@@ -21,16 +22,13 @@ GRACE_S = 15.0  # between SIGTERM and SIGKILL; jax.distributed ignores SIGTERM
 _POLL_S = 0.05
 
 
-def launch(
-    command: Sequence[str], *, backend: str | None, num_processes: int | None, settings: Mapping[str, Any]
-) -> int:
+def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettings) -> int:
     """Run `python *command` in every worker slot of the backend, and wait for all.
 
     Args:
         command: what follows `python`: a script, or "-m" and a module, and its arguments.
-        backend: None or "auto" chooses as `Accelerator` does.
-        num_processes: None lets the backend choose; more than its devices can serve is a LaunchError.
-        settings: Config values for the workers; None values are left out.
+        gathered: the settings that the workers get.
+        settings: how many of them, and where.
 
     Returns 0, or the exit code of the first worker that failed (128 + signal number if it was killed); the others are stopped.
     """
@@ -38,11 +36,9 @@ def launch(
         raise LaunchError(
             f"script {command[0]!r} does not exist", "give the path of a Python file, or -m and a module name"
         )
-    if num_processes is not None and num_processes < 1:
-        raise LaunchError(f"--num-processes {num_processes} is not a number of processes", "use 1 or more")
-    chosen = choose_backend(backend or "auto")
-    slots = chosen.worker_slots(num_processes, use_cpu=bool(settings.get("cpu")))
-    environment = {**inherited_environment(), **environment_for(settings, launched=chosen.name)}
+    chosen = choose_backend(gathered.values.get("backend", "auto"))
+    slots = chosen.worker_slots(settings.num_processes, use_cpu=bool(gathered.values.get("cpu")))
+    environment = {**inherited_environment(), **environment_for(gathered, launched=chosen.name)}
     # Python puts a script's own folder first on its path; buffered output of a killed worker would be lost.
     environment.setdefault("PYTHONUNBUFFERED", "1")
     address, port = "127.0.0.1", _free_port()

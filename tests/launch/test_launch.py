@@ -86,7 +86,7 @@ def test_a_missing_script_and_a_wrong_count_are_refused_before_anything_starts(c
     assert main(["launch", "nowhere.py"]) == 1
     assert "script 'nowhere.py' does not exist" in capsys.readouterr().err
     assert main(["launch", "--num-processes", "0", __file__]) == 1
-    assert "--num-processes 0 is not a number of processes" in capsys.readouterr().err
+    assert "flag --num-processes='0' must be at least 1" in capsys.readouterr().err
     assert main(["launch", "--backend", "torhc", __file__]) == 1
     assert "did you mean 'torch'" in capsys.readouterr().err
 

@@ -1,0 +1,40 @@
+"""The settings as flags: one for each, in both spellings of dashes, taken from the schema."""
+
+from __future__ import annotations
+
+import argparse
+
+from polyaccel.config.settings import SETTINGS, Setting
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting: `--mixed-precision bf16`, `--mesh.fsdp 4`, `--cpu`, `--no-even-batches`."""
+    groups = {
+        "": parser.add_argument_group("settings of the script (an argument of Accelerator(...) goes before)"),
+        "launch": parser.add_argument_group("settings of the job"),
+    }
+    for setting in SETTINGS.values():
+        _add(groups["launch" if setting.name.startswith("launch.") else ""], setting)
+
+
+def flags_of(options: argparse.Namespace) -> dict[str, str]:
+    """The texts of the flags that were given, by setting name."""
+    given = {name: getattr(options, f"setting {name}") for name in SETTINGS}
+    return {name: text for name, text in given.items() if text is not None}
+
+
+def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    destination = f"setting {setting.name}"  # with a space: no flag of the parser itself has such a name
+    help = setting.help.replace("%", "%%")
+    if setting.kind == "bool":
+        group.add_argument(*_spellings(setting.flag), dest=destination, action="store_const", const="true", help=help)
+        negated = _spellings("--no-" + setting.flag[2:])
+        group.add_argument(*negated, dest=destination, action="store_const", const="false", help=argparse.SUPPRESS)
+    else:
+        metavar = {"int": "N", "list": "A,B"}.get(setting.kind, "|".join(setting.choices) or "VALUE")
+        group.add_argument(*_spellings(setting.flag), dest=destination, metavar=metavar, help=help)
+
+
+def _spellings(flag: str) -> tuple[str, ...]:
+    underscored = "--" + flag[2:].replace("-", "_")
+    return (flag,) if underscored == flag else (flag, underscored)

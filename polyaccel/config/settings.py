@@ -1,0 +1,103 @@
+"""The schema as a flat table: every setting by its dotted name, and how its text and its values are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from polyaccel.config.schema import MESH_HELP, Config, LaunchSettings
+from polyaccel.errors import nearest
+from polyaccel.mesh import MeshSpec
+
+PREFIX = "POLYACCEL_"
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_KINDS = {bool: "bool", int: "int", str: "str", tuple: "list"}
+_WORDS = {"bool": "true or false", "int": "an integer", "str": "a text", "list": "a list of names"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: its name in a file (`mesh.tensor`), in the environment and as a flag follow from each other."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+
+    @property
+    def variable(self) -> str:
+        """Its environment variable: POLYACCEL_MESH__TENSOR."""
+        return PREFIX + self.name.upper().replace(".", "__")
+
+    @property
+    def flag(self) -> str:
+        """Its flag of `polyaccel launch`; a launch setting goes without its section there."""
+        return "--" + self.name.removeprefix("launch.").replace("_", "-")
+
+    def parse(self, text: str) -> Any:
+        """The value that a text from the environment, a flag or a YAML scalar means. Raises ValueError that says why not."""
+        if self.kind == "bool":
+            if text.lower() not in _TRUE + _FALSE:
+                raise ValueError("is not true or false")
+            return text.lower() in _TRUE
+        if self.kind == "int":
+            try:
+                value = int(text)
+            except ValueError:
+                raise ValueError("is not an integer") from None
+            return self.check(value)
+        if self.kind == "list":
+            return self.check(tuple(part.strip() for part in text.split(",") if part.strip()))
+        return self.check(text)
+
+    def check(self, value: Any) -> Any:
+        """The value, a list as a tuple. Raises ValueError that says why it cannot be this setting's."""
+        if self.kind == "list" and isinstance(value, (list, set)):
+            value = tuple(value)
+        if _KINDS.get(type(value)) != self.kind:
+            raise ValueError(f"is not {_WORDS[self.kind]}")
+        if self.least is not None and value < self.least:
+            raise ValueError(f"must be at least {self.least}")
+        if self.choices and self.kind == "list":
+            for name in value:
+                if name not in self.choices:
+                    raise ValueError(f"names {name!r}: {nearest(str(name), self.choices)}")
+        elif self.choices and value not in self.choices:
+            raise ValueError(f"is unknown: {nearest(value, self.choices)}")
+        return value
+
+
+def _flatten() -> Iterator[Setting]:
+    for schema, section in ((Config, ""), (LaunchSettings, "launch.")):
+        for f in fields(schema):
+            if f.name == "mesh":
+                sizes = MeshSpec().sizes
+                yield from (Setting(f"mesh.{axis}", "int", sizes[axis], MESH_HELP[axis]) for axis in sizes)
+            elif "help" in f.metadata:
+                kind = f.metadata["kind"] or _KINDS[type(f.default)]
+                least = f.metadata["least"] if kind == "int" else None
+                yield Setting(section + f.name, kind, f.default, f.metadata["help"], f.metadata["choices"], least)
+
+
+SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _flatten()}
+_BY_VARIABLE: Mapping[str, Setting] = {setting.variable: setting for setting in SETTINGS.values()}
+
+
+def of_variable(variable: str) -> Setting | None:
+    """The setting that an environment variable names."""
+    return _BY_VARIABLE.get(variable)
+
+
+def unknown(name: str, known: Mapping[str, Any] = SETTINGS) -> str:
+    """What to say of a name that is no setting."""
+    if f"launch.{name}" in known:
+        return f"is no setting: did you mean 'launch.{name}'?"
+    return f"is no setting: {nearest(name, known)}"
+
+
+def unknown_variable(variable: str) -> str:
+    """What to say of a POLYACCEL_ variable that names no setting."""
+    return f"is no setting: {nearest(variable, _BY_VARIABLE)}"
