@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import partial
 from typing import Any, final
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -83,6 +85,8 @@ class OptimizerRule:
         self._hyper: NDArray[Any] = np.zeros((0, 0), np.float64 if has_float64 else np.float32)
         self.names: tuple[str, ...] = tuple(name for group in grouped_names for name in group)
         self.is_elementwise: bool = self._rule.is_elementwise
+        # A function of its own per formula: parameters of one shape share its trace, and XLA inlines it everywhere.
+        self._formulas: dict[Flags, Callable[..., tuple[Array, dict[str, Array]]]] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -139,15 +143,21 @@ class OptimizerRule:
         """
         new_params: dict[str, Array] = dict(params)
         new_state: Arrays = {name: dict(entries) for name, entries in state.items()}
+        numbers: dict[int, dict[str, Array]] = {}
         for name, group, flags in self._entries():
             if name in grads:
-                scalars = dict(zip(self._scalar_names(), hyper[group]))
+                scalars = numbers.get(group)
+                if scalars is None:
+                    scalars = numbers[group] = dict(zip(self._scalar_names(), hyper[group]))
                 full = self._completed(state.get(name, {}), params[name], flags)
-                new_params[name], new_state[name] = self._update_one(params[name], grads[name], full, scalars, flags)
+                formula = self._formulas.get(flags)
+                if formula is None:
+                    formula = self._formulas[flags] = jax.jit(partial(self._update_one, flags))
+                new_params[name], new_state[name] = formula(params[name], grads[name], full, scalars)
         return new_params, new_state
 
     def _update_one(
-        self, p: Array, g: Array, state: dict[str, Array], scalars: dict[str, Array], flags: Flags
+        self, flags: Flags, p: Array, g: Array, state: dict[str, Array], scalars: dict[str, Array]
     ) -> tuple[Array, dict[str, Array]]:
         dtype = jnp.promote_types(p.dtype, jnp.float32)
         wide = {key: value.astype(dtype) for key, value in state.items()}
