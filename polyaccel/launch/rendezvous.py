@@ -1,4 +1,4 @@
-"""How a process finds its peers: one value, read once from the variables that torchrun and our own launcher set.
+"""How a process finds its peers: one value, read once from what the launcher or scheduler that started it says.
 
 This file and config/resolve.py are the only readers of the environment.
 """
@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from polyaccel.errors import LaunchError
+from polyaccel.launch.schedulers import PLACES, Machines, machines_of
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_BESIDE_AN_AGENT = 1  # added to the port of a torchrun agent, which keeps its own one
 
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Which process this is, of how many, and where process 0 listens. The defaults are a job of one process."""
+    """Which process this is, of how many, and where process 0 listens. The defaults are a job of one process.
+
+    `port` is where torch's processes meet; `coordinator_port` is free for an engine whose process 0 opens a server of its own.
+    """
 
     process_index: int = 0
     num_processes: int = 1
@@ -24,11 +28,18 @@ class Rendezvous:
     num_local_processes: int = 1
     address: str | None = None
     port: int | None = None
+    is_port_taken: bool = field(default=False, compare=False)
+    scheduler: str = field(default="", compare=False)
 
     @property
     def is_distributed(self) -> bool:
         """True when a launcher started this process as part of a job, be it of one process."""
         return self.address is not None
+
+    @property
+    def coordinator_port(self) -> int | None:
+        """A port on which process 0 may listen itself: `port`, or the next one where torchrun's agent listens on `port`."""
+        return self.port if self.port is None or not self.is_port_taken else self.port + _BESIDE_AN_AGENT
 
     def environment(self) -> dict[str, str]:
         """The variables that give a worker this place: `from_environment` of them is this value."""
@@ -45,35 +56,35 @@ class Rendezvous:
 
 
 def from_environment(environment: Mapping[str, str] | None = None) -> Rendezvous:
-    """The place of this process, from torchrun's variables; a job of one when they are absent.
+    """The place of this process, from its launcher's or scheduler's variables; a job of one when there are none.
 
-    Raises LaunchError when some are set and others missing, or when a value is no number or out of range.
+    torchrun, `polyaccel launch`, Ray Train, Kubeflow, mpirun, mpiexec, srun, Cloud TPU, SkyPilot and Kubernetes Indexed Jobs
+    are known (launch/schedulers.py).
+
+    Raises LaunchError when some variables are set and others missing, or when a value is no number or out of range.
     """
     environment = os.environ if environment is None else environment
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+    place = next((place for of in PLACES if (place := of(environment)) is not None), None)
+    if place is None:
         return Rendezvous()
-    missing = [name for name in _VARIABLES if name not in environment]
-    if missing:
+    if not 0 <= place.process_index < place.num_processes:
         raise LaunchError(
-            f"the environment has RANK or WORLD_SIZE but not {', '.join(missing)}",
-            "start the job with `polyaccel launch` or torchrun, or unset RANK and WORLD_SIZE for a single process",
-        )
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        try:
-            numbers[name] = int(environment[name])
-        except ValueError:
-            raise LaunchError(f"{name}={environment[name]!r} is not a number", "set it to an integer") from None
-    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
-        raise LaunchError(
-            f"RANK={numbers['RANK']} is outside a job of WORLD_SIZE={numbers['WORLD_SIZE']}",
-            "ranks count from 0 to WORLD_SIZE-1",
+            f"{place.scheduler}: process {place.process_index} (RANK) is outside a job of {place.num_processes} processes"
+            " (WORLD_SIZE)",
+            "processes count from 0 to their number - 1",
         )
     return Rendezvous(
-        process_index=numbers["RANK"],
-        num_processes=numbers["WORLD_SIZE"],
-        local_process_index=numbers["LOCAL_RANK"],
-        num_local_processes=int(environment.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"])),
-        address=environment["MASTER_ADDR"],
-        port=numbers["MASTER_PORT"],
+        process_index=place.process_index,
+        num_processes=place.num_processes,
+        local_process_index=place.local_process_index,
+        num_local_processes=place.num_local_processes,
+        address=place.address,
+        port=place.port,
+        is_port_taken=place.is_port_taken,
+        scheduler=place.scheduler,
     )
+
+
+def machines_from_environment(environment: Mapping[str, str] | None = None) -> Machines | None:
+    """The machines on each of which a scheduler started `polyaccel launch`; None for this machine alone."""
+    return machines_of(os.environ if environment is None else environment)

@@ -57,7 +57,7 @@ def test_a_rendezvous_and_its_variables_are_the_same_value():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"RANK": "4"}, "outside a job of WORLD_SIZE=4"),
+        ({"RANK": "4"}, "outside a job of 4 processes"),
         ({"RANK": "x"}, "not a number"),
         ({"MASTER_ADDR": None}, "MASTER_ADDR"),
     ],

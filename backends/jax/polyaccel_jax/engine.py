@@ -313,7 +313,7 @@ def _join(rendezvous: Rendezvous) -> bool:
             )
         _num_holders += _num_holders > 0
         return _num_holders > 0
-    address = f"{rendezvous.address}:{rendezvous.port}"
+    address = f"{rendezvous.address}:{rendezvous.coordinator_port}"
     if rendezvous.process_index > 0:
         _wait_for_coordinator(rendezvous)
     try:
@@ -338,13 +338,13 @@ def _wait_for_coordinator(rendezvous: Rendezvous) -> None:
     end = time.monotonic() + _JOIN_TIMEOUT_S
     while True:
         try:
-            socket.create_connection((rendezvous.address, rendezvous.port), timeout=5).close()
+            socket.create_connection((rendezvous.address, rendezvous.coordinator_port), timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > end:
                 raise LaunchError(
                     f"process {rendezvous.process_index} of {rendezvous.num_processes} could not reach process 0 at"
-                    f" {rendezvous.address}:{rendezvous.port} within {_JOIN_TIMEOUT_S} s: {error}",
+                    f" {rendezvous.address}:{rendezvous.coordinator_port} within {_JOIN_TIMEOUT_S} s: {error}",
                     "check that process 0 runs, and that its port is not blocked",
                 ) from error
             time.sleep(0.1)

@@ -81,7 +81,7 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
         _log.warning(
             "backend 'xla' on %d hosts: this path follows torch_xla's documentation and is untested", num_processes
         )
-    owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.port)
+    owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.coordinator_port)
     return XlaEngine(owns_group=owns_group)
 
 
