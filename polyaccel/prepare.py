@@ -97,10 +97,13 @@ class Preparation:
                     f"argument {position} of prepare is an array of shape {tuple(getattr(value, 'shape', ()))}",
                     "prepare takes models, optimizers, loaders and schedulers",
                 )
-        dialects = {kind[0] for kind in kinds if kind is not None and kind[1] in ("model", "optimizer")}
+        models = {kind[0] for kind in kinds if kind is not None and kind[1] == "model"}
         if self._script is not None:
-            dialects.add(self._script)
-        if len(dialects) > 1:
+            models.add(self._script)
+        optimizers = {kind[0] for kind in kinds if kind is not None and kind[1] == "optimizer"}
+        if getattr(self.bridge, "trains_with_native_optimizers", False):
+            optimizers.discard(self._capabilities.dialect)
+        if len(models | optimizers) > 1:
             raise PrepareError(
                 "a torch and a flax object cannot train together in one Accelerator",
                 "write model and optimizer in one dialect",

@@ -43,6 +43,9 @@ class HeldModel:
         self.programs: dict[Hashable, Any] = {}
         self.known_calls: dict[Any, Any] = {}
         self.is_replicated = False  # whether other processes expect a gradient of every parameter (DDP)
+        self.is_written_by_torch = (
+            False  # whether user code has the torch parameters: an optimizer of torch's may write
+        )
         self._handle: weakref.ref[nn.Module] | None = None
         self._num_changes = 0
         for key, value in buffers.items():
@@ -68,7 +71,9 @@ class HeldModel:
 
     @property
     def version(self) -> int:
-        """Another number after every write, whoever wrote: torch counts those to its tensors."""
+        """Another number after every write, whoever wrote: torch counts those to its tensors, but not those of its fused optimizers."""
+        if self.is_written_by_torch:
+            self._num_changes += 1
         return self._num_changes + sum([tensor._version for tensor in self.tensors.values()])
 
     def assign(self, values: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ class FlaxToTorch:
     source = "flax"
     target = "torch"
     engine: Any = None
+    trains_with_native_optimizers = True  # torch.optim, over the parameters that `torch_module` shows
 
     def __init__(self) -> None:
         self._made: FlaxRuntime | None = None
@@ -142,9 +144,32 @@ class FlaxToTorch:
         """The user's own model, with current values."""
         return value.held.source.current() if isinstance(value, FlaxModule) else value
 
+    def autocast(self, engine: Engine) -> AbstractContextManager[None]:
+        """Nothing: the modules themselves compute in the plan's precision, and jax has no other switch for it."""
+        return nullcontext()
+
     def device(self, engine: Engine) -> jax.Device:
         """The jax device that is the engine's torch device."""
         return self._runtime.device
+
+
+def torch_module(model: Any) -> nn.Module:
+    """The nn.Module that holds a prepared flax model's parameters on a torch engine, under the names that flax gave them.
+
+    For torch's own tools: `torch.optim.AdamW(torch_module(model).parameters())`, to be prepared after the model, parameter groups
+    by name, hooks on gradients. From now on every parameter gets a gradient. It cannot be called like a torch module: the
+    prepared flax model and the loss function stay what is called. Raises PrepareError for a model that no torch engine holds.
+    """
+    held = model._polyaccel_model if isinstance(model, Handle) else None
+    if not isinstance(held, HeldModel):
+        raise PrepareError(
+            f"a {type(model).__name__} has no torch parameters",
+            "pass the flax model that accelerator.prepare returned, with backend='torch'",
+        )
+    held.source.train(held.names)
+    held.is_written_by_torch = True
+    module: nn.Module = held.engine.engine.unwrap(held.handle)
+    return module
 
 
 class FlaxHostLoader:
