@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields
+from os import PathLike
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from polyaccel import processes, seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config, resolve
+from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.gathering import Gathering
@@ -19,10 +22,12 @@ from polyaccel.prepare import Preparation
 from polyaccel.protocols import LoaderSpec, LossCall, StepSpec
 from polyaccel.registry import choose_backend
 from polyaccel.topology import Topology
+from polyaccel.tracking import Session, describe_job
 from polyaccel.train_step import TrainStep
 
 P = ParamSpec("P")
 R = TypeVar("R")
+SETTINGS = frozenset(field.name for field in fields(Config))
 
 
 class Accelerator:
@@ -46,6 +51,10 @@ class Accelerator:
             over the global batch), or "auto": pmap for torch scripts, sharding for flax scripts.
         compile, compile_backend: torch.compile the prepared model, with this torch.compile backend.
         compilation_cache: folder of the persistent compilation cache of compiling engines; "auto" or "off".
+        log_with: trackers: a name ("wandb", "tensorboard", ...), a `GeneralTracker`, a list of these, or "all" that are installed. A run
+            folder is written in any case, from `init_trackers` or the first `log` on.
+        project_dir: folder of the project: checkpoints, and runs below `runs/`.
+        project_config: a ProjectConfiguration, for everything else about them.
 
     A value left at None comes from its POLYACCEL_* environment variable, else from its default. Must be created on every process
     of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError, BackendNotFoundError,
@@ -68,8 +77,12 @@ class Accelerator:
         compile: bool | None = None,
         compile_backend: str | None = None,
         compilation_cache: str | None = None,
+        log_with: Any = None,
+        project_dir: str | PathLike[str] | None = None,
+        project_config: ProjectConfiguration | None = None,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name != "self"}
+        given = locals()
+        arguments = {name: given[name] for name in SETTINGS if name in given}
         self.config: Config = resolve({**arguments, "backend": None if backend == "auto" else backend})
         chosen = choose_backend(self.config.backend)
         expected = of_script()  # before the engine imports frameworks of its own
@@ -90,6 +103,14 @@ class Accelerator:
         seeding.adopt(self._engine, self.config.seed)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
+        self.project_configuration = ProjectConfiguration.of(project_config, project_dir)
+        self.tracking = Session(
+            log_with,
+            self.project_configuration,
+            process_index=self._engine.topology.process_index,
+            describe=lambda: describe_job(self.backend, self._engine.topology, self.plan),
+            share=lambda value: self._gathering.broadcast_object_list([value])[0],
+        )
         self._differentiates_values = "backward_value" in capabilities.features
 
     # -- where am I ----------------------------------------------------------------------------------------------------
@@ -392,9 +413,10 @@ class Accelerator:
 
     # -- who does what -------------------------------------------------------------------------------------------------
 
-    def on_main_process(self, function: Callable[P, R]) -> Callable[P, R | None]:
-        """Decorator: runs on process 0 only; None elsewhere."""
-        return processes.only_if(lambda: self.is_main_process, function)
+    @property
+    def on_main_process(self) -> processes.MainProcessOnly:
+        """Decorator: runs on process 0 only; None elsewhere. Also a context, for calls on an unwrapped tracker."""
+        return processes.MainProcessOnly(lambda: self.is_main_process)
 
     def on_local_main_process(self, function: Callable[P, R]) -> Callable[P, R | None]:
         """Decorator: runs on the first process of every host only."""
@@ -438,11 +460,91 @@ class Accelerator:
             inputs, index=self.process_index, num_processes=self.num_processes, apply_padding=apply_padding
         )
 
+    # -- trackers ------------------------------------------------------------------------------------------------------
+
+    def init_trackers(
+        self, project_name: str, config: Any = None, init_kwargs: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Start a run: its folder `<runs>/<project>/<run id>`, and every tracker of `log_with` on a thread of its own.
+
+        Args:
+            project_name: W&B's project, MLflow's experiment, the folder of the run.
+            config: a dict (nested if you like), argparse.Namespace or dataclass; values that are secret by name are hidden.
+            init_kwargs: options of the vendors' own init functions: {"wandb": {"entity": "my-team"}}.
+
+        Returns at once. A tracker that fails or does not answer is named in the log and never stops training. May be called on
+        the main process alone, unless a tracker wants every process. Raises TrackerError for options of an unknown tracker.
+        """
+        self.tracking.start(project_name, config, init_kwargs or {})
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Log numbers and texts to the run folder and to every tracker; on the main process, nothing elsewhere.
+
+        Values on a device are fetched in the background: the call takes microseconds and waits for nothing. `log_kwargs` are
+        options of the vendors' own log functions, by tracker.
+        """
+        self.tracking.log(values, step, log_kwargs or {})
+
+    def log_images(
+        self,
+        values: Mapping[str, Any],
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Log images by name: arrays (height, width[, channels]) or (channels, height, width), PIL images, PNG files, or lists."""
+        self.tracking.log_images(values, step, log_kwargs or {})
+
+    def log_table(
+        self,
+        table_name: str,
+        columns: list[str] | None = None,
+        data: list[list[Any]] | None = None,
+        dataframe: Any = None,
+        step: int | None = None,
+        log_kwargs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Log a table of `columns` and rows, or a dataframe."""
+        self.tracking.log_table(table_name, columns, data, dataframe, step, log_kwargs or {})
+
+    def log_artifact(
+        self, artifact: Any, name: str | None = None, log_kwargs: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Log a file or folder by its path. Small files are copied into the run folder before the call returns."""
+        self.tracking.log_artifact(artifact, name, log_kwargs or {})
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """The tracker of that name, or with `unwrap` the vendor's own run object. Off the main process, what absorbs every call.
+
+        Raises TrackerError on the main process where no such tracker was started.
+        """
+        return self.tracking.get(name, unwrap)
+
+    @property
+    def trackers(self) -> list[Any]:
+        """The started trackers, in the order of `log_with`."""
+        return list(self.tracking.trackers)
+
+    @property
+    def project_dir(self) -> Any:
+        """Folder of the project."""
+        return self.project_configuration.project_dir
+
+    @property
+    def logging_dir(self) -> Any:
+        """Folder of the runs, where it is not that of the project."""
+        return self.project_configuration.logging_dir
+
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def end_training(self) -> None:
-        """Wait for the device and leave the job. Every process should call it; idempotent."""
+        """Wait for the device, finish the trackers within their deadline, and leave the job. Every process should call it; idempotent."""
         self._engine.synchronize()
+        self.tracking.finish()
         self._engine.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from polyaccel.errors import ConfigError
@@ -21,6 +22,28 @@ def only_if(condition: Callable[[], bool], function: Callable[P, R]) -> Callable
         return function(*args, **kwargs) if condition() else None
 
     return wrapped
+
+
+class MainProcessOnly:
+    """`accelerator.on_main_process`: a decorator, and a context for calls on an unwrapped tracker.
+
+    `@on_main_process` runs a function on process 0 only. The body of `with on_main_process:` runs on every process, as Python has no
+    other way: off the main process `get_tracker` gives an object that absorbs every call, so that the body does nothing there. The
+    context gives whether this is the main process.
+    """
+
+    def __init__(self, is_main_process: Callable[[], bool]) -> None:
+        self._is_main_process = is_main_process
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R | None]:
+        """The decorator."""
+        return only_if(self._is_main_process, function)
+
+    def __enter__(self) -> bool:
+        return self._is_main_process()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        return None
 
 
 @contextmanager

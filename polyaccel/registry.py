@@ -1,4 +1,4 @@
-"""Finds backends and bridges by entry point, ours and third parties' alike. Nothing is imported until it is asked for."""
+"""Finds backends, bridges and trackers by entry point, ours and third parties' alike. Nothing is imported until it is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from polyaccel.protocols import Backend, Bridge
 
 BACKENDS = "polyaccel.backends"
 BRIDGES = "polyaccel.bridges"
+TRACKERS = "polyaccel.trackers"
 # For "auto". torch_xla is only imported by who means it, and a jax that is loaded beside torch is often some library's.
 _PREFERENCE = ("torch", "jax", "xla")
 _PREFERENCE_LOADED = ("xla", "torch", "jax")
@@ -73,6 +74,11 @@ def choose_backend(name: str) -> Backend:
 
 def _in_order(preference: tuple[str, ...]) -> list[str]:
     return sorted(backend_names(), key=lambda name: preference.index(name) if name in preference else len(preference))
+
+
+def tracker_entries() -> dict[str, EntryPoint]:
+    """Installed trackers by name; `polyaccel.tracking` loads and checks them."""
+    return _entries(TRACKERS)
 
 
 def load_bridge(source: Dialect, target: Dialect, *, backend: str) -> Bridge:

@@ -51,6 +51,20 @@ class ProjectConfiguration:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is no time to wait", "give seconds above 0")
 
+    @classmethod
+    def of(cls, given: ProjectConfiguration | None, project_dir: str | PathLike[str] | None) -> ProjectConfiguration:
+        """What `Accelerator(project_config=..., project_dir=...)` mean together. Raises ConfigError where they contradict each other."""
+        if given is None:
+            return cls(project_dir)
+        if project_dir is not None and given.project_dir is None:
+            given.set_directories(project_dir)
+        elif project_dir is not None and Path(project_dir) != Path(given.project_dir or ""):
+            raise ConfigError(
+                f"project_dir={str(project_dir)!r} contradicts project_config, whose project_dir is {str(given.project_dir)!r}",
+                "give one of the two",
+            )
+        return given
+
     def set_directories(self, project_dir: str | PathLike[str] | None = None) -> None:
         """Move the project; the runs move with it where they have no place of their own."""
         follows = self.logging_dir == self.project_dir
