@@ -12,6 +12,7 @@ from torch import nn
 
 from polyaccel.errors import PrepareError
 
+from .containers import ContainerContents
 from .graphs import TensorSpec
 
 
@@ -74,7 +75,8 @@ def collect_state(modules: Mapping[str, nn.Module]) -> ModuleState:
 
 @contextlib.contextmanager
 def filled(state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The modules' slots hold `tensors`; afterwards they, and every attribute that the function set, are as before."""
+    """The modules' slots hold `tensors`; afterwards they, and every attribute that the function set or filled, are as before."""
+    containers = ContainerContents(state.submodules)
     attributes = [(module, dict(module.__dict__)) for module in state.submodules]
     holders = {id(place.holder): place.holder for place in state.places}
     for module in state.submodules:
@@ -94,3 +96,4 @@ def filled(state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         for module, attributes_before in attributes:
             module.__dict__.clear()
             module.__dict__.update(attributes_before)
+        containers.restore()
