@@ -14,6 +14,7 @@ from polyaccel.errors import PrepareError
 
 from .containers import ContainerContents
 from .graphs import TensorSpec
+from .substitutes import substituted
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,8 @@ def filled(state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> Iterator[
         for module in state.submodules:
             if isinstance(module, nn.RNNBase):  # it hands these to the kernel and not its parameters
                 module.__dict__["_flat_weights"] = [getattr(module, name, None) for name in module._flat_weights_names]
-        yield
+        with substituted(state.submodules):
+            yield
     finally:
         for holder, saved in contents:
             holder.clear()

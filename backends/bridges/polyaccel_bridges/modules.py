@@ -92,6 +92,7 @@ class ManagedModel:
     def attach(self, handle: Any) -> None:
         """The engine owns the values now: the module's tensors become windows on them."""
         self.handle = handle
+        self._cut_off_results()
         recurrent = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
         for module in recurrent:
             module._flat_weight_refs = []  # weak references keep a tensor from being exchanged
@@ -107,6 +108,16 @@ class ManagedModel:
         self._params.clear()
         self._buffers.clear()
         self.recorder.adopt(self)
+
+    def _cut_off_results(self) -> None:
+        """Tensors that the model computed from its parameters and keeps (the weight of an old weight_norm) hold these in use.
+
+        A copy that is still refused where a program uses it takes their place, until forward makes them anew.
+        """
+        for module in self.module.modules():
+            for key, value in list(module.__dict__.items()):
+                if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                    module.__dict__[key] = value.detach().clone().requires_grad_()
 
     def _exchange(self, name: str, tensor: torch.Tensor, window: DeviceTensor) -> None:
         """The user's own tensor object becomes the window: optimizers, lists and closures that hold it see the engine's value."""
