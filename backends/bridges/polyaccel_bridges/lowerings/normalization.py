@@ -114,6 +114,29 @@ def native_layer_norm(
     return _scaled((input - mean) * rstd, weight, bias), mean, rstd
 
 
+@lowers(aten.native_layer_norm_backward.default)
+def native_layer_norm_backward(
+    grad_out: jax.Array,
+    input: jax.Array,
+    normalized_shape: Sequence[int],
+    mean: jax.Array,
+    rstd: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    output_mask: Sequence[bool],
+) -> tuple[jax.Array | None, ...]:
+    num_outer = input.ndim - len(normalized_shape)
+    outer, inner = tuple(range(num_outer)), tuple(range(num_outer, input.ndim))
+    normal = (input - mean) * rstd
+    grad_input = None
+    if output_mask[0]:
+        grad = grad_out if weight is None else grad_out * weight
+        along = (grad * normal).mean(inner, keepdims=True)
+        grad_input = rstd * (grad - grad.mean(inner, keepdims=True) - normal * along)
+    grad_weight = (grad_out * normal).sum(outer) if output_mask[1] and weight is not None else None
+    return grad_input, grad_weight, grad_out.sum(outer) if output_mask[2] and bias is not None else None
+
+
 @lowers(aten.native_group_norm.default)
 def native_group_norm(
     input: jax.Array,
