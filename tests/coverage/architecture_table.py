@@ -49,7 +49,7 @@ def page(rows: dict[str, Row]) -> str:
         '`Accelerator(backend="jax")` and by `Accelerator(backend="torch")` on equal weights and batches (float32, CPU, dropout off). The',
         "difference is the largest relative one of all losses; below 1e-4 the case has passed. *ill-conditioned*: rounding alone tells the",
         "two curves apart, which the same runs in float64 show. *seconds* is the CPU time of capturing and compiling; *nodes* counts the",
-        "operations of the captured programs (forward, loss and backward).",
+        "operations of the captured programs (forward, loss and backward). A star: compiled without XLA's expensive passes.",
         "",
         f"{len(rows)} architectures: {counted}. Measured with {', '.join(versions)}.",
         "",
@@ -64,7 +64,7 @@ def page(rows: dict[str, Row]) -> str:
 
 def _line(row: Row) -> str:
     numbers = (
-        f"{row['difference']:.1e} | {row['compile_s']} | {row['nodes']}"
+        f"{row['difference']:.1e} | {row['compile_s']}{'*' if row.get('quick') else ''} | {row['nodes']}"
         if "difference" in row
         else " - | - | -".strip()
     )

@@ -31,6 +31,13 @@ MODULES = (
     "cases_multimodal",
     "cases_timm",
 )
+# Importing takes as long as many a case.
+_BEFORE_THE_FORK = (
+    "architecture_run",
+    "polyaccel_torch.engine",
+    "polyaccel_jax.engine",
+    "polyaccel_bridges.torch_to_jax",
+)
 
 
 def cases() -> dict[str, Case]:
@@ -59,9 +66,14 @@ def main() -> int:
         "--write", action="store_true", help="generate docs/architectures.md; with no other option, run nothing"
     )
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="per case (default 600)")
+    parser.add_argument(
+        "--quick", action="store_true", help="without XLA's expensive passes: half the time, and `seconds` is marked"
+    )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     asked = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1")
+    if asked.quick:
+        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     known = cases()
     before = table.read()
     chosen = [
@@ -81,7 +93,7 @@ def main() -> int:
             if missing:
                 print(f"[{number}/{len(chosen)}] {case.name}: not run here, needs {', '.join(missing)}", flush=True)
                 continue
-            row = run(case, asked.timeout)
+            row = run(case, asked.timeout) | ({"quick": True} if asked.quick else {})
             table.merge([row], set(known))
             failed += row["status"] == "failed"
             print(f"[{number}/{len(chosen)}] {summary(row)}", flush=True)
@@ -92,8 +104,8 @@ def main() -> int:
 
 def run(case: Case, timeout: float) -> table.Row:
     """The row of a case, measured in a process of its own, forked where the frameworks are imported and nothing has run yet."""
-    import architecture_run  # noqa: F401  # before the fork: importing takes longer than most cases
-
+    for module in _BEFORE_THE_FORK:
+        import_module(module)
     row: table.Row = {
         "name": case.name,
         "family": case.family,
