@@ -74,6 +74,19 @@ class ArrayCell:
             return self._array, STACKED
         return self.feed()
 
+    def start_fetch(self) -> Callable[[], NDArray[Any]]:
+        """A function that gives the present value as numpy, waiting for the device on whatever thread calls it."""
+        if self._host is not None:
+            values = host_copy(self._host)
+            return lambda: values
+        engine, array, row = self._engine, self._array, self._row
+
+        def fetch() -> NDArray[Any]:
+            whole: NDArray[Any] = engine.to_host(array)
+            return whole if row is None else whole[row]
+
+        return fetch
+
 
 class HostCell:
     """A value on the host alone."""
@@ -271,6 +284,20 @@ class DeviceTensor(torch.Tensor):
             self._recorder.compute(self)
         value: torch.Tensor = self._cell.host()
         return value
+
+    def start_fetch(self, *, compute: bool = False) -> Callable[[], NDArray[Any]] | None:
+        """A function that gives the present value as numpy; it may wait, on any thread, and later writes do not change what it gives.
+        None: the value is still to be computed, which `compute=True` starts without waiting for it."""
+        if self._cell is None:
+            if not compute:
+                return None
+            self._recorder.compute(self)
+        start = getattr(self._cell, "start_fetch", None)
+        if start is not None:
+            found: Callable[[], NDArray[Any]] = start()
+            return found
+        values = host_copy(self.host())
+        return lambda: values
 
     def item(self) -> Any:
         """The Python number of a one-element tensor; waits for the device."""
