@@ -81,7 +81,7 @@ def main() -> int:
         for case in known.values()
         if re.search(asked.only, case.name, re.IGNORECASE)
         and asked.family in (None, case.family)
-        and asked.status in (None, before.get(case.name, {}).get("status", "new"))
+        and asked.status in (None, last_status(before.get(case.name)))
     ]
     if asked.list:
         print("\n".join(f"{case.family}: {case.name}" for case in chosen))
@@ -100,6 +100,11 @@ def main() -> int:
     if asked.write:
         table.PAGE.write_text(table.page(table.read()), encoding="utf-8")
     return 1 if failed else 0
+
+
+def last_status(row: table.Row | None) -> str:
+    """The status of a row; a case that has none, or was measured before gradients were compared, is new."""
+    return "new" if row is None or ("difference" in row and "gradients" not in row) else row["status"]
 
 
 def run(case: Case, timeout: float) -> table.Row:
@@ -146,7 +151,11 @@ def inside(case: Case, sender: Connection, output: int) -> None:
 
 def summary(row: dict[str, Any]) -> str:
     """One line for the terminal."""
-    numbers = f" {row['difference']:.1e} {row['compile_s']} s {row['nodes']} nodes" if "difference" in row else ""
+    numbers = (
+        f" {row['difference']:.1e} {row['gradients']:.1e} {row['compile_s']} s {row['nodes']} nodes"
+        if "difference" in row
+        else ""
+    )
     return f"{row['status']:8} {row['name']}{numbers} {row['reason']}".rstrip()
 
 
