@@ -336,6 +336,10 @@ class ShardCall(Protocol):
         out_axes: Sequence[int | str | None],
     ) -> Callable[..., tuple[Array, ...]]: ...
 
+    def sum_over_shards(self, value: Array) -> Array:
+        """Traced, in a per-shard function or in a replica program: the sum over all data shards, the same on each of them."""
+        ...
+
 
 class ModelSource(Protocol):
     """What a bridge lowers a model to: named host arrays and its mode. Programs come from ProgramCalls that name the model."""

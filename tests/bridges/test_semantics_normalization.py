@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bridge_scripts import on_jax
 from semantics import assert_trains_as_torch, mean_square, sgd
 from torch import nn
 
@@ -86,6 +87,37 @@ def test_a_batch_norm_without_tracked_statistics_counts_nothing():
         lambda: [torch.randn(2, 1, 3, 3, 3) for _ in range(2)],
         forms=("loop",),
     )
+
+
+# -- statistics of the whole batch -----------------------------------------------------------------------------------------------
+
+
+def synchronized(**options) -> nn.Module:
+    return nn.SyncBatchNorm.convert_sync_batchnorm(around(nn.BatchNorm1d(6, **options)))
+
+
+@pytest.mark.parametrize("form", ["loop", "function", "fused"])
+@pytest.mark.parametrize("partitioning", ["pmap", "sharding"])
+def test_a_synchronized_batch_norm_sees_the_batch_of_all_data_shards(partitioning, form):
+    """As if one process had the whole batch: outputs, gradients and running statistics."""
+    assert_trains_as_torch(synchronized, rows, forms=(form,), num_devices=4, partitioning=partitioning)
+
+
+def test_a_synchronized_batch_norm_without_running_statistics_and_with_a_cumulative_average():
+    assert_trains_as_torch(lambda: synchronized(track_running_stats=False), rows, forms=("function",), num_devices=2)
+    assert_trains_as_torch(lambda: synchronized(momentum=None, affine=False), rows, forms=("loop",), num_devices=2)
+
+
+def test_a_plain_batch_norm_sees_its_own_data_shard_and_a_synchronized_one_does_not():
+    def outputs(make):
+        acc = on_jax(num_devices=2)
+        torch.manual_seed(0)
+        model = acc.prepare(make())
+        return model(torch.arange(16.0).view(4, 4)).detach().clone()
+
+    own, all_shards = outputs(lambda: around(nn.BatchNorm1d(6))), outputs(synchronized)
+    torch.testing.assert_close(own[:2], own[2:])  # each shard's two rows are normalized by each other
+    assert (all_shards[:2] - all_shards[2:]).abs().max() > 0.1
 
 
 # -- reparametrized weights ------------------------------------------------------------------------------------------------

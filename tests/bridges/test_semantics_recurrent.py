@@ -92,6 +92,7 @@ def test_a_recurrent_layer_can_be_differentiated_twice():
     assert_trains_as_torch(lambda: Tagger(nn.LSTM), short, penalty, forms=("function",))
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_autocast_reaches_the_products_of_a_recurrent_layer(kind):
     def loss(model, x):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from bridge_scripts import assert_same_on_jax, on_jax
 from torch import nn
 
-from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.errors import PrepareError
 
 torch.set_num_threads(1)
 
@@ -259,22 +259,6 @@ def test_recurrent_models_and_constants_of_a_model_work():
         return dict(model.state_dict()), h
 
     assert_same_on_jax(script)
-
-
-def test_a_synchronized_batch_norm_needs_the_global_partitioning():
-    def model() -> nn.Module:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
-
-    with pytest.raises(UnsupportedError, match="SyncBatchNorm"):
-        on_jax(num_devices=2).prepare(model())
-    on_jax().prepare(model())
-
-    def script(acc):
-        prepared = acc.prepare(model())
-        acc.backward(prepared(torch.randn(8, 4)).pow(3).mean())
-        return dict(prepared.state_dict()), [p.grad for p in prepared.parameters()]
-
-    assert_same_on_jax(script, num_devices=2, partitioning="sharding")
 
 
 def test_attributes_that_change_are_noticed(caplog):

@@ -18,6 +18,7 @@ from .packing import Key, thaw
 from .programs import numpy_dtype
 from .replay import run_forward, run_training
 from .shadows import OutSpec
+from .shards import shared_by
 
 if TYPE_CHECKING:
     from .modules import ManagedModel
@@ -71,7 +72,13 @@ class TrainingProgram:
     """A captured step: loss, auxiliary values, gradients, written buffers."""
 
     def __init__(
-        self, graph: TrainingGraph, dtypes: Sequence[Any], output_axes: Sequence[int | None], *, is_scaled: bool
+        self,
+        graph: TrainingGraph,
+        dtypes: Sequence[Any],
+        output_axes: Sequence[int | None],
+        shard_call: Any,
+        *,
+        is_scaled: bool,
     ) -> None:
         refuse_written_parameters(graph)
         self.grad_names = graph.grad_names
@@ -79,6 +86,7 @@ class TrainingProgram:
         self.draws_randomly = graph.program.draws_randomly
         self._graph = graph
         self._dtypes = tuple(dtypes)
+        self._shard_call = shard_call
         self._is_scaled = is_scaled
 
     def __call__(
@@ -88,7 +96,8 @@ class TrainingProgram:
         values = as_dtypes(inputs, self._dtypes)
         if self._is_scaled:
             values.append(jnp.ones((), jnp.float32) if loss_scale is None else loss_scale.astype(jnp.float32))
-        result = run_training(self._graph, params, buffers, values, key)
+        with shared_by(self._shard_call.sum_over_shards):
+            result = run_training(self._graph, params, buffers, values, key)
         loss, *outputs = result.aux
         return ProgramResult(loss.reshape(()), outputs, result.grads, result.new_buffers)
 
@@ -99,18 +108,22 @@ class ForwardProgram:
 
     grad_names: tuple[str, ...] = ()
 
-    def __init__(self, graph: ForwardGraph, dtypes: Sequence[Any], output_axes: Sequence[int | None]) -> None:
+    def __init__(
+        self, graph: ForwardGraph, dtypes: Sequence[Any], output_axes: Sequence[int | None], shard_call: Any
+    ) -> None:
         refuse_written_parameters(graph)
         self.output_axes = tuple(output_axes)
         self.draws_randomly = graph.program.draws_randomly
         self._graph = graph
         self._dtypes = tuple(dtypes)
+        self._shard_call = shard_call
 
     def __call__(
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
     ) -> ProgramResult:
         """Traceable."""
-        outputs, written = run_forward(self._graph, params, buffers, as_dtypes(inputs, self._dtypes), key)
+        with shared_by(self._shard_call.sum_over_shards):
+            outputs, written = run_forward(self._graph, params, buffers, as_dtypes(inputs, self._dtypes), key)
         return ProgramResult(None, outputs, {}, written)
 
 

@@ -105,7 +105,7 @@ class _ForwardRecipe:
             local = [OutSpec(torch.Size(s.shape), d, False) for s, d in zip(specs, self._dtypes, strict=True)]
             _, large = infer(modules, self._run, grown(local, self._axes, 2), self._modes)
         self._output_axes = batch_axes(seen[-1], large, batch_size)
-        return ForwardProgram(graph, numpy_dtypes(self._dtypes), self._output_axes)
+        return ForwardProgram(graph, numpy_dtypes(self._dtypes), self._output_axes, shard_call)
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """The model's own structure."""

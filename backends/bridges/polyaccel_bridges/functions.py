@@ -394,7 +394,7 @@ class _FunctionRecipe:
 
         graph = capture_training(function, self._modules(), inputs, autocast=None)
         axes = self._output_axes(specs, seen[-1], num_shards)
-        return TrainingProgram(graph, numpy_dtypes(self._dtypes), axes, is_scaled=is_scaled)
+        return TrainingProgram(graph, numpy_dtypes(self._dtypes), axes, shard_call, is_scaled=is_scaled)
 
     def _output_axes(self, specs: Sequence[ArraySpec], seen: list[OutSpec], num_shards: int) -> list[int | None]:
         batch_size = batch_size_of([spec.shape for spec in specs], self._axes)

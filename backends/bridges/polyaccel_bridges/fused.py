@@ -120,14 +120,15 @@ def fused_program(
 
         scale = [TensorSpec((), torch.float32)] if is_scaled else []
         graph = capture_training(step, modules, [*inputs, *scale], autocast=None)
-        inner = TrainingProgram(graph, numpy_dtypes(dtypes), axes, is_scaled=is_scaled)
+        inner = TrainingProgram(graph, numpy_dtypes(dtypes), axes, shard_call, is_scaled=is_scaled)
     else:
 
         def look(*leaves: torch.Tensor) -> list[torch.Tensor]:
             env = run(leaves)
             return [env[place[1], place[2]] for place in recipe.wanted]
 
-        inner = ForwardProgram(capture_forward(look, modules, inputs, autocast=None), numpy_dtypes(dtypes), axes)
+        looked = capture_forward(look, modules, inputs, autocast=None)
+        inner = ForwardProgram(looked, numpy_dtypes(dtypes), axes, shard_call)
     return _FusedProgram(inner, part.num_inputs, part.buffer_inputs, keeps_buffers=not part.is_executed)
 
 

@@ -50,7 +50,6 @@ class ManagedModel:
             self._slots.setdefault(name, (place.holder, place.key))
             (self._params if isinstance(tensor, nn.Parameter) else self._buffers)[name] = tensor
         self._refuse_unreadable()
-        self._refuse_synchronized()
         everything = (*self._params.values(), *self._buffers.values())
         self.wants_64bit = any(tensor.dtype in (torch.int64, torch.float64, torch.complex128) for tensor in everything)
         self.guard = ModuleGuard(module, self.names)
@@ -67,17 +66,6 @@ class ManagedModel:
                 raise PrepareError(
                     f"{name} of {type(self.module).__name__} is on the meta device and has no values",
                     "initialise the model first: model.to_empty(device='cpu') and load_state_dict or its init functions",
-                )
-
-    def _refuse_synchronized(self) -> None:
-        plan = self.recorder.engine.plan
-        if plan.num_data_shards == 1 or plan.partitioning == "sharding":
-            return  # one program over the whole batch: its statistics are synchronized anyway
-        for name, module in self.module.named_modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                raise UnsupportedError(
-                    f"{name or 'the model'} is a SyncBatchNorm, and replica programs keep their statistics to themselves",
-                    "use Accelerator(partitioning='sharding'), which normalizes over the global batch",
                 )
 
     # -- ModelSource -----------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def build(mesh: DeviceMesh, layout: Layout, call: ProgramCall, *, with_grads: bo
     """The program of a call for this layout."""
     specs = layout.specs if call.is_global else layout.replica_specs
     return call.build(
-        specs, with_grads=with_grads, num_shards=layout.num_replicas, shard_call=_shard_call(mesh, layout.num_replicas)
+        specs, with_grads=with_grads, num_shards=layout.num_replicas, shard_call=ReplicaCall(mesh, layout.num_replicas)
     )
 
 
@@ -167,15 +167,21 @@ def _of_first_shard(values: dict[str, jax.Array], index: jax.Array) -> dict[str,
     return {name: restored(summed[name], value) for name, value in values.items()}
 
 
-def _shard_call(mesh: DeviceMesh, num_replicas: int) -> Callable[..., Callable[..., tuple[jax.Array, ...]]]:
-    """The ShardCall that a global program cuts its replica parts with."""
+@dataclass(frozen=True, slots=True)
+class ReplicaCall:
+    """The ShardCall of this mesh: a global program cuts its replica parts with it, and replicas sum over each other with it."""
 
-    def shard_call(
+    mesh: DeviceMesh
+    num_replicas: int
+
+    def __call__(
+        self,
         function: Callable[..., tuple[jax.Array, ...]],
         in_axes: Sequence[int | None],
         out_axes: Sequence[int | str | None],
     ) -> Callable[..., tuple[jax.Array, ...]]:
-        if num_replicas == 1:
+        """`function` on every data shard."""
+        if self.num_replicas == 1:
             return lambda *arrays: function(jnp.int32(0), *arrays)
 
         def replica(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -186,13 +192,15 @@ def _shard_call(mesh: DeviceMesh, num_replicas: int) -> Callable[..., Callable[.
 
         return jax.shard_map(
             replica,
-            mesh=mesh.mesh,
-            in_specs=tuple(mesh.spec(axis) for axis in in_axes),
-            out_specs=tuple(mesh.spec(axis if isinstance(axis, int) else None) for axis in out_axes),
+            mesh=self.mesh.mesh,
+            in_specs=tuple(self.mesh.spec(axis) for axis in in_axes),
+            out_specs=tuple(self.mesh.spec(axis if isinstance(axis, int) else None) for axis in out_axes),
             check_vma=False,
         )
 
-    return shard_call
+    def sum_over_shards(self, value: jax.Array) -> jax.Array:
+        """The sum over the replicas; a program of the whole batch has one."""
+        return value if self.num_replicas == 1 else lax.psum(value, DATA_AXES)
 
 
 def _joined(value: jax.Array, axis: int | str | None, index: jax.Array) -> jax.Array:
