@@ -98,7 +98,7 @@ def _set(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from polyaccel.config.files import read_file
-    from polyaccel.config.resolve import Gathered, config_file, config_of, launch_settings_of
+    from polyaccel.config.resolve import Gathered, config_file, config_of
 
     path = options.path or config_file()
     if path is None:
@@ -107,7 +107,6 @@ def _check(options: argparse.Namespace) -> int:
     for note in read.notes:
         print(f"note: {note}")
     gathered = Gathered(read.values, read.sources, read.problems)
-    launch_settings_of(gathered)
     config_of(gathered)
     print(f"{path}: {len(read.values)} settings, no mistakes")
     return 0

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 
+from polyaccel.config.schema import SECTIONS
 from polyaccel.config.settings import SETTINGS, Setting
 
 
 def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting: `--mixed-precision bf16`, `--mesh.fsdp 4`, `--cpu`, `--no-even-batches`."""
-    groups = {
-        "": parser.add_argument_group("settings of the script (an argument of Accelerator(...) goes before)"),
-        "launch": parser.add_argument_group("settings of the job"),
-    }
+    groups = {"": parser.add_argument_group("settings of the script (an argument of Accelerator(...) goes before)")}
+    for section in SECTIONS:
+        title = "settings of the job" if section == "launch" else f"with --on {section.replace('_', '-')}"
+        groups[section] = parser.add_argument_group(title)
     for setting in SETTINGS.values():
-        _add(groups["launch" if setting.name.startswith("launch.") else ""], setting)
+        _add(groups.get(setting.name.rpartition(".")[0], groups[""]), setting)
 
 
 def flags_of(options: argparse.Namespace) -> dict[str, str]:

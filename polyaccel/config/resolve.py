@@ -10,13 +10,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from polyaccel.config.schema import Config, LaunchSettings
+from polyaccel.config.schema import SECTIONS, Config
 from polyaccel.config.settings import PREFIX, SETTINGS, of_variable, unknown, unknown_variable
 from polyaccel.errors import ConfigError
 from polyaccel.mesh import MeshSpec
 
+S = TypeVar("S")
 FILE_NAME = "polyaccel.toml"
 # Set by the launcher, not by users: which engine's processes it started, and where the values that it passes on came from.
 _LAUNCHED_BACKEND = "POLYACCEL_LAUNCHED_BACKEND"
@@ -99,12 +100,11 @@ def config_of(gathered: Gathered) -> Config:
     return Config(**values, sources={name: source for name, source in gathered.sources.items() if not _launches(name)})
 
 
-def launch_settings_of(gathered: Gathered) -> LaunchSettings:
-    """The `[launch]` part of gathered settings. Raises ConfigError for all mistakes at once."""
+def section_of(gathered: Gathered, section: type[S]) -> S:
+    """A table of the launcher (LaunchSettings, SlurmSettings, ...) from gathered settings. Raises ConfigError for all mistakes."""
     gathered.raise_problems()
-    return LaunchSettings(
-        **{name.removeprefix("launch."): value for name, value in gathered.values.items() if _launches(name)}
-    )
+    prefix = next(name for name, schema in SECTIONS.items() if schema is section) + "."
+    return section(**{name.removeprefix(prefix): v for name, v in gathered.values.items() if name.startswith(prefix)})
 
 
 def config_file(environment: Mapping[str, str] | None = None) -> Path | None:
@@ -148,7 +148,7 @@ def inherited_environment() -> dict[str, str]:
 
 
 def _launches(name: str) -> bool:
-    return name.startswith("launch.")
+    return name.partition(".")[0] in SECTIONS
 
 
 def _add_file(gathered: Gathered, path: Path) -> None:

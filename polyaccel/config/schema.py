@@ -10,6 +10,7 @@ from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS, PrecisionPolicy
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
+TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "hosts")
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
@@ -69,6 +70,7 @@ MESH_HELP = {
 class LaunchSettings:
     """How `polyaccel launch` starts a job: the `[launch]` table of a config file. Workers do not read it."""
 
+    on: str = _setting("local", "where: local, slurm, tpu-pod, kubernetes, hosts", choices=TARGETS)
     num_processes: int | None = _setting(
         None,
         "processes of the whole job, over all machines (default: what the backend wants: torch one per GPU, xla and jax one"
@@ -86,3 +88,71 @@ class LaunchSettings:
     num_cpu_threads_per_process: int | None = _setting(
         None, "OMP_NUM_THREADS of every process (default: cores / processes, at least 1)", kind="int", least=1
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SlurmSettings:
+    """What `polyaccel launch --on slurm` writes at the top of its sbatch script: the `[slurm]` table."""
+
+    job_name: str = _setting("polyaccel", "name of the job")
+    partition: str | None = _setting(None, "partition", kind="str")
+    account: str | None = _setting(None, "account", kind="str")
+    qos: str | None = _setting(None, "quality of service", kind="str")
+    constraint: str | None = _setting(None, "features that the nodes must have", kind="str")
+    time: str | None = _setting(None, "time limit, such as 04:00:00", kind="str")
+    gpus_per_node: int | None = _setting(None, "GPUs of every node", kind="int", least=1)
+    cpus_per_task: int | None = _setting(None, "cores of every node's task", kind="int", least=1)
+    mem: str | None = _setting(None, "memory of every node, such as 64G", kind="str")
+    output: str = _setting("slurm-%j.out", "where the job's output goes")
+    requeue: bool = _setting(True, "queue the job again when a preempted script has saved its state and left")
+    setup: str | None = _setting(
+        None, "a shell command that every node runs first, such as `source env/bin/activate`", kind="str"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TpuPodSettings:
+    """Which TPU `polyaccel launch --on tpu-pod` reaches through gcloud: the `[tpu_pod]` table."""
+
+    name: str | None = _setting(None, "name of the TPU VM", kind="str")
+    zone: str | None = _setting(None, "its zone (default: gcloud's own)", kind="str")
+    project: str | None = _setting(None, "its project (default: gcloud's own)", kind="str")
+    workdir: str | None = _setting(None, "folder on every worker in which the script is started", kind="str")
+    setup: str | None = _setting(None, "a shell command that every worker runs first", kind="str")
+
+
+@dataclass(frozen=True, slots=True)
+class KubernetesSettings:
+    """The manifest of `polyaccel launch --on kubernetes`: the `[kubernetes]` table."""
+
+    name: str = _setting("polyaccel", "name of the job")
+    namespace: str = _setting("default", "namespace")
+    image: str | None = _setting(None, "container image with polyaccel, the engine and the script", kind="str")
+    kind: str = _setting("jobset", "jobset, or trainjob (Kubeflow Trainer)", choices=("jobset", "trainjob"))
+    runtime: str | None = _setting(
+        None, "trainjob: the ClusterTrainingRuntime (default: torch-distributed or jax-distributed)", kind="str"
+    )
+    gpus_per_node: int | None = _setting(None, "nvidia.com/gpu of every machine", kind="int", least=1)
+    tpus_per_node: int | None = _setting(None, "google.com/tpu of every machine", kind="int", least=1)
+    tpu_accelerator: str | None = _setting(None, "GKE's TPU type, such as tpu-v5-lite-podslice", kind="str")
+    tpu_topology: str | None = _setting(None, "GKE's TPU topology, such as 4x4", kind="str")
+    cpu: str | None = _setting(None, "cores of every machine", kind="str")
+    memory: str | None = _setting(None, "memory of every machine, such as 64Gi", kind="str")
+
+
+@dataclass(frozen=True, slots=True)
+class HostSettings:
+    """Plain machines that `polyaccel launch --on hosts` reaches by ssh: the `[hosts]` table."""
+
+    names: tuple[str, ...] = _setting((), "the machines as ssh knows them; the first one is machine 0")
+    workdir: str | None = _setting(None, "folder on every machine in which the script is started", kind="str")
+    setup: str | None = _setting(None, "a shell command that every machine runs first", kind="str")
+
+
+SECTIONS: Mapping[str, type] = {
+    "launch": LaunchSettings,
+    "slurm": SlurmSettings,
+    "tpu_pod": TpuPodSettings,
+    "kubernetes": KubernetesSettings,
+    "hosts": HostSettings,
+}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from polyaccel.config.schema import MESH_HELP, Config, LaunchSettings
+from polyaccel.config.schema import MESH_HELP, SECTIONS, Config
 from polyaccel.errors import nearest
 from polyaccel.mesh import MeshSpec
 
@@ -71,7 +71,7 @@ class Setting:
 
 
 def _flatten() -> Iterator[Setting]:
-    for schema, section in ((Config, ""), (LaunchSettings, "launch.")):
+    for section, schema in (("", Config), *((name + ".", section) for name, section in SECTIONS.items())):
         for f in fields(schema):
             if f.name == "mesh":
                 sizes = MeshSpec().sizes

@@ -1,120 +1,139 @@
-"""Starts the processes of a job on this machine, watches them, and stops all when one fails."""
+"""Starts this machine's processes of a job, and starts the job again as often as the settings allow."""
 
 from __future__ import annotations
 
-import signal
+import shlex
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
 from polyaccel.config.schema import LaunchSettings
 from polyaccel.errors import LaunchError
-from polyaccel.launch.rendezvous import Rendezvous
+from polyaccel.launch.rendezvous import Rendezvous, machines_from_environment
+from polyaccel.launch.supervision import StopRequest, Worker, supervise
+from polyaccel.protocols import Backend
 from polyaccel.registry import choose_backend
 
-GRACE_S = 15.0  # between SIGTERM and SIGKILL; jax.distributed ignores SIGTERM
-_POLL_S = 0.05
+_LONGEST_PAUSE_S = 30.0
 
 
-def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettings) -> int:
+def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettings, dry_run: bool = False) -> int:
     """Run `python *command` in every worker slot of the backend, and wait for all.
 
     Args:
         command: what follows `python`: a script, or "-m" and a module, and its arguments.
         gathered: the settings that the workers get.
         settings: how many of them, and where.
+        dry_run: print what would be started, with the variables that each process gets, and start nothing.
 
     Returns 0, or the exit code of the first worker that failed (128 + signal number if it was killed); the others are stopped.
+    After a failure the job is started again up to `max_restarts` times, after 1, 2, 4, ... seconds, unless a signal stopped it.
     """
     if command[0] != "-m" and not Path(command[0]).is_file():
         raise LaunchError(
             f"script {command[0]!r} does not exist", "give the path of a Python file, or -m and a module name"
         )
+    settings = _placed(settings)
     chosen = choose_backend(gathered.values.get("backend", "auto"))
-    slots = chosen.worker_slots(settings.num_processes, use_cpu=bool(gathered.values.get("cpu")))
-    environment = {**inherited_environment(), **environment_for(gathered, launched=chosen.name)}
+    if dry_run:
+        print(_described(_workers(command, chosen, gathered, settings, attempt=0)))
+        return 0
+    stop = StopRequest()
+    attempt = 0
+    while True:
+        code = supervise(_workers(command, chosen, gathered, settings, attempt), grace_s=settings.grace_s, stop=stop)
+        if code == 0 or stop.is_set or attempt == settings.max_restarts:
+            return code
+        pause_s = min(2.0**attempt, _LONGEST_PAUSE_S)
+        attempt += 1
+        print(
+            f"polyaccel launch: restart {attempt} of {settings.max_restarts} in {pause_s:g} s (exit code {code})",
+            file=sys.stderr,
+        )
+        time.sleep(pause_s)
+
+
+def _placed(settings: LaunchSettings) -> LaunchSettings:
+    """The settings with this machine's place among the job's machines, as flags or else the scheduler tell it."""
+    found = machines_from_environment()
+    if settings.num_machines == 1 and found is not None and found.num_machines > 1:
+        settings = replace(settings, num_machines=found.num_machines)
+    if settings.num_machines == 1:
+        return settings
+    if found is not None and found.num_machines == settings.num_machines:
+        settings = replace(
+            settings,
+            machine_rank=settings.machine_rank or found.machine_rank,
+            main_process_ip=settings.main_process_ip or found.address,
+            main_process_port=settings.main_process_port or found.port,
+        )
+    if settings.main_process_ip is None:
+        raise LaunchError(
+            f"--num-machines {settings.num_machines} without --main-process-ip: the machines cannot find each other",
+            "give the address of machine 0 on every machine, and each its own --machine-rank",
+        )
+    if settings.machine_rank >= settings.num_machines:
+        raise LaunchError(
+            f"--machine-rank {settings.machine_rank} is outside a job of {settings.num_machines} machines",
+            f"ranks count from 0 to {settings.num_machines - 1}",
+        )
+    if settings.num_processes is not None and settings.num_processes % settings.num_machines:
+        raise LaunchError(
+            f"--num-processes {settings.num_processes} cannot be spread over {settings.num_machines} machines in equal parts",
+            f"use a multiple of {settings.num_machines}: it counts the processes of all machines, as in Accelerate",
+        )
+    return settings
+
+
+def _workers(
+    command: Sequence[str], backend: Backend, gathered: Gathered, settings: LaunchSettings, attempt: int
+) -> list[Worker]:
+    machines, rank = settings.num_machines, settings.machine_rank
+    here = None if settings.num_processes is None else settings.num_processes // machines
+    slots = backend.worker_slots(here, use_cpu=bool(gathered.values.get("cpu")))
+    size = len(slots) * machines
+    address = settings.main_process_ip or "127.0.0.1"
+    # A new port for every attempt: the last one's may still be held. On several machines they count attempts alike, since a
+    # failure ends the job everywhere.
+    port = (settings.main_process_port or 29500) + attempt if machines > 1 else _local_port(settings, attempt)
+    shared = {**inherited_environment(), **environment_for(gathered, launched=backend.name)}
     # Python puts a script's own folder first on its path; buffered output of a killed worker would be lost.
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    address, port = "127.0.0.1", _free_port()
-    workers: list[subprocess.Popen[bytes]] = []
-    try:
-        with _Signals(workers):
-            for index, slot in enumerate(slots):
-                place = Rendezvous(index, len(slots), index, len(slots), address, port)
-                joined = place.environment() if len(slots) > 1 else {}
-                worker_environment = {**environment, **joined, **slot.environment}
-                workers.append(subprocess.Popen([sys.executable, *command], env=worker_environment))
-            return _wait(workers)
-    finally:
-        _stop(workers)
+    shared.setdefault("PYTHONUNBUFFERED", "1")
+    if settings.num_cpu_threads_per_process is not None:
+        shared["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
+    if settings.gpu_ids != "all":
+        shared["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
+    workers = []
+    for index, slot in enumerate(slots):
+        place = Rendezvous(rank * len(slots) + index, size, index, len(slots), address, port)
+        joined = place.environment() if size > 1 else {}
+        environment = {**shared, **joined, **slot.environment}
+        workers.append(Worker(str(place.process_index), [sys.executable, *command], environment))
+    return workers
 
 
-def _free_port() -> int:
+def _local_port(settings: LaunchSettings, attempt: int) -> int:
+    if settings.main_process_port is not None:
+        return settings.main_process_port + attempt
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    running = dict(enumerate(workers))
-    while running:
-        for index, worker in list(running.items()):
-            code = worker.poll()
-            if code is None:
-                continue
-            del running[index]
-            if code != 0:
-                code = 128 - code if code < 0 else code
-                if len(workers) > 1:
-                    stopped = f"; stopping the other {len(running)}" if running else ""
-                    print(
-                        f"polyaccel launch: process {index} of {len(workers)} failed with exit code {code}{stopped}",
-                        file=sys.stderr,
-                    )
-                return code
-        time.sleep(_POLL_S)
-    return 0
-
-
-def _stop(workers: list[subprocess.Popen[bytes]]) -> None:
+def _described(workers: Sequence[Worker]) -> str:
+    """The processes as lines for a shell: the variables that differ from this environment, then the command."""
+    present = inherited_environment()
+    lines = []
     for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for worker in workers:
-        try:
-            worker.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
-
-
-class _Signals:
-    """While workers run, SIGTERM and SIGINT go to them, and their exit codes decide."""
-
-    def __init__(self, workers: list[subprocess.Popen[bytes]]) -> None:
-        self._workers = workers
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        def forward(number: int, frame: FrameType | None) -> None:
-            for worker in self._workers:
-                if worker.poll() is None:
-                    worker.send_signal(number)
-
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, forward)
-        except ValueError:
-            pass  # not the main thread: signals are the caller's business
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        changed = {name: v for name, v in (worker.environment or {}).items() if present.get(name) != v}
+        lines.append(
+            " ".join(
+                [*(f"{name}={shlex.quote(v)}" for name, v in sorted(changed.items())), shlex.join(worker.arguments)]
+            )
+        )
+    return "\n".join(lines)

@@ -181,6 +181,10 @@ def machines_of(environment: Environment) -> Machines | None:
             environment.get("PET_MASTER_ADDR", address),
             _number(environment, "PET_MASTER_PORT", _PORT),
         )
+    if "JAX_NUM_PROCESSES" in environment and "JAX_PROCESS_ID" in environment:  # Kubeflow Trainer, the JAX runtime
+        place = kubeflow_jax(environment)
+        assert place is not None  # it has just seen its variables
+        return Machines("Kubeflow", place.num_processes, place.process_index, place.address, place.port)
     if "SKYPILOT_NODE_RANK" in environment:
         hosts = environment.get("SKYPILOT_NODE_IPS", "").split()
         count = _number(environment, "SKYPILOT_NUM_NODES", len(hosts) or 1)
@@ -189,9 +193,16 @@ def machines_of(environment: Environment) -> Machines | None:
     if "JOB_COMPLETION_INDEX" in environment and "NUM_MACHINES" in environment:
         count, rank = _number(environment, "NUM_MACHINES"), _number(environment, "JOB_COMPLETION_INDEX")
         return Machines("Kubernetes", count, rank, address, _number(environment, "MASTER_PORT", _PORT))
-    if "SLURM_JOB_ID" in environment and "SLURM_NNODES" in environment and "SLURM_NODEID" in environment:
+    if "SLURM_STEP_ID" in environment and "SLURM_NNODES" in environment and "SLURM_PTY_PORT" not in environment:
+        count = _number(environment, "SLURM_NNODES")
+        tasks = _number(environment, "SLURM_STEP_NUM_TASKS", count)
+        if tasks != count:
+            raise LaunchError(
+                f"srun started {tasks} tasks on {count} nodes, and each runs `polyaccel launch`, which starts a node's processes itself",
+                "use srun --ntasks-per-node=1 with `polyaccel launch`, or let srun start the script (python train.py)",
+            )
         nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-        count, rank = _number(environment, "SLURM_NNODES"), _number(environment, "SLURM_NODEID")
+        rank = _number(environment, "SLURM_NODEID", 0)
         return Machines("Slurm", count, rank, address or first_host(nodes), slurm_port(environment))
     return None
 

@@ -137,7 +137,7 @@ def test_the_launcher_finds_the_machines_that_it_was_started_on():
         "m",
         9,
     )
-    found = machines_from_environment(SRUN)
+    found = machines_from_environment({**SRUN, "SLURM_STEP_NUM_TASKS": "2"})
     assert (found.scheduler, found.num_machines, found.machine_rank, found.address, found.port) == (
         "Slurm",
         2,
@@ -146,3 +146,6 @@ def test_the_launcher_finds_the_machines_that_it_was_started_on():
         24242,
     )
     assert machines_from_environment({}) is None
+    assert machines_from_environment({name: v for name, v in SRUN.items() if name != "SLURM_STEP_ID"}) is None
+    with pytest.raises(LaunchError, match="8 tasks on 2 nodes"):
+        machines_from_environment(SRUN)

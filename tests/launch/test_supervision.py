@@ -1,0 +1,178 @@
+"""What happens to the processes of a job: their output, a failure, a signal, a restart."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from polyaccel.launch.supervision import Worker, supervise
+
+LAUNCH = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
+
+
+def python(name, code):
+    return Worker(name, [sys.executable, "-u", "-c", code], None)
+
+
+def launch(*arguments):
+    return subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+
+
+def test_every_line_has_the_name_of_its_process(capfd):
+    code = "import sys; print('out'); print('err', file=sys.stderr)"
+    assert supervise([python("0", code), python("1", code)], grace_s=5) == 0
+    captured = capfd.readouterr()
+    assert sorted(captured.out.splitlines()) == ["[0] out", "[1] out"]
+    assert sorted(captured.err.splitlines()) == ["[0] err", "[1] err"]
+
+
+def test_long_lines_of_two_processes_never_mix(capfd):
+    code = "for _ in range(200): print({!r} * 3000)"
+    assert supervise([python("a", code.format("x")), python("b", code.format("y"))], grace_s=5) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 400
+    assert set(lines) == {"[a] " + "x" * 3000, "[b] " + "y" * 3000}
+
+
+def test_a_single_process_keeps_the_terminal(capfd):
+    assert supervise([python("0", "print('plain')")], grace_s=5) == 0
+    assert capfd.readouterr().out == "plain\n"
+
+
+def test_the_traceback_of_the_first_that_failed_comes_last(capfd):
+    waits = "import time; time.sleep(60)"
+    fails = "import sys\nprint('before', file=sys.stderr)\nraise ValueError('the cause')"
+    started = time.monotonic()
+    assert supervise([python("0", waits), python("1", fails)], grace_s=5) == 1
+    assert time.monotonic() - started < 30
+    err = capfd.readouterr().err
+    last = err[err.index("polyaccel launch: process 1 of 2 failed with exit code 1") :]
+    assert "Traceback (most recent call last)" in last
+    assert last.rstrip().endswith("ValueError: the cause")
+    assert "[1]" not in last  # as Python printed it
+
+
+def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(tmp_path):
+    ready = tmp_path / "ready"
+    stubborn = (
+        f"import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open({str(ready)!r}, 'w'); time.sleep(60)"
+    )
+    fails = f"import os, sys, time\nwhile not os.path.exists({str(ready)!r}): time.sleep(.01)\nsys.exit(9)"
+    started = time.monotonic()
+    assert supervise([python("0", stubborn), python("1", fails)], grace_s=1) == 9
+    assert 1 <= time.monotonic() - started < 30
+
+
+def test_a_killed_process_is_told_as_a_shell_tells_it():
+    assert supervise([python("0", "import os; os.kill(os.getpid(), 9)"), python("1", "pass")], grace_s=1) == 137
+
+
+def test_what_a_killed_process_started_ends_with_it(tmp_path):
+    """A data loader's worker would otherwise hold the machine's memory, or its GPU."""
+    pid = tmp_path / "pid"
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        f"import subprocess, sys, time\np = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"open({str(pid)!r}, 'w').write(str(p.pid))\ntime.sleep(60)"
+    )
+    fails = (
+        f"import os, sys, time\nwhile not (os.path.exists({str(pid)!r}) and open({str(pid)!r}).read()): time.sleep(.01)\n"
+        "sys.exit(3)"
+    )
+    assert supervise([python("0", parent), python("1", fails)], grace_s=1) == 3
+    number = int(pid.read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and Path(f"/proc/{number}/stat").exists():
+        if Path(f"/proc/{number}/stat").read_text().split()[2] == "Z":
+            break  # dead; whoever inherited it has not asked yet
+        time.sleep(0.05)
+    else:
+        assert not Path(f"/proc/{number}/stat").exists()
+
+
+def test_a_job_is_started_again_as_often_as_asked(tmp_path):
+    script, marks = tmp_path / "fails_twice.py", tmp_path / "marks"
+    marks.mkdir()
+    script.write_text(
+        f"import os, pathlib, sys\nmarks = pathlib.Path({str(marks)!r})\n"
+        "(marks / f\"{os.environ['MASTER_PORT']}-{os.environ['RANK']}\").touch()\n"
+        "ports = {p.name.split('-')[0] for p in marks.iterdir()}\n"
+        "sys.exit(5 if len(ports) < 3 and os.environ['RANK'] == '0' else 0)\n"
+    )
+    done = launch("--num_processes", 2, "--max-restarts", 1, script)
+    assert done.returncode == 5
+    assert "restart 1 of 1 in 1 s (exit code 5)" in done.stderr
+    for mark in marks.iterdir():
+        mark.unlink()
+    done = launch("--num_processes", 2, "--max_restarts", 2, script)
+    assert done.returncode == 0, done.stderr
+    assert len({mark.name.split("-")[0] for mark in marks.iterdir()}) == 3, "every attempt has a port of its own"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_and_it_is_not_restarted(tmp_path, number):
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import os, signal, sys, time\n"
+        "for n in (signal.SIGTERM, signal.SIGINT): signal.signal(n, lambda number, frame: sys.exit(40 + number))\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    command = [*LAUNCH, "--num-processes", "2", "--max-restarts", "3", str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
+        job.send_signal(number)
+        assert job.wait(30) == 40 + number
+        assert "restart" not in job.stderr.read()
+
+
+def test_n_cpu_processes_really_are_n(tmp_path):
+    script = tmp_path / "who.py"
+    script.write_text("import os; print(os.environ['RANK'], os.environ['WORLD_SIZE'], os.getpid())\n")
+    done = launch("--num_processes", 3, "--num_cpu_threads_per_process", 1, script)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert {(rank, size) for rank, size, _ in lines} == {("0", "3"), ("1", "3"), ("2", "3")}
+    assert len({pid for _, _, pid in lines}) == 3
+
+
+def test_a_dry_run_prints_the_processes_and_starts_none(tmp_path):
+    script = tmp_path / "never.py"
+    script.write_text("open('started', 'w')\n")
+    done = launch("--num_processes", 2, "--mixed_precision", "bf16", "--dry-run", script)
+    first, second = done.stdout.splitlines()
+    assert "RANK=0" in first.split()
+    assert "RANK=1" in second.split()
+    assert "POLYACCEL_MIXED_PRECISION=bf16" in first.split()
+    assert not (tmp_path / "started").exists()
+    assert not Path("started").exists()
+
+
+def test_two_machines_need_an_address_and_equal_parts(tmp_path, monkeypatch):
+    script = tmp_path / "s.py"
+    script.write_text("")
+    assert "without --main-process-ip" in launch("--num_machines", 2, script).stderr
+    placed = ["--num_machines", 2, "--main_process_ip", "h"]
+    assert "cannot be spread over 2 machines" in launch(*placed, "--num_processes", 3, script).stderr
+    assert "--machine-rank 2 is outside" in launch(*placed, "--machine_rank", 2, script).stderr
+    done = launch(*placed, "--machine_rank", 1, "--num_processes", 4, "--main_process_port", 777, "--dry-run", script)
+    first, second = (dict(w.split("=", 1) for w in line.split() if "=" in w) for line in done.stdout.splitlines())
+    assert (first["RANK"], second["RANK"], first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"]) == ("2", "3", "4", "2")
+    assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("h", "777")
+
+
+def test_accelerates_switches_name_an_engine(tmp_path):
+    script = tmp_path / "s.py"
+    script.write_text("")
+    done = subprocess.run(
+        [*LAUNCH[:4], "--multi_gpu", "--backend", "jax", str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ,
+    )
+    assert done.returncode == 1
+    assert "--multi_gpu means --backend torch, and --backend jax is given" in done.stderr
