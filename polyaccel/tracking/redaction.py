@@ -99,8 +99,10 @@ class Redaction:
         elif isinstance(value, (list, tuple)):
             for item in value:
                 self._learn_from(item, name)
-        elif isinstance(value, str) and is_secret(name, value):
-            self.learn([value])
+        elif isinstance(value, str):
+            self.learn(found.partition(":")[2] for found in _USER_IN_URL.findall(value))
+            if is_secret(name, value):
+                self.learn([value])
 
     def _hide(self, value: Any, name: str) -> Any:
         if isinstance(value, Mapping):

@@ -12,15 +12,15 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import PurePath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 MAX_ELEMENTS = 1024  # a longer array is no metric: its shape is recorded instead of its values
 _PLAIN = (float, int, str, bool, type(None))
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
-@runtime_checkable
 class StartsFetch(Protocol):
     """A value that knows how to come to the host: a bridge's tensor, or any third party's."""
 
@@ -60,13 +60,14 @@ def _take(value: Any, waiting: list[Late]) -> Any:
         return take(value, waiting)
     if isinstance(value, (list, tuple)):
         return [item if type(item) in _PLAIN else _take(item, waiting) for item in value]
-    if not hasattr(value, "dtype"):
+    kind = type(value)  # asked instead of the value: an attribute of a lazy tensor may be costly
+    if not hasattr(kind, "dtype"):
         return value
-    if isinstance(value, StartsFetch):
+    if hasattr(kind, "start_fetch"):
         return _take_from_bridge(value, waiting)
-    if hasattr(value, "copy_to_host_async"):
-        return Late(lambda: _host_of_jax(value))  # immutable: the reference is the snapshot
-    if hasattr(value, "detach") and hasattr(value, "device"):
+    if hasattr(kind, "copy_to_host_async"):
+        return Late(partial(_host_of_jax, value))  # immutable: the reference is the snapshot
+    if hasattr(kind, "detach") and hasattr(kind, "device"):
         return _take_tensor(value, waiting)
     if hasattr(value, "__array__"):
         copied = value.__array__()
