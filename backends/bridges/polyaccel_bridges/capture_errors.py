@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -15,6 +17,11 @@ from polyaccel.errors import PrepareError
 
 from .sources import source_of_error
 
+_SHAPE_HINT = (
+    "use a mask with torch.where instead of selecting elements, move it out of the model, or use the torch backend"
+)
+_SHAPE_HINTS: dict[Any, str] = {F.one_hot: "pass the number of classes: one_hot(labels, num_classes=10)"}
+
 
 def explained(error: Exception, paths: Mapping[int, str]) -> Exception:
     """Our error where the values of tensors decide what is computed; otherwise the original one with the place in a note."""
@@ -25,9 +32,10 @@ def explained(error: Exception, paths: Mapping[int, str]) -> Exception:
             f"Python code uses the value of a tensor ({error.func}), so the model is no fixed program: {source}", hint
         )
     if isinstance(error, DynamicOutputShapeException):
+        name = error.func.__name__ if error.func in _SHAPE_HINTS else error.func
         return PrepareError(
-            f"the shape of the result of {error.func} depends on values, so the model is no fixed program: {source}",
-            "use a mask with torch.where instead of selecting elements, move it out of the model, or use the torch backend",
+            f"the shape of the result of {name} depends on values, so the model is no fixed program: {source}",
+            _SHAPE_HINTS.get(error.func, _SHAPE_HINT),
         )
     if isinstance(error, GuardOnDataDependentSymNode | UnsupportedOperatorException):
         return PrepareError(f"PyTorch cannot capture this: {error}; {source}", hint)

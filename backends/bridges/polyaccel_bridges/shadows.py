@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from polyaccel.errors import PolyaccelError, PrepareError
 
 from .capture_errors import explained
+from .fixed_shapes import FixedShapes
 from .module_state import collect_state, filled
 from .packing import LEAF, Key, freeze, settle
 from .sources import source_of_error
@@ -134,7 +135,7 @@ class Fakes:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside, torch computes nothing."""
-        with self.mode, torch.random.fork_rng(devices=[]):
+        with self.mode, FixedShapes(), torch.random.fork_rng(devices=[]):
             yield
 
 

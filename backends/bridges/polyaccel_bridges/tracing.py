@@ -25,6 +25,7 @@ from polyaccel.errors import PolyaccelError, PrepareError
 from .capture_errors import explained
 from .captured_gradients import gradients
 from .decompositions import capture_decompositions
+from .fixed_shapes import FixedShapes
 from .graphs import TensorSpec
 from .module_state import ModuleState, collect_state, filled
 from .recomputation import hold_back_recomputation
@@ -168,7 +169,7 @@ def _run(
     gradients_on = torch.no_grad() if kind == "forward" else torch.enable_grad()
     mixed = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
     with notes, filled(state, held):
-        with gradients_on, mixed:
+        with gradients_on, mixed, FixedShapes():
             outputs = _outputs(function(*arguments), kind)
         layout.num_outputs = len(outputs)
         reassigned = _reassigned(state, held)
