@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import sys
 from collections.abc import Iterator, Mapping
@@ -42,13 +43,16 @@ class Source:
 NOWHERE = Source()
 
 
-def _is_users(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _OURS
+_OF_LIBRARY, _OF_INSTALLED, _OF_USER = range(3)
 
 
-def _is_installed(frame: FrameType) -> bool:
-    file = frame.f_code.co_filename
-    return "site-packages" in file or "dist-packages" in file or file.startswith("<")
+@functools.cache  # asked for every frame of the stack at every operation
+def _owner(file: str, module: str) -> int:
+    """Whose code this is: PyTorch's, jax's or ours; an installed package's; or the user's own."""
+    if module.partition(".")[0] in _OURS:
+        return _OF_LIBRARY
+    is_installed = "site-packages" in file or "dist-packages" in file or file.startswith("<")
+    return _OF_INSTALLED if is_installed else _OF_USER
 
 
 def source_of(frames: Iterator[tuple[FrameType, int]], paths: Mapping[int, str]) -> Source:
@@ -63,10 +67,12 @@ def source_of(frames: Iterator[tuple[FrameType, int]], paths: Mapping[int, str])
         if frame.f_code is _MODULE_CALL:
             if not module_path:
                 module_path = paths.get(id(frame.f_locals.get("self")), "")
-        elif _is_users(frame):
-            if not _is_installed(frame):
-                module_path = module_path or _enclosing_module(frame.f_back, paths)
-                return Source(module_path, frame.f_code.co_filename, line)
+            continue
+        owner = _owner(frame.f_code.co_filename, frame.f_globals.get("__name__") or "")
+        if owner == _OF_USER:
+            module_path = module_path or _enclosing_module(frame.f_back, paths)
+            return Source(module_path, frame.f_code.co_filename, line)
+        if owner == _OF_INSTALLED:
             installed = installed or (frame.f_code.co_filename, line)
     return Source(module_path, *(installed or ("", 0)))
 
@@ -136,12 +142,11 @@ class SourceNotes(TorchDispatchMode):
         if func is torch.ops.aten._linalg_check_errors.default:
             return None  # it raises by value; functionalization would order it by tokens, which no program here carries
         backward = torch._C._current_autograd_node()
-        source = source_of(_running_frames(), self._paths)
+        source = None if backward is None else self._by_sequence.get(backward._sequence_nr())
+        if source is None:
+            source = source_of(_running_frames(), self._paths)
         if backward is None:
             self._by_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, source)
-        else:
-            forward = self._by_sequence.get(backward._sequence_nr())
-            source = forward or source
         if kwargs and kwargs.get("generator") is not None:
             raise UnsupportedError(
                 f"{func} draws from a torch.Generator of its own, whose state a compiled program cannot advance: {source}",
