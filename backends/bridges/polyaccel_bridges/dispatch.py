@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from polyaccel.errors import PrepareError, UnsupportedError
 
 from . import scope as capturing
-from .tensors import DeviceParameter, DeviceTensor, ViewCell, device_tensors
+from .tensors import DeviceParameter, DeviceTensor, ViewCell, cpp_grad_fn, device_tensors
 
 _T = torch.Tensor
 _GETTER = "__get__"
@@ -21,6 +22,10 @@ _REBINDING = {
     _T.__isub__: _T.__sub__,
     _T.__imul__: _T.__mul__,
     _T.__itruediv__: _T.__truediv__,
+    _T.add_: _T.add,
+    _T.sub_: _T.sub,
+    _T.mul_: _T.mul,
+    _T.div_: _T.div,
 }
 
 
@@ -42,16 +47,30 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
         is_inplace, target = _target(func, args, kwargs)
         if is_inplace and not isinstance(target, DeviceTensor):
             return _into_plain(func, args, kwargs, target, operands, is_needed)
-        if isinstance(target, DeviceParameter) or (target is not None and target._cell is not None):
-            if is_needed and isinstance(target, DeviceParameter) and target._requires_grad:
-                raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-            if is_needed:
-                _refuse_inplace(func, target)
-        else:
+        if target is None or not _is_settled(target):
             result = operands[0]._recorder.record(func, args, kwargs)
             if result is not NOT_RECORDED:
                 return result
+        elif is_needed:
+            if getattr(target._cell, "is_gradient", False):  # what it is computed from is a value to it
+                with torch.no_grad():
+                    return eager(func, args, kwargs, operands)
+            if isinstance(target, DeviceParameter) and target._requires_grad:
+                raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+            _refuse_inplace(func, target)
+    elif torch.is_grad_enabled() and any(cpp_grad_fn(operand) is not None for operand in operands):
+        return operands[0]._recorder.record(func, args, kwargs)  # what a custom autograd function gave
     return eager(func, args, kwargs, operands)
+
+
+def _is_settled(target: DeviceTensor) -> bool:
+    """Whether a write to it is a write to its value, and no operation of the present recording."""
+    if isinstance(target, DeviceParameter):
+        return True
+    if target._ref is not None and not target._recorder.is_recording(target._ref.session):
+        target.host()
+        return not target._requires_grad
+    return target._ref is None and target._cell is not None
 
 
 class _NotRecorded:
@@ -111,11 +130,32 @@ def _into_plain(
 ) -> Any:
     """An in-place operation on a plain tensor: `total += loss` gives `total` a new value, everything else needs the numbers now."""
     functional = _REBINDING.get(func)
-    if functional is not None and isinstance(target, torch.Tensor):
-        return dispatch(functional, args, kwargs)
+    if functional is not None and _may_become_recorded(target, args, kwargs):
+        result = dispatch(functional, args, kwargs)
+        if isinstance(result, DeviceTensor):
+            result._recorder.become(target, result)
+            return target
+        return target.copy_(result)
     if is_needed:
-        _refuse_inplace(func, target)
+        return operands[0]._recorder.halves.run(
+            func, args, kwargs, "it writes into a tensor that is no part of the recording"
+        )
     return eager(func, args, kwargs, operands)
+
+
+def _may_become_recorded(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `target += value` can make the very tensor a recorded one: nobody else sees its memory, and it stays what it is."""
+    if type(target) is not torch.Tensor or target.requires_grad or target._is_view() or weakref.getweakrefs(target):
+        return False
+    storage = target.untyped_storage()  # numpy's and shared memory is not resizable
+    if not storage.resizable() or torch._C._storage_Use_Count(storage._cdata) > 2 or kwargs or len(args) != 2:
+        return False
+    other = args[1]
+    if not isinstance(other, torch.Tensor):
+        return False
+    shape = torch.broadcast_shapes(target.shape, other.shape)
+    dtype = torch.result_type(target, torch.empty((), dtype=other.dtype).expand(other.shape))
+    return shape == target.shape and dtype == target.dtype
 
 
 def _refuse_inplace(func: Any, target: Any) -> None:
@@ -197,9 +237,21 @@ def _refuse_autograd(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-def _backward_of(tensors: Any, *args: Any, **kwargs: Any) -> None:
-    tensor = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
-    tensor.backward(*args, **kwargs)
+def _backward_of(
+    tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, **options: Any
+) -> None:
+    losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    seeds = [None] * len(losses) if grad_tensors is None else grad_tensors
+    seeds = [seeds] if isinstance(seeds, torch.Tensor) else list(seeds)
+    with torch.enable_grad():
+        if len(losses) == 1:
+            total, seed = losses[0], seeds[0]
+        else:
+            terms = [loss if seed is None else (loss * seed).sum() for loss, seed in zip(losses, seeds, strict=True)]
+            if any(term.numel() != 1 for term in terms):
+                raise RuntimeError("grad can be implicitly created only for scalar outputs")
+            total, seed = sum(term.reshape(()) for term in terms), None
+    total.backward(seed, retain_graph, create_graph, **options)
 
 
 def _of_value(func: Callable[..., Any]) -> Callable[..., Any]:

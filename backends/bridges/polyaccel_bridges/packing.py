@@ -114,6 +114,25 @@ def freeze(value: Any, tensor: Describe, number: Describe | None = None, other: 
     return value if kind in _PLAIN else (_OBJECT, Identity(value))
 
 
+def freeze_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: Describe, number: Describe, *, lifts: bool
+) -> Key:
+    """The key of `(args, kwargs)`. With `lifts`, integers and numpy's scalars among the arguments are numbers too."""
+
+    def one(value: Any) -> Key:
+        if lifts and type(value) is int:
+            return number(value)
+        if lifts and isinstance(value, np.floating | np.integer):
+            return number(value.item())
+        return freeze(value, tensor, number)
+
+    return (
+        _TUPLE,
+        (_TUPLE, *[one(value) for value in args]),
+        (_DICT, tuple(kwargs), *[one(value) for value in kwargs.values()]),
+    )
+
+
 def settle(key: Any) -> Any:
     """The same key without references to the values of the containers that it was made from."""
     if type(key) is not tuple:

@@ -106,7 +106,8 @@ def _note_operands(
             group.specs.append(TensorSpec(tuple(spec.shape), spec.dtype, spec.requires_grad))
     for index in floats:
         group.operands.append(("i", group.part, index))
-        group.specs.append(TensorSpec((), torch.float32))
+        assert entry.changing is not None
+        group.specs.append(TensorSpec((), entry.changing.dtype))
     group.writes = group.writes or bool(entry.writes)
 
 

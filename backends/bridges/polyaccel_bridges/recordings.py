@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, final
 
 import torch
 
+from .changing_numbers import Changing, Numbers
 from .exchange import placed_array
 from .modules import ManagedModel
 from .packing import Key, thaw
-from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result
+from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result, spec_of
 from .tensors import ArrayCell, DeviceTensor, host_copy
 
 
@@ -28,19 +29,19 @@ class Entry:
     """One recorded operation or model call after a certain sequence of others: a node of the trie."""
 
     __slots__ = (
-        "arguments", "children", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent", "position", "recipes",
-        "same", "specs", "structure", "token", "updates", "value", "writes",
+        "arguments", "changing", "children", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent", "position",
+        "recipes", "same", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
     )  # fmt: skip
 
-    def __init__(
-        self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: tuple[float, ...] | None
-    ) -> None:
+    def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: Numbers | None) -> None:
         self.parent = parent
         self.position: int = -1 if parent is None else parent.position + 1
         self.func = func
         self.arguments = arguments
         self.modes = modes
-        self.numbers = numbers  # static floats; None: they are inputs
+        self.numbers = numbers  # constants of the program; None: they are inputs, as `changing` says
+        self.changing: Changing | None = None
+        self.unfollowed: str | None = None  # why torch has to run it, with gradients if they are wanted
         self.model: ManagedModel | None = None
         self.token: Any = None
         self.structure: Key = None
@@ -57,12 +58,12 @@ class Entry:
 
 @final
 class Floats:
-    """The entries of one operation that differ in their Python floats."""
+    """The entries of one operation that differ in their Python numbers."""
 
     __slots__ = ("dynamic", "variants")
 
     def __init__(self) -> None:
-        self.variants: dict[tuple[float, ...], Entry] = {}
+        self.variants: dict[tuple[Any, ...], Entry] = {}  # by number_key
         self.dynamic: Entry | None = None
 
 
@@ -88,12 +89,16 @@ class Session:
         ] = {}  # what the first run of its model calls started from
         self.start_params: list[Mapping[str, Any]] = []
         self.shadows: Shadows | None = None
-        self._inputs: dict[tuple[int, int], int] = {}
+        self._inputs: dict[tuple[int, Any], int] = {}
         self._kept: list[Any] = []
 
     def input(self, tensor: torch.Tensor) -> tuple[int, int | None]:
         """The index of a tensor among the inputs, and its batch dim; its present value is what enters."""
-        version = 0 if isinstance(tensor, DeviceTensor) or tensor.is_inference() else tensor._version
+        version: Any = 0
+        if isinstance(tensor, DeviceTensor):
+            version = tensor._cell.stamp()
+        elif not tensor.is_inference():
+            version = tensor._version
         found = self._inputs.get((id(tensor), version))
         if found is not None:
             return found, self.axes[found]
@@ -204,7 +209,7 @@ class Shadows:
                 tensors = [tensor.clone() if tensor.requires_grad else tensor for tensor in made]
         else:
             with self.fakes.active(), entry.modes.active():
-                args, kwargs = thaw(entry.arguments, lambda described: self.leaf(described, entry.numbers))
+                args, kwargs = thaw(entry.arguments, lambda described: self.leaf(described, entry))
                 _, tensors = freeze_result(entry.func(*args, **kwargs))
         self.keep(entry.position, tensors)
 
@@ -214,13 +219,22 @@ class Shadows:
         for out, tensor in enumerate(tensors):
             self.env[position, out] = tensor
 
-    def leaf(self, described: tuple[Any, ...], numbers: tuple[float, ...] | None) -> Any:
+    def leaf_spec(self, described: tuple[Any, ...]) -> OutSpec:
+        """What is known of an operand now."""
+        if described[1] == "r":
+            return spec_of(self.env[described[2], described[3]])
+        return OutSpec(described[4], described[3], described[5])
+
+    def leaf(self, described: tuple[Any, ...], entry: Entry) -> Any:
         """The fake of an operand; call it inside the fake mode."""
         kind = described[1]
         if kind == "r":
             return self.env[described[2], described[3]]
         if kind == "f":
-            return torch.empty(()) if numbers is None else numbers[described[2]]
+            if entry.numbers is not None:
+                return entry.numbers[described[2]]
+            assert entry.changing is not None
+            return entry.changing.example
         found = self._leaves.get(described)
         if found is None:
             dtype, shape, requires_grad = described[3:6]

@@ -10,6 +10,7 @@ import jax
 import torch
 
 from .exchange import fetch, to_numpy
+from .packing import Identity
 from .tensors import ArrayCell, DeviceParameter, DeviceTensor, HostCell, host_copy
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ class StateCell:
 
     __slots__ = ("__weakref__", "_array", "_grad", "_host", "_model", "_version", "kind", "name")
     is_state = True
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether it is a parameter's gradient."""
+        return self.kind == "grads"
 
     def __init__(self, model: ManagedModel, kind: Kind, name: str) -> None:
         self.kind: Kind = kind
@@ -53,6 +59,16 @@ class StateCell:
     def feed(self) -> tuple[Any, int | None]:
         """A copy for a program that takes the value as an input (gradients and buffers; parameters enter by name)."""
         return host_copy(self.host()), None
+
+    def stamp(self) -> Any:
+        """The array itself, and the writes on the host that it does not have yet."""
+        model = self._model
+        model.recorder.settle_effects(model, self.kind)
+        return (
+            "state",
+            Identity(self._current()),
+            self._host._version if self.is_written() and self._host is not None else 0,
+        )
 
     def _current(self) -> Any:
         handle = self._model.handle

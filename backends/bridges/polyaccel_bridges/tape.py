@@ -19,13 +19,16 @@ from polyaccel.errors import PrepareError
 
 from . import scope as capturing
 from .calls import TorchCall, rebuild
-from .dispatch import NOT_RECORDED, is_inplace_name
+from .changing_numbers import may_change, number_key
+from .dispatch import NOT_RECORDED
 from .forwards import Forwards
+from .halves import Halves, Unfollowed
 from .modules import ManagedModel
-from .packing import LEAF, Key, freeze, settle, thaw
-from .recordings import Entry, Floats, Ref, Session, Shadows
-from .shadows import Modes, OutSpec, ValueDependent, freeze_result, infer, spec_of
-from .tensors import DeviceParameter, DeviceTensor, refuse_custom_function, refuse_shape, tensors_in
+from .packing import LEAF, Key, freeze_call
+from .recordings import Entry, Floats, Ref, Session
+from .shadows import Modes
+from .tensors import DeviceParameter, DeviceTensor, cpp_grad_fn, tensors_in
+from .trials import look_at_model, try_operation
 
 if TYPE_CHECKING:
     from .guards import FunctionGuard
@@ -33,14 +36,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _MAX_CALLS = 32  # model calls in one recording; a loop that only looks at outputs is computed in parts of this size
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_T = torch.Tensor
-# Where a Python float that changes from step to step may become an input of the program.
-_ARITHMETIC = frozenset(
-    {
-        _T.__add__, _T.__radd__, _T.__sub__, _T.__rsub__, _T.__mul__, _T.__rmul__, _T.__truediv__, _T.__rtruediv__,
-        _T.add, _T.sub, _T.mul, _T.div, torch.add, torch.sub, torch.mul, torch.div, _T.__iadd__, _T.__imul__,
-    }
-)  # fmt: skip
 
 
 @final
@@ -50,6 +45,7 @@ class Recorder:
     def __init__(self) -> None:
         self.models: list[ManagedModel] = []
         self.forwards = Forwards(self)
+        self.halves = Halves(self)
         self._engine: Any = None
         self._root = Entry(None, None, None, Modes(True, None), ())
         self._session: Session | None = None
@@ -89,26 +85,34 @@ class Recorder:
     # -- recording -----------------------------------------------------------------------------------------------------------
 
     def record(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The result of `func`, to be computed later; NOT_RECORDED where plain torch has to run it now."""
+        """The result of `func`, to be computed later; NOT_RECORDED where plain torch has to run it now.
+
+        What a recording cannot follow goes on in plain torch, with gradients (see `halves`), and that is said once.
+        """
         session = self._open()
         mark = session.mark()
         operands: list[DeviceTensor] = []
         numbers: list[float] = []
         modes = Modes.now()
-        arguments = self._freeze((args, dict(kwargs)), session, operands, numbers, modes)
+        try:
+            arguments = self._freeze_call(func, args, kwargs, session, operands, numbers, modes)
+        except Unfollowed as found:
+            session.rewind(mark)
+            return self.halves.run(func, args, kwargs, found.reason)
         key = (func, modes, arguments)
-        entry = self._find(session, key, tuple(numbers))
+        entry = self._find(session, key, numbers)
         if entry is None:
-            entry = self._try(session, key, tuple(numbers), operands)
+            entry = try_operation(session, key, tuple(numbers), operands)
+        if entry.unfollowed is not None:
+            session.rewind(mark)
+            return self.halves.run(func, args, kwargs, entry.unfollowed)
         if entry.is_eager:
             session.rewind(mark)
             return NOT_RECORDED
         if entry.value is not None:
             session.rewind(mark)
             return entry.value[0]
-        if entry.numbers is None:
-            for value in numbers:
-                session.add(np.float32(value), None)
+        self._enter_numbers(session, entry, numbers)
         return self._append(session, entry, operands)
 
     def call_model(self, model: ManagedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -130,14 +134,29 @@ class Recorder:
         if session.batch_size is None:
             first = next((t for t in tensors if t.dim()), None)
             session.batch_size = None if first is None else first.shape[0]
-        arguments = self._freeze((args, dict(kwargs)), session, operands, numbers, modes)
+        try:
+            arguments = self._freeze_call(None, args, kwargs, session, operands, numbers, modes)
+        except Unfollowed as found:
+            raise PrepareError(
+                f"{type(model.module).__name__} was called with what plain torch computed from a prepared model's output, because"
+                f" {found.reason or 'a recording could not follow'}: gradients would stop there",
+                "compute it inside the model, use another operation, or detach() it",
+            ) from None
         key = ((model, token, index), modes, arguments)
-        entry = self._find(session, key, tuple(numbers))
+        entry = self._find(session, key, numbers)
         if entry is None:
-            entry = self._look_at_model(session, model, token, key, tuple(numbers))
+            entry = look_at_model(self, session, model, token, key, tuple(numbers))
+        self._enter_numbers(session, entry, numbers)
         session.num_calls += 1
         session.has_effects = session.has_effects or (token.is_training and bool(model.handle.buffers))
         return self._append(session, entry, operands)
+
+    def _enter_numbers(self, session: Session, entry: Entry, numbers: list[float]) -> None:
+        if entry.numbers is None:
+            how = entry.changing
+            assert how is not None
+            for value in numbers:
+                session.add(how.array(value), None)
 
     def _open(self) -> Session:
         for model in self.models:
@@ -148,8 +167,15 @@ class Recorder:
             session = self._session = Session(self._root, self.engine.current_key()[1])
         return session
 
-    def _freeze(
-        self, tree: Any, session: Session, operands: list[DeviceTensor], numbers: list[float], modes: Modes
+    def _freeze_call(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        session: Session,
+        operands: list[DeviceTensor],
+        numbers: list[float],
+        modes: Modes,
     ) -> Key:
         def tensor(found: torch.Tensor) -> Key:
             operands.append(found)  # type: ignore[arg-type]  # plain tensors too: positions count
@@ -160,7 +186,9 @@ class Recorder:
                     )
                 ref = found._ref
                 if not found._requires_grad and modes.is_grad_enabled:
-                    refuse_custom_function(found)
+                    custom = cpp_grad_fn(found)
+                    if custom is not None:
+                        raise Unfollowed(f"{custom.name().removesuffix('Backward')} has a backward of its own")
                 if ref is not None and ref.session is session:
                     return (LEAF, "r", ref.position, ref.out, found._cell is not None)
                 if ref is not None and found._requires_grad and modes.is_grad_enabled:
@@ -176,15 +204,17 @@ class Recorder:
                 is_spent = found._is_spent and found._requires_grad
                 return (LEAF, "i", index, found._dtype, found._shape, is_spent, axis)
             if found.requires_grad and modes.is_grad_enabled:
-                capturing.refuse_foreign(found)
+                if not self.halves.computed(found):
+                    capturing.refuse_foreign(found)
+                raise Unfollowed(None)
             index, axis = session.input(found)
             return (LEAF, "i", index, found.dtype, found.shape, False, axis)
 
         def number(value: float) -> Key:
             numbers.append(value)
-            return (LEAF, "f", len(numbers) - 1)
+            return (LEAF, "f", len(numbers) - 1, type(value))
 
-        return freeze(tree, tensor, number)
+        return freeze_call(args, kwargs, tensor, number, lifts=may_change(func))
 
     def _external(self, session: Session, tensor: DeviceTensor) -> Key:
         index = next((index for index, found in enumerate(session.externals) if found is tensor), None)
@@ -193,10 +223,10 @@ class Recorder:
             index = len(session.externals) - 1
         return (LEAF, "x", index, tensor._dtype, tensor._shape, True)
 
-    def _find(self, session: Session, key: Key, numbers: tuple[float, ...]) -> Entry | None:
+    def _find(self, session: Session, key: Key, numbers: list[float]) -> Entry | None:
         found = session.entry.children.get(key)
         if type(found) is Floats:
-            return found.dynamic or found.variants.get(numbers)
+            return found.dynamic or found.variants.get(number_key(tuple(numbers)))
         return found
 
     def _append(self, session: Session, entry: Entry, operands: list[DeviceTensor]) -> Any:
@@ -212,149 +242,14 @@ class Recorder:
             else:
                 ref = Ref(session, position, out)
                 made.append(DeviceTensor.make(self, spec.shape, spec.dtype, requires_grad=spec.requires_grad, ref=ref))
+        if entry.writes:
+            for _, _, tensor in session.live():
+                tensor._cell = None  # it, or a view of it, has another value now
         for operand, spec in entry.updates:
             changed = operands[operand]
             changed._shape, changed._dtype, changed._requires_grad = spec
         session.results.append([weakref.ref(tensor) for tensor in made])
         return rebuild(entry.structure, made.__getitem__)
-
-    # -- operations not seen before ------------------------------------------------------------------------------------------
-
-    def _add(self, session: Session, entry: Entry, key: Key, numbers: tuple[float, ...]) -> Entry:
-        children = session.entry.children
-        if not numbers:
-            children[settle(key)] = entry
-            return entry
-        floats = children.get(key)
-        if type(floats) is not Floats:
-            floats = children[settle(key)] = Floats()
-        if entry.numbers is None:
-            floats.dynamic = entry
-        else:
-            floats.variants[numbers] = entry
-        return entry
-
-    def _try(self, session: Session, key: Any, numbers: tuple[float, ...], operands: list[DeviceTensor]) -> Entry:
-        func, modes, arguments = key
-        known = session.entry.children.get(key)
-        is_changed = type(known) is Floats and bool(known.variants) and func in _ARITHMETIC
-        entry = Entry(session.entry, func, settle(arguments), modes, None if is_changed else numbers)
-        if session.shadows is None:
-            session.shadows = Shadows(session)
-        shadows = session.shadows
-        described: list[tuple[Any, ...]] = []
-
-        def leaf(found: tuple[Any, ...]) -> Any:
-            fake = shadows.leaf(found, entry.numbers)
-            if found[1] != "f":
-                described.append(found)
-                fakes.append(fake)
-            return fake
-
-        fakes: list[torch.Tensor] = []
-        with shadows.fakes.active(), modes.active():
-            args, kwargs = thaw(arguments, leaf)
-            before = [(fake._version, spec_of(fake)) for fake in fakes]
-            try:
-                result = func(*args, **kwargs)
-            except ValueDependent:
-                result = NOT_RECORDED
-            except Exception:
-                session.shadows = None  # they may have been written to
-                raise
-        if result is NOT_RECORDED:
-            session.shadows = None
-            return self._add(session, self._by_value(entry, operands), key, numbers)
-        structure, tensors = freeze_result(result)
-        entry.writes = tuple(
-            i for i, (fake, old) in enumerate(zip(fakes, before, strict=True)) if fake._version != old[0]
-        )
-        entry.gives_view = any(tensor._is_view() for tensor in tensors)
-        is_written = bool(entry.writes)
-        if not tensors and not is_written:
-            entry.value = (result,)
-        available = all(operand._cell is not None for operand in operands if isinstance(operand, DeviceTensor))
-        if tensors and not is_written and available and not any(tensor.requires_grad for tensor in tensors):
-            entry.is_eager = True
-        entry.structure, entry.specs = structure, [spec_of(tensor) for tensor in tensors]
-        for out, tensor in enumerate(tensors):
-            for operand, fake in enumerate(fakes):
-                if tensor is fake:
-                    entry.same[out] = operand
-        for operand, (fake, old) in enumerate(zip(fakes, before, strict=True)):
-            if spec_of(fake) != old[1]:
-                entry.updates.append((operand, spec_of(fake)))
-        if is_written and available and all(described[index][1] == "p" for index in entry.writes):
-            entry.is_eager = True  # torch.nn.init and its like: they write to parameters under their own no_grad
-        elif is_written:
-            self._refuse_written_inputs(func, described, entry.writes)
-        if entry.value is None and not entry.is_eager:
-            shadows.keep(entry.position, tensors)
-        return self._add(session, entry, key, numbers)
-
-    def _refuse_written_inputs(self, func: Any, described: list[Any], writes: tuple[int, ...]) -> None:
-        for leaf in (described[index] for index in writes):
-            if leaf[1] != "r":
-                raise PrepareError(
-                    f"{getattr(func, '__name__', func)} writes a value that a model computed into a tensor of shape"
-                    f" {tuple(leaf[4])} that is no part of the recorded computation",
-                    "use the operation that returns a new tensor instead of the one that writes in place",
-                )
-
-    def _by_value(self, entry: Entry, operands: list[DeviceTensor]) -> Entry:
-        """For an operation whose result's shape needs values: plain torch runs it, if no gradient has to pass."""
-        if entry.modes.is_grad_enabled and any(operand.requires_grad for operand in operands):
-            with torch.enable_grad():
-                examples = {
-                    id(o): torch.ones(o.shape, dtype=o.dtype).requires_grad_(
-                        o.requires_grad and o.dtype.is_floating_point
-                    )
-                    for o in operands
-                }
-                iterator = iter([examples[id(operand)] for operand in operands])
-                numbers = entry.numbers or ()
-                args, kwargs = thaw(entry.arguments, lambda d: numbers[d[2]] if d[1] == "f" else next(iterator))
-                is_inplace = is_inplace_name(getattr(entry.func, "__name__", ""))
-                _, tensors = freeze_result(None if is_inplace else entry.func(*args, **kwargs))
-            if is_inplace or any(tensor.requires_grad for tensor in tensors):
-                raise refuse_shape(entry.func)
-        entry.is_eager = True
-        return entry
-
-    def _look_at_model(
-        self, session: Session, model: ManagedModel, token: Any, key: Any, numbers: tuple[float, ...]
-    ) -> Entry:
-        _, modes, arguments = key
-        entry = Entry(session.entry, None, settle(arguments), modes, numbers)
-        entry.model, entry.token = model, token
-        places: list[Key] = []
-        specs: list[OutSpec] = []
-
-        def collect(found: tuple[Any, ...]) -> Any:
-            if found[1] != "f" and found[:4] not in places:
-                places.append(found[:4])
-                specs.append(self._operand_spec(session, found))
-            return None
-
-        thaw(arguments, collect)
-
-        def run(leaves: Any) -> Any:
-            def leaf(found: tuple[Any, ...]) -> Any:
-                return numbers[found[2]] if found[1] == "f" else leaves[places.index(found[:4])]
-
-            args, kwargs = thaw(arguments, leaf)
-            scope = capturing.CaptureScope([model.prepared], self.autocast_dtype)  # type: ignore[list-item]
-            with scope.active():
-                return scope.call(model.prepared, args, kwargs)  # type: ignore[arg-type]
-
-        entry.structure, entry.specs = infer({model.handle.name: model.module}, run, specs, modes)
-        return self._add(session, entry, key, numbers)
-
-    def _operand_spec(self, session: Session, found: tuple[Any, ...]) -> OutSpec:
-        if found[1] == "r":
-            path = session.path()
-            return path[found[2]].specs[found[3]]
-        return OutSpec(found[4], found[3], found[5])
 
     # -- values ----------------------------------------------------------------------------------------------------------------
 
@@ -408,10 +303,17 @@ class Recorder:
 
     # -- gradients ---------------------------------------------------------------------------------------------------------------
 
-    def lower_loss(self, loss: torch.Tensor) -> TorchCall:
-        """A recorded loss as a program call that gives the gradients of all trainable parameters it depends on."""
+    def lower_loss(self, loss: torch.Tensor, *, retain_graph: bool = False) -> TorchCall:
+        """A recorded loss as a program call that gives the gradients of all trainable parameters it depends on.
+
+        With `retain_graph` its values can be differentiated again.
+        """
         from .tape_calls import loss_call
 
+        if loss.requires_grad and not isinstance(loss, DeviceTensor) and self.halves.computed(loss):
+            return self.halves.lower(loss, retain_graph)
+        if isinstance(loss, DeviceTensor) and not loss._requires_grad and cpp_grad_fn(loss) is not None:
+            return self.halves.lower(loss, retain_graph)
         if not isinstance(loss, DeviceTensor) or (loss._ref is None and not loss._is_spent):
             raise PrepareError(
                 f"the loss, a tensor of shape {tuple(loss.shape)}, was not computed from a prepared model's output with gradients",
@@ -419,11 +321,10 @@ class Recorder:
                 " and give its loss to accelerator.backward",
             )
         if loss._ref is None:
-            raise RuntimeError(_SECOND)
+            raise RuntimeError(SECOND)
         if loss.numel() != 1:
             raise RuntimeError("grad can be implicitly created only for scalar outputs")
         if not loss._requires_grad:
-            refuse_custom_function(loss)
             raise PrepareError(
                 "the loss depends on no trainable parameter of the prepared models",
                 "compute it outside torch.no_grad(), and leave some requires_grad on",
@@ -433,15 +334,28 @@ class Recorder:
         session = loss._ref.session
         if session is not self._session:
             self.settle()
-        call = loss_call(self, loss)
+        call = loss_call(self, loss, retain_graph=retain_graph)
         session.shadows = None
         if self._session is session:
             self._session = None
         return call
 
-    def backward(self, loss: DeviceTensor) -> None:
+    def backward(self, loss: DeviceTensor, *, retain_graph: bool = False) -> None:
         """`loss.backward()`."""
-        self.engine.backward(self.lower_loss(loss), scale=1.0)
+        self.engine.backward(self.lower_loss(loss, retain_graph=retain_graph), scale=1.0)
+
+    def is_recording(self, session: Session) -> bool:
+        """Whether a recording is the present one."""
+        return session is self._session
+
+    def become(self, target: torch.Tensor, result: DeviceTensor) -> None:
+        """Make a plain tensor object what `result` is: lists and attributes that hold it see the new value."""
+        ref = result._ref
+        assert ref is not None
+        refs = ref.session.results[ref.position]
+        refs[ref.out] = _DEAD
+        torch.utils.swap_tensors(target, result)
+        refs[ref.out] = weakref.ref(target)  # type: ignore[arg-type]  # it is one now
 
     def draw_key(self, draw: int) -> Any:
         """The data of the random key of one draw."""
@@ -462,7 +376,12 @@ class Recorder:
             )
 
 
-_SECOND = (
+class _Nothing:
+    """Something to have a dead reference to."""
+
+
+_DEAD: Any = weakref.ref(_Nothing())
+SECOND = (
     "Trying to backward through the graph a second time: the recorded computation was freed by accelerator.backward."
     " Call the model again, or add the losses and call backward once."
 )

@@ -135,7 +135,7 @@ def _needed(path: list[Entry], roots: set[int]) -> list[Entry]:
 
 def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]:
     """Every operation through which gradients of the loss pass. Raises where one of them was freed by an earlier backward."""
-    from .tape import _SECOND
+    from .tape import SECOND
 
     writers: dict[Place, list[tuple[int, int]]] = {}
     for index, part in enumerate(parts):
@@ -158,7 +158,7 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
             continue
         for found in operands_of(entry):
             if found[1] == "i" and found[5]:
-                raise RuntimeError(_SECOND)
+                raise RuntimeError(SECOND)
             place = (
                 parts[index].externals[found[2]]
                 if found[1] == "x"
@@ -296,7 +296,7 @@ def value_call(recorder: Recorder, session: Session) -> TorchCall:
     return _call(recorder, recipe, assembly, finish)
 
 
-def loss_call(recorder: Recorder, loss: DeviceTensor) -> TorchCall:
+def loss_call(recorder: Recorder, loss: DeviceTensor, *, retain_graph: bool = False) -> TorchCall:
     """The gradients of a recorded loss, with every value of its recordings that user code still holds."""
     assert loss._ref is not None
     session = loss._ref.session
@@ -321,7 +321,7 @@ def loss_call(recorder: Recorder, loss: DeviceTensor) -> TorchCall:
                 continue
             if not tensor._requires_grad:
                 tensor._ref = None
-            elif place[:2] in recipe.consumed or place[:2] in recipe.spent:
+            elif place[:2] in recipe.spent or (place[:2] in recipe.consumed and not retain_graph):
                 tensor._ref, tensor._is_spent = None, True
         session.is_executed = True
         return None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from polyaccel import trees
-from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.errors import UnsupportedError
 
 from . import scope as capturing
 from .exchange import fetch, to_numpy
@@ -35,6 +35,10 @@ class Cell(Protocol):
 
     def feed(self) -> tuple[Any, int | None]:
         """What a program takes as input, and the dim of it that carries the batch."""
+        ...
+
+    def stamp(self) -> Any:
+        """Equal as long as the value is the same."""
         ...
 
 
@@ -67,6 +71,10 @@ class ArrayCell:
         if self._row is not None or (self._host is not None and self._host._version != self._version):
             return host_copy(self.host()), self._axis
         return self._array, self._axis
+
+    def stamp(self) -> Any:
+        """Writes on the host are counted."""
+        return "array", 0 if self._host is None else self._host._version - self._version
 
     def feed_recording(self) -> tuple[Any, int | None]:
         """The same for a recording, which takes the rows of all processes as they are."""
@@ -105,6 +113,10 @@ class HostCell:
         """A copy: the program may run after the tensor was written to."""
         return host_copy(self._tensor), self._axis
 
+    def stamp(self) -> Any:
+        """Writes are counted."""
+        return "host", self._tensor._version
+
 
 class ViewCell:
     """A view of a parameter, buffer or gradient: it follows every later value of it, and writes reach it."""
@@ -122,6 +134,10 @@ class ViewCell:
     def feed(self) -> tuple[Any, int | None]:
         """A copy of the present values."""
         return host_copy(self.host()), None
+
+    def stamp(self) -> Any:
+        """The base's."""
+        return self._base.stamp()
 
 
 def host_copy(tensor: torch.Tensor) -> NDArray[Any]:
@@ -169,6 +185,8 @@ class DeviceTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Reached only by code that switches __torch_function__ off: it gets plain values.
+        operands = device_tensors((*args, *(kwargs or {}).values()))
+        operands[0]._recorder.halves.bypassed(func, operands)
         return func(*_plain(args), **_plain(kwargs or {}))
 
     # -- metadata, without a detour ------------------------------------------------------------------------------------
@@ -392,11 +410,33 @@ class DeviceTensor(torch.Tensor):
         """Refused, with the way out."""
         return self.to("cuda")
 
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        """As `accelerator.backward(loss)` without accumulation's scale."""
-        if any(value is not None for value in (*args, *kwargs.values())):
-            raise UnsupportedError("loss.backward() with arguments on this backend", "call accelerator.backward(loss)")
-        self._recorder.backward(self)
+    def backward(
+        self,
+        gradient: torch.Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        """As `accelerator.backward(loss)` without accumulation's scale; `gradient` is what the value's own gradient is.
+
+        Raises UnsupportedError for `create_graph` and `inputs`.
+        """
+        if create_graph or inputs is not None:
+            raise UnsupportedError(
+                f"backward({'create_graph=True' if create_graph else 'inputs=...'}) of a value that a prepared model computed",
+                "compute the gradient inside a loss function (torch.autograd.grad): accelerator.backward(loss_fn, model, batch)",
+            )
+        loss: torch.Tensor = self
+        if gradient is not None:
+            if tuple(gradient.shape) != tuple(self._shape):
+                raise RuntimeError(
+                    f"Mismatch in shape: the gradient has a shape of {tuple(gradient.shape)} and the output has a shape of"
+                    f" {tuple(self._shape)}."
+                )
+            with torch.enable_grad():
+                loss = (self * gradient).sum()
+        assert isinstance(loss, DeviceTensor)
+        self._recorder.backward(loss, retain_graph=bool(retain_graph))
 
     def data_ptr(self) -> int:
         """The address of the fetched value."""
@@ -438,6 +478,8 @@ class DeviceParameter(DeviceTensor):
     def requires_grad_(self, requires_grad: bool = True) -> DeviceTensor:
         """Freeze or unfreeze; the next forward pass notices."""
         self._requires_grad = requires_grad
+        with torch._C.DisableTorchFunctionSubclass():
+            _REQUIRE(self, requires_grad)  # C++ decides what PyTorch computes gradients of, see `halves`
         return self
 
     @property
@@ -481,28 +523,23 @@ RECORDED = Recorded()
 
 
 def _wrapper(kind: type[DeviceTensor], shape: Sequence[int], dtype: torch.dtype, requires_grad: bool) -> DeviceTensor:
-    # requires_grad is for torch.autograd.Function alone, which asks C++ and not the property: see `refuse_custom_function`.
+    # requires_grad is for torch.autograd.Function alone, which asks C++ and not the property: see `cpp_grad_fn`.
     make: Any = torch.Tensor._make_wrapper_subclass
     made: DeviceTensor = make(kind, shape, dtype=dtype, device=_CPU, requires_grad=requires_grad)
     return made
 
 
 _GRAD_FN: Any = torch._C.TensorBase.grad_fn
+_REQUIRE: Any = torch._C.TensorBase.requires_grad_
 
 
-def refuse_custom_function(tensor: DeviceTensor) -> None:
-    """Raise UnsupportedError for what a torch.autograd.Function gave: its backward is unknown to a recording.
+def cpp_grad_fn(tensor: torch.Tensor) -> Any:
+    """What C++ holds as grad_fn: for a DeviceTensor, the torch.autograd.Function that gave it.
 
-    `apply` cannot be intercepted; but it marks its outputs in C++, where nothing else marks a DeviceTensor.
+    Its `apply` cannot be intercepted; but it marks its outputs in C++, where nothing else marks a DeviceTensor.
     """
     with torch._C.DisableTorchFunctionSubclass():
-        node = _GRAD_FN.__get__(tensor)
-    if node is not None:
-        raise UnsupportedError(
-            f"{node.name().removesuffix('Backward')}.apply on a value that a prepared model computed: its own backward would be"
-            " ignored",
-            "call it inside the model, or inside a loss function: accelerator.backward(loss_fn, model, batch)",
-        )
+        return _GRAD_FN.__get__(tensor)
 
 
 def _fill(
@@ -561,11 +598,3 @@ def tensors_in(values: Iterator[Any] | Sequence[Any]) -> list[torch.Tensor]:
         elif not isinstance(value, str | int | float | None):
             found.extend(leaf for leaf in trees.flatten(value)[0] if isinstance(leaf, torch.Tensor))
     return found
-
-
-def refuse_shape(func: Any) -> PrepareError:
-    """For an operation whose result's shape depends on values, where a gradient is needed."""
-    return PrepareError(
-        f"the shape of what {getattr(func, '__name__', func)} gives depends on the data, so its gradient is no fixed program",
-        "use torch.where or a weighted sum instead of a boolean mask, or detach() what needs no gradient",
-    )
