@@ -30,6 +30,7 @@ def substituted(modules: Sequence[nn.Module]) -> Iterator[None]:
         forward = _forward_of(module)
         if forward is not None:
             module.__dict__["forward"] = partial(forward, module)
+        module.__dict__["_apply"] = partial(_convert, module)
     with _Functions():
         yield
 
@@ -41,6 +42,14 @@ def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
     if own is _BatchNorm.forward and isinstance(module, _BatchNorm) and module.momentum is None:
         return _averaging_batch_norm
     return fixed_form_of(module)
+
+
+def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """`module.to(dtype)` inside forward, as routers have it: torch exchanges even what is right already, which fakes do not allow."""
+    tensors = (*module.parameters(recurse), *module.buffers(recurse))
+    if all(fn(tensor) is tensor for tensor in tensors):
+        return module
+    return type(module)._apply(module, fn, recurse)
 
 
 class _Functions(TorchFunctionMode):
