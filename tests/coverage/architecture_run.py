@@ -24,7 +24,9 @@ GRADIENT_TOLERANCE = 1e-3  # of each parameter's largest gradient in the first s
 GRADIENT_FLOOR = (
     1e-3  # of the largest gradient of all: a key's bias, say, has gradient 0, and rounding noise in its place
 )
-FLOAT64_TOLERANCE = 1e-7  # what a float64 run keeps where only rounding told the float32 runs apart
+FLOAT64_TOLERANCE = (
+    1e-6  # what a float64 run keeps where only rounding told the float32 runs apart; some models keep float32 parts
+)
 LEARNING_RATE = 1e-3
 
 MakeAccelerator = Callable[[str], Any]
