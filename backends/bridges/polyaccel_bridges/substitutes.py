@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from polyaccel.errors import PrepareError
 
+from .finite_checks import FINITE_CHECKS
 from .recurrent import SCANNED
 from .routed_experts import fixed_form_of
 from .shards import SumOverShards
@@ -67,7 +68,11 @@ def _refuse_packing(*args: Any, **kwargs: Any) -> Any:
     )
 
 
-_FUNCTIONS: dict[Any, Callable[..., Any]] = {**SCANNED, torch._VF._pack_padded_sequence: _refuse_packing}  # type: ignore[attr-defined]
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **SCANNED,
+    **FINITE_CHECKS,
+    torch._VF._pack_padded_sequence: _refuse_packing,
+}  # type: ignore[attr-defined]
 
 
 # -- batch normalization ---------------------------------------------------------------------------------------------------------
