@@ -50,7 +50,10 @@ def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recu
     tensors = (*module.parameters(recurse), *module.buffers(recurse))
     if all(fn(tensor) is tensor for tensor in tensors):
         return module
-    return type(module)._apply(module, fn, recurse)
+    raise PrepareError(
+        f"forward converts a {type(module).__name__} to another dtype or device, and with it the parameters that are trained",
+        "convert it once, before accelerator.prepare",
+    )
 
 
 class _Functions(TorchFunctionMode):
