@@ -75,7 +75,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **SCANNED,
     **FINITE_CHECKS,
     torch._VF._pack_padded_sequence: _refuse_packing,
-}  # type: ignore[attr-defined]
+}
 
 
 # -- batch normalization ---------------------------------------------------------------------------------------------------------
