@@ -261,31 +261,6 @@ def test_recurrent_models_and_constants_of_a_model_work():
     assert_same_on_jax(script)
 
 
-def test_attributes_that_change_are_noticed(caplog):
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(2, 1)
-            self.scale, self.calls = 1.0, 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.layer(x) * self.scale
-
-    def script(acc):
-        model = acc.prepare(Counting())
-        seen = []
-        for step in range(9):
-            model.scale = 1.0 + step
-            with torch.no_grad():
-                seen.append(model(torch.ones(1, 2)))
-        return seen
-
-    assert_same_on_jax(script)
-    assert "changes its attribute calls" in caplog.text
-    assert "scale changes often" in caplog.text
-
-
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_dropout_masks_of_a_forward_stay_in_every_backward_that_goes_through_it(num_devices):
     acc = on_jax(num_devices=num_devices)

@@ -10,6 +10,7 @@ import torch
 from polyaccel.protocols import ArraySpec
 
 from . import scope as capturing
+from .attributes import NO_EFFECTS, learn
 from .calls import ForwardProgram, TorchCall, batch_axes, batch_size_of, grown, numpy_dtypes, rebuild, tensor_specs
 from .capture import capture_forward
 from .functions import feed, lifted
@@ -55,7 +56,9 @@ class Forwards:
             self._recipes[settle(key)] = recipe
         model.push_writes()
         call = TorchCall(recipe, (model.handle,), inputs, axes, recipe.finish)
-        return self._recorder.engine.run_forward(call)
+        result = self._recorder.engine.run_forward(call)
+        recipe.effects.apply()
+        return result
 
 
 @final
@@ -77,11 +80,13 @@ class _ForwardRecipe:
         self._autocast = recorder.autocast_dtype
         self._output_axes: list[int | None] = []
 
+        self._scope: Any = None
+        self.effects = NO_EFFECTS  # what a call does to Python attributes
     def _run(self, leaves: Sequence[torch.Tensor]) -> Any:
         prepared = self._model.prepared
         assert prepared is not None
         args, kwargs = thaw(self._arguments, lambda found: leaves[found[1]])
-        scope = capturing.CaptureScope([prepared], self._autocast)
+        self._scope = scope = capturing.CaptureScope([prepared], self._autocast)
         with scope.active():
             return scope.call(prepared, args, kwargs)
 
@@ -102,7 +107,13 @@ class _ForwardRecipe:
         batch_size = batch_size_of([spec.shape for spec in specs], self._axes)
         large = None
         if num_shards > 1:
-            local = [OutSpec(torch.Size(s.shape), d, False) for s, d in zip(specs, self._dtypes, strict=True)]
+        local = [OutSpec(torch.Size(s.shape), d, False) for s, d in zip(specs, self._dtypes, strict=True)]
+
+        def again() -> Any:
+            infer(modules, self._run, local, self._modes)
+            return self._scope
+
+        self.effects = learn(self._scope, again)
             _, large = infer(modules, self._run, grown(local, self._axes, 2), self._modes)
         self._output_axes = batch_axes(seen[-1], large, batch_size)
         return ForwardProgram(graph, numpy_dtypes(self._dtypes), self._output_axes, shard_call)

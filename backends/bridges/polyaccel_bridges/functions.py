@@ -12,6 +12,7 @@ from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LossCall
 
 from . import scope as capturing
+from .attributes import NO_EFFECTS, learn
 from .calls import (
     TorchCall,
     TrainingProgram,
@@ -287,6 +288,7 @@ class _FunctionRecipe:
         self._structure: Key = None
         self._has_aux = False
         self._autocast = family.recorder.autocast_dtype
+        self._effects = NO_EFFECTS  # what a call does to Python attributes
         self._num_arguments = len(packed.tensors)
         tensors = _tensor_leaves(family.arguments)
         self._dtypes = [d[3] for d in tensors] + [t.dtype for t in closure] + [torch.float32] * len(numbers)
@@ -314,14 +316,20 @@ class _FunctionRecipe:
         """Run once on fake tensors: finds structure, errors of the user's code, and tensors from outside."""
         scope: list[capturing.CaptureScope] = []
 
-        def run(leaves: Sequence[torch.Tensor]) -> Any:
-            current = self._scope(leaves)
-            scope.append(current)
-            with current.active():
-                return self._user(leaves)
+        def look() -> capturing.CaptureScope:
+            scope: list[capturing.CaptureScope] = []
 
-        infer(self._modules(), run, self._specs, self._modes)
-        self.found = scope[0].found
+            def run(leaves: Sequence[torch.Tensor]) -> Any:
+                scope.append(self._scope(leaves))
+                with scope[0].active():
+                    return self._user(leaves)
+
+            infer(self._modules(), run, self._specs, self._modes)
+            return scope[0]
+
+        first = look()
+        self._effects = learn(first, look)
+        self.found = first.found
         for tensor in self.found:
             self._dtypes.append(tensor.dtype)
             self._axes.append(None)
@@ -428,6 +436,7 @@ def _public(value: Any) -> Any:
     return source.prepared if isinstance(source, ManagedModel) else value
 
 
+        self._effects.apply()
 def _checked(result: Any) -> tuple[torch.Tensor, Any]:
     checked = result if type(result) is tuple and len(result) == 2 else (result, None)
     loss = checked[0]

@@ -14,6 +14,7 @@ from torch import nn
 
 from polyaccel.errors import PrepareError
 
+from .attributes import KeptInForward
 from .packing import Identity
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class ModuleGuard:
     """Gives the token of a module's present state; the same state gives the same token again."""
 
     def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
-        self._module = module
+        self.module = module
+        self.ignored: dict[tuple[int, str], tuple[dict[str, Any], str, str]] = {}  # plain counters, by place
         self._names = names  # parameters and buffers that are managed, by id
         self._scalars: list[tuple[dict[str, Any], str]] = []
         self._scalar_values: list[Any] = []
@@ -81,7 +83,6 @@ class ModuleGuard:
         self._collection_values: list[Any] = []
         self._token: ModuleToken | None = None
         self._tokens: dict[tuple[Any, ...], ModuleToken] = {}
-        self._has_warned = False
 
     def token(self) -> ModuleToken:
         """The token of now. Raises PrepareError for parameters or buffers that were put in after prepare."""
@@ -97,26 +98,17 @@ class ModuleGuard:
         self._token = self._find()
         return self._token
 
-    def scalars(self) -> dict[str, Any]:
-        """The plain attributes of all submodules, by path."""
-        return {
-            f"{path}.{key}" if path else key: value
-            for path, module in self._module.named_modules()
-            for key, value in module.__dict__.items()
-            if isinstance(value, int | float) and key not in _OWN
-        }
-
-    def note_changes_in_forward(self, before: Mapping[str, Any]) -> None:
-        """Say once that a plain attribute which forward changes keeps its value between the steps of a captured program."""
-        changed = [name for name, value in self.scalars().items() if name in before and before[name] != value]
-        if changed and not self._has_warned:
-            self._has_warned = True
-            _log.warning(
-                "the forward of %s changes its attribute %s: a captured program runs with the value that it had at capture;"
-                " register a buffer for what changes with every step",
-                type(self._module).__name__,
-                ", ".join(changed),
-            )
+    def ignore(self, places: Mapping[tuple[int, str], tuple[dict[str, Any], str, str]]) -> None:
+        """Attributes (by id of their dict, and key) whose values no longer count; those of before count again. The state keeps its token."""
+        if places == self.ignored:
+            return
+        more = places.keys() >= self.ignored.keys()
+        self.ignored = dict(places)
+        token = self._token
+        self._token = None
+        if token is not None and more:
+            self._walk()
+            self._token = self._tokens[self._state()] = token
 
     def _note_many(self) -> None:
         """Say once what makes a model be captured again and again."""
@@ -128,29 +120,32 @@ class ModuleGuard:
             )
             _log.warning(
                 "%s was captured for %d states of its attributes; %s changes often, and every value is compiled anew",
-                type(self._module).__name__,
+                type(self.module).__name__,
                 _MANY,
                 ", ".join(changed) or "its structure",
             )
 
     def _find(self) -> ModuleToken:
         trainable = frozenset(
-            self._names[id(p)] for p in self._module.parameters() if p.requires_grad and id(p) in self._names
+            self._names[id(p)] for p in self.module.parameters() if p.requires_grad and id(p) in self._names
         )
-        state = (
+        state = self._state()
+        token = self._tokens.get(state)
+        if token is None:
+            token = self._tokens[state] = ModuleToken(self.module.training, trainable, self._plain_values())
+            self._note_many()
+        return token
+
+    def _state(self) -> tuple[Any, ...]:
+        return (
             tuple((id(holder), key) for holder, key in (*self._scalars, *self._objects)),
             tuple((type(value), value) for value in self._scalar_values),
             tuple(Identity(value) for value in self._object_values),
             repr(self._collection_values),
         )
-        token = self._tokens.get(state)
-        if token is None:
-            token = self._tokens[state] = ModuleToken(self._module.training, trainable, self._plain_values())
-            self._note_many()
-        return token
 
     def _plain_values(self) -> list[tuple[dict[str, Any], str, Any]]:
-        own = {id(module.__dict__) for module in self._module.modules()}
+        own = {id(module.__dict__) for module in self.module.modules()}
         places = zip((*self._scalars, *self._objects), (*self._scalar_values, *self._object_values), strict=True)
         return [(holder, key, value) for (holder, key), value in places if id(holder) in own]
 
@@ -161,15 +156,17 @@ class ModuleGuard:
         collections: list[Any] = []
         seen: set[int] = set()
         objects.extend((hooks, key) for hooks in _EVERYWHERE for key in hooks)
-        for path, module in self._module.named_modules():
+        for path, module in self.module.named_modules():
             own = module.__dict__
             containers += (own, module._parameters, module._buffers, module._modules, *(own[hooks] for hooks in _HOOKS))
             for key, value in own.items():
+                if (id(own), key) in self.ignored:
+                    continue
                 if isinstance(value, _SCALARS) and key not in _OWN:
                     scalars.append((own, key))
                 elif isinstance(value, torch.Tensor | nn.Module | FunctionType | MethodType):
                     objects.append((own, key))
-                elif key in _EVERY_MODULE or id(value) in seen:
+                elif key in _EVERY_MODULE or id(value) in seen or isinstance(value, KeptInForward):
                     continue
                 elif isinstance(value, list | dict | set | tuple):
                     collections.append(value)
@@ -184,7 +181,7 @@ class ModuleGuard:
                         continue
                     if id(tensor) not in self._names:
                         raise PrepareError(
-                            f"{f'{path}.' if path else ''}{key} of {type(self._module).__name__} was put in after prepare",
+                            f"{f'{path}.' if path else ''}{key} of {type(self.module).__name__} was put in after prepare",
                             "build the whole model before accelerator.prepare, and change values with load_state_dict or copy_",
                         )
                     objects.append((holder, key))

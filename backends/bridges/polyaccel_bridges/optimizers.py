@@ -19,16 +19,36 @@ if TYPE_CHECKING:
 
 @final
 class TorchOptimizerSource:
-    """The update rule of a live torch optimizer over one managed model (an OptimizerSource)."""
+    """The update rule of a live torch optimizer over managed models (an OptimizerSource).
+
+    Parameters of one model have its own names; where there are several models, `<model>.<name>`.
+    """
 
     def __init__(self, optimizer: Optimizer, recorder: Recorder) -> None:
         self.optimizer = optimizer
         self.recorder = recorder
-        self.managed = _model_of(optimizer, recorder)
-        self.model: Any = self.managed.handle
-        self.rule = lower_optimizer(optimizer, self.managed.names)
+        self.managed = _models_of(optimizer, recorder)
+        handles = tuple(model.handle for model in self.managed)
+        self.model: Any = handles[0] if len(handles) == 1 else handles
+        self.rule = lower_optimizer(optimizer, self._parameter_names())
         self.handle: Any = None
         self._hyper: tuple[Any, tuple[tuple[Any, ...], ...]] | None = None
+
+    def _parameter_names(self) -> Mapping[int, str]:
+        if len(self.managed) == 1:
+            return self.managed[0].names
+        return {key: f"{model.handle.name}.{name}" for model in self.managed for key, name in model.names.items()}
+
+    def push_writes(self) -> None:
+        """Give the engine what user code wrote to parameters and gradients."""
+        for model in self.managed:
+            model.push_writes()
+
+    def forget_grads(self) -> None:
+        """The gradients of its parameters are about to be dropped."""
+        for model in self.managed:
+            prefix = "" if len(self.managed) == 1 else f"{model.handle.name}."
+            model.forget_grads(tuple(name.removeprefix(prefix) for name in self.rule.names if name.startswith(prefix)))
 
     def names(self) -> tuple[str, ...]:
         """The parameters it updates."""
@@ -58,11 +78,11 @@ class TorchOptimizerSource:
         self.handle = handle
         live = self.rule.live_state()
         if live:
-            handle.state = self.rule.import_state(live, self.model.params)
+            handle.state = self.rule.import_state(live, handle.model.params)
             self.optimizer.state.clear()
 
 
-def _model_of(optimizer: Optimizer, recorder: Recorder) -> ManagedModel:
+def _models_of(optimizer: Optimizer, recorder: Recorder) -> tuple[ManagedModel, ...]:
     owners: list[ManagedModel] = []
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
@@ -75,13 +95,8 @@ def _model_of(optimizer: Optimizer, recorder: Recorder) -> ManagedModel:
                 )
             if owner not in owners:
                 owners.append(owner)
-    if len(owners) != 1:
-        names = ", ".join(type(owner.module).__name__ for owner in owners) or "none"
-        raise PrepareError(
-            f"{type(optimizer).__name__} holds parameters of {len(owners)} prepared models ({names}); it can train one",
-            "make one optimizer per model, or put the models into one nn.Module and prepare that",
-        )
-    return owners[0]
+    # In the order of prepare: the state's names do not depend on the order of the groups.
+    return tuple(model for model in recorder.models if model in owners)
 
 
 class PreparedOptimizer(Optimizer):
@@ -128,7 +143,7 @@ class PreparedOptimizer(Optimizer):
             return
         source = self._source
         source.recorder.settle()
-        source.managed.push_writes()
+        source.push_writes()
         source.handle.step()
         source.rule.mark_stepped()
 
@@ -136,9 +151,9 @@ class PreparedOptimizer(Optimizer):
         """Drop the gradients of its parameters; nothing while gradients accumulate."""
         if not self._syncs():
             return
-        self._source.managed.push_writes()
+        self._source.push_writes()
         if set_to_none:
-            self._source.managed.forget_grads(self._source.names())
+            self._source.forget_grads()
         self._source.handle.zero_grad(set_to_none)
 
     @property
@@ -160,7 +175,7 @@ class PreparedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` of this or of torch's optimizer gave."""
         source = self._source
-        source.handle.state = source.rule.load_state_dict(state_dict, source.model.params)
+        source.handle.state = source.rule.load_state_dict(state_dict, source.handle.model.params)
 
     def __repr__(self) -> str:
         return f"Prepared({self.optimizer!r})"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, final
 
 import torch
 
+from .attributes import NO_EFFECTS
 from .changing_numbers import Changing, Numbers
 from .exchange import placed_array
 from .modules import ManagedModel
@@ -29,8 +30,8 @@ class Entry:
     """One recorded operation or model call after a certain sequence of others: a node of the trie."""
 
     __slots__ = (
-        "arguments", "changing", "children", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent", "position",
-        "recipes", "same", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
+        "arguments", "changing", "children", "effects", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent",
+        "position", "recipes", "same", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
     )  # fmt: skip
 
     def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: Numbers | None) -> None:
@@ -41,6 +42,7 @@ class Entry:
         self.modes = modes
         self.numbers = numbers  # constants of the program; None: they are inputs, as `changing` says
         self.changing: Changing | None = None
+        self.effects = NO_EFFECTS  # what a model call does to Python attributes
         self.unfollowed: str | None = None  # why torch has to run it, with gradients if they are wanted
         self.model: ManagedModel | None = None
         self.token: Any = None

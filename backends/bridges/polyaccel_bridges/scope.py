@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 
 from polyaccel.errors import PrepareError
 
+from .attributes import Change, Watch
+
 if TYPE_CHECKING:
     from .modules import PreparedModule
 
@@ -46,6 +48,9 @@ class CaptureScope:
         self.models = tuple(models)
         self.autocast = autocast
         self.found: list[torch.Tensor] = []
+        self.watches: list[Watch] = []  # of the models that ran
+        self.changes: list[Change] = []  # of their attributes, when it is over
+        self.operations: list[Any] = []  # every torch function that ran, in order
         self._given = {id(outside): (outside, leaf) for outside, leaf in given}
         self._found_ids: set[int] = set()
 
@@ -57,6 +62,7 @@ class CaptureScope:
         try:
             with _Outside(self):
                 yield
+            self.changes = [change for watch in self.watches for change in watch.changes()]
         finally:
             _active.scope = before
 
@@ -68,10 +74,9 @@ class CaptureScope:
                 "pass every model as an argument: accelerator.backward(loss_fn, model, other_model, batch)",
             )
         guard = prepared._model.guard
-        before = guard.scalars()
-        result = run_model(prepared.module, args, kwargs, self.autocast)
-        guard.note_changes_in_forward(before)
-        return result
+        if all(watch.guard is not guard for watch in self.watches):
+            self.watches.append(Watch(guard))
+        return run_model(prepared.module, args, kwargs, self.autocast)
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """What takes the place of a tensor from outside. Raises PrepareError where its gradient would be lost."""
@@ -124,6 +129,7 @@ class _Outside(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in _ASKING:
             return func(*args, **kwargs)
+        self._scope.operations.append(func)
         if any(_is_outside(value) for value in (*args, *kwargs.values())):
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         else:

@@ -149,6 +149,7 @@ class Recorder:
         self._enter_numbers(session, entry, numbers)
         session.num_calls += 1
         session.has_effects = session.has_effects or (token.is_training and bool(model.handle.buffers))
+        entry.effects.apply()
         return self._append(session, entry, operands)
 
     def _enter_numbers(self, session: Session, entry: Entry, numbers: list[float]) -> None:

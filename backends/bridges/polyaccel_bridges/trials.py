@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from polyaccel.errors import PrepareError
 
 from . import scope as capturing
+from .attributes import learn
 from .changing_numbers import Changing, Numbers, changing, number_key
 from .packing import Key, described, settle, thaw
 from .recordings import Entry, Floats, Session, Shadows
@@ -230,18 +231,23 @@ def _looked_at(
 
     thaw(arguments, collect)
 
-    def run(leaves: Any) -> Any:
-        def leaf(found: tuple[Any, ...]) -> Any:
-            if found[1] == "f":
-                return numbers[found[2]] if how is None else how.example
-            return leaves[places.index(found[:4])]
-
-        args, kwargs = thaw(arguments, leaf)
+    def look() -> capturing.CaptureScope:
         scope = capturing.CaptureScope([model.prepared], recorder.autocast_dtype)  # type: ignore[list-item]
-        with scope.active():
-            return scope.call(model.prepared, args, kwargs)  # type: ignore[arg-type]
 
-    entry.structure, entry.specs = infer({model.handle.name: model.module}, run, specs, modes)
+        def run(leaves: Any) -> Any:
+            def leaf(found: tuple[Any, ...]) -> Any:
+                if found[1] == "f":
+                    return numbers[found[2]] if how is None else how.example
+                return leaves[places.index(found[:4])]
+
+            args, kwargs = thaw(arguments, leaf)
+            with scope.active():
+                return scope.call(model.prepared, args, kwargs)  # type: ignore[arg-type]
+
+        entry.structure, entry.specs = infer({model.handle.name: model.module}, run, specs, modes)
+        return scope
+
+    entry.effects = learn(look(), look)
     return entry
 
 

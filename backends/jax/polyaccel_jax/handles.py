@@ -75,6 +75,10 @@ class JaxModel:
         self.gradients = dict(values)
         self.gradients_are_shared = True
 
+    def set_gradients(self, values: Mapping[str, jax.Array]) -> None:
+        """Replace the gradients of these parameters."""
+        self.gradients.update(values)
+
     def zero_grad(self, names: Sequence[str] | None = None) -> None:
         """Drop the gradients of these parameters (None: of all)."""
         if names is None or len(names) == len(self.names):
@@ -135,10 +139,13 @@ class JaxOptimizer:
     """An optimizer's state on the mesh, and the compiled update of its model. The state is donated to every update."""
 
     def __init__(self, engine: JaxEngine, source: OptimizerSource) -> None:
+        from polyaccel_jax.joint import JointModel
+
         model: Any = source.model
         self.engine = engine
         self.source = source
-        self.model: JaxModel = model
+        self.model: Any = JointModel(model) if isinstance(model, tuple) else model  # a JaxModel, or several as one
+        model = self.model
         self.names: tuple[str, ...] = tuple(source.names())
         self.indices = tuple(model.positions[name] for name in self.names)
         self.covers_model = self.indices == tuple(range(len(model.names)))
@@ -183,7 +190,7 @@ class JaxOptimizer:
             self.model.zero_grad(self.names)
         else:
             held = [name for name in self.names if name in self.model.gradients]
-            self.model.gradients.update(self.engine.steps.zeros(self.model, held))
+            self.model.set_gradients(self.engine.steps.zeros(self.model, held))
             self.model.overflow = None
 
     @property
