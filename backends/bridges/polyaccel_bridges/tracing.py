@@ -27,6 +27,7 @@ from .captured_gradients import gradients
 from .decompositions import capture_decompositions
 from .fixed_shapes import FixedShapes
 from .graphs import TensorSpec
+from .host_random import host_random_state, refuse_host_random
 from .module_state import ModuleState, collect_state, filled
 from .recomputation import hold_back_recomputation
 from .sources import SourceNotes
@@ -98,17 +99,24 @@ def trace(
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
                 return _run(function, state, inputs, flat, autocast, kind, layout)
 
-        specs = [*state.specs.values(), *inputs]
-        fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with capturing_flags(), fake_mode:
-            fakes = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
-            try:
-                with enable_python_dispatcher(), FunctionalTensorMode():
-                    module = make_fx(traced, decomposition_table=capture_decompositions())(*fakes)
-            except PolyaccelError:
-                raise
-            except Exception as error:
-                raise explained(error, state.paths) from error
+        def traced_graph() -> GraphModule:
+            specs = [*state.specs.values(), *inputs]
+            with capturing_flags(), FakeTensorMode(allow_non_fake_inputs=True):
+                fakes = [torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for spec in specs]
+                try:
+                    with enable_python_dispatcher(), FunctionalTensorMode():
+                        return make_fx(traced, decomposition_table=capture_decompositions())(*fakes)
+                except PolyaccelError:
+                    raise
+                except Exception as error:
+                    raise explained(error, state.paths) from error
+
+        drawn = host_random_state()
+        module = traced_graph()
+        if host_random_state() != drawn:
+            refuse_host_random(
+                module, traced_graph, ", ".join(type(root).__name__ for root in modules.values()) or "the function"
+            )
     hold_back_recomputation(module.graph)
     nodes = list(module.graph.nodes)
     results = list(nodes[-1].args[0])
