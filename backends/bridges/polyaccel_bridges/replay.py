@@ -16,6 +16,8 @@ from jax import lax
 
 from polyaccel.errors import PolyaccelError
 
+from .lowerings import library_attention
+from .lowerings.attention import flash_attention_backward
 from .programs import ArraySpec, Instruction, Program, Slot
 
 if TYPE_CHECKING:
@@ -104,10 +106,12 @@ def run_program(program: Program, inputs: Sequence[jax.Array], key: jax.Array | 
     values[: len(inputs)] = inputs
     for index, constant in enumerate(program.constants, start=len(inputs)):
         values[index] = jnp.asarray(constant)
-    for step in program.instructions:
-        values[step.result] = _execute(step, values, key)
-        for index in step.frees:
-            values[index] = None
+    has_backward = any(step.lowering.function is flash_attention_backward for step in program.instructions)
+    with library_attention.pairing(has_backward):
+        for step in program.instructions:
+            values[step.result] = _execute(step, values, key)
+            for index in step.frees:
+                values[index] = None
     # A weakly typed result (of a Python number) would make the next step, fed with it, trace again.
     return [
         None if slot is None or spec is None else lax.convert_element_type(values[slot.index], spec.dtype)

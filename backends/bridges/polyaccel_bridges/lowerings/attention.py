@@ -1,6 +1,7 @@
 """Scaled dot product attention, kept whole by the capture; long sequences are computed in blocks of queries.
 
-The backward is that of FlashAttention (https://arxiv.org/abs/2205.14135): probabilities come back from the log-sum-exp.
+Where jax has a kernel for it (library_attention.py) that one computes, with its own derivative. Elsewhere the backward is that of
+FlashAttention (https://arxiv.org/abs/2205.14135): probabilities come back from the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from . import library_attention
 from .matmul import precision_of
 from .table import lowers
 
@@ -105,6 +107,21 @@ def _summed(grad: jax.Array, heads: int) -> jax.Array:
     return grad.reshape(grad.shape[0], heads, grad.shape[1] // heads, *grad.shape[2:]).sum(2)
 
 
+def _is_for_library(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, is_causal: bool
+) -> bool:
+    chosen = library_attention.choose(
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        has_mask=mask is not None,
+        is_causal=is_causal,
+        capability=library_attention.gpu_capability(),
+    )
+    return chosen == "cudnn"
+
+
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu.default)
 def flash_attention(
     query: jax.Array,
@@ -117,6 +134,10 @@ def flash_attention(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     factor = _default_scale(query, scale)
+    if _is_for_library(query, key, value, attn_mask, is_causal):
+        out = library_attention.attend(query, key, value, attn_mask, is_causal=is_causal, scale=factor)
+        # The log-sum-exp is for the backward, and the library's keeps its own.
+        return out, jnp.zeros(query.shape[:3], np.float32)
     key, value = _repeated(key, query), _repeated(value, query)
     length = query.shape[2]
     size = _block_size(length, key.shape[2])
@@ -147,6 +168,10 @@ def flash_attention_backward(
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     factor = _default_scale(query, scale)
+    if _is_for_library(query, key, value, attn_mask, is_causal):
+        return library_attention.attend_backward(
+            grad_out, query, key, value, out, attn_mask, is_causal=is_causal, scale=factor
+        )
     kv_heads = key.shape[1]
     key, value = _repeated(key, query), _repeated(value, query)
     length = query.shape[2]
