@@ -76,6 +76,9 @@ class GeneralTracker:
     def finish(self) -> None:
         """Send what is held, close."""
 
+    def abandon(self) -> None:
+        """`finish` did not come back in time and nobody waits for it any more: take away what would hold up the interpreter's exit."""
+
     def identity(self) -> dict[str, Any]:
         """What finds this run at the vendor again: kept in run.json, and given back in `run.previous` when the run is continued."""
         return {}

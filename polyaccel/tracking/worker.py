@@ -113,6 +113,8 @@ class Worker(threading.Thread):
             self.counts.dropped += left
             self._queue.clear()
             self._say("finish", f"did not finish in time; {left} calls were not sent")
+            if self.tracker is not None and hasattr(self.tracker, "abandon"):
+                self.tracker.abandon()
             return False
         return True
 

@@ -88,7 +88,7 @@ def test_a_tracker_that_misses_a_part_of_the_contract_is_refused(tmp_path):
     class Nameless(GeneralTracker):
         requires_logging_directory = False
 
-    with pytest.raises(TrackerError, match="tracker class .*Nameless has no name, tracker"):
+    with pytest.raises(TrackerError, match=r"tracker class .*Nameless has no name, tracker"):
         register_tracker_class("nameless", Nameless)
     with pytest.raises(TrackerError, match="has no name"):
         accelerator(tmp_path, Nameless())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from polyaccel.tracking.tracker import CannotTake
 from polyaccel.tracking.vendors.adapter import Adapter, numbers, texts
 
 
@@ -47,11 +48,22 @@ class AimTracker(Adapter):
 
     def log_artifact(self, artifact: Any, name: str | None = None, **kwargs: Any) -> None:
         """A file or folder, where the repository has a place for artifacts (`run.set_artifacts_uri`)."""
+        if self._vendor.artifacts_uri is None:
+            raise CannotTake(self.name, "artifacts before `run.set_artifacts_uri`")
         self._vendor.log_artifact(artifact, name=name, **kwargs)
 
     def finish(self) -> None:
         """Close the run."""
         self._vendor.close()
+
+    def abandon(self) -> None:
+        """Aim's exit handler waits for the server without an end, and would keep the finished script from exiting."""
+        import atexit
+
+        from aim.ext.cleanup import AutoClean
+
+        atexit.unregister(AutoClean.cleanup)
+        AutoClean.stop_signal.set()
 
     def identity(self) -> dict[str, Any]:
         """Aim's own hash of the run."""

@@ -19,8 +19,10 @@ class CometTracker(Adapter):
         import comet_ml
 
         options = dict(self.options)
-        if options.get("online") is False and "experiment_config" not in options:
-            options["experiment_config"] = comet_ml.ExperimentConfig(offline_directory=str(self.info.folder / "comet"))
+        if "experiment_config" not in options:
+            # The command line may hold secrets; run.json has it without them.
+            offline = str(self.info.folder / "comet")
+            options["experiment_config"] = comet_ml.ExperimentConfig(offline_directory=offline, parse_args=False)
         if "key" in self.info.previous and "experiment_key" not in options:
             options["experiment_key"] = self.info.previous["key"]
         options.setdefault("project_name", self.run_name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from polyaccel.tracking.tracker import CannotTake
 from polyaccel.tracking.vendors.adapter import Adapter, numbers
 
 
@@ -47,9 +48,9 @@ class DvcliveTracker(Adapter):
                 self._vendor.log_image(f"{plain}.png" if len(files) == 1 else f"{plain}-{index}.png", file)
 
     def log_artifact(self, artifact: Any, name: str | None = None, **kwargs: Any) -> None:
-        """A file or folder; outside a DVC repository DVCLive copies it and tracks nothing."""
-        kwargs.setdefault("copy", True)
-        kwargs.setdefault("cache", False)
+        """A file or folder of a DVC repository."""
+        if self._vendor._dvc_repo is None:
+            raise CannotTake(self.name, "artifacts outside a DVC repository")
         self._vendor.log_artifact(artifact, name=name, **kwargs)
 
     def finish(self) -> None:
