@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from polyaccel.accelerator import Accelerator as Accelerator
     from polyaccel.config import Config as Config
     from polyaccel.errors import PolyaccelError as PolyaccelError
+    from polyaccel.launch.notebook import debug_launcher as debug_launcher
+    from polyaccel.launch.notebook import notebook_launcher as notebook_launcher
     from polyaccel.mesh import MeshSpec as MeshSpec
     from polyaccel.plan import Plan as Plan
     from polyaccel.seeding import set_seed as set_seed
@@ -24,9 +26,21 @@ _HOME = {
     "MeshSpec": "polyaccel.mesh",
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
+    "debug_launcher": "polyaccel.launch.notebook",
+    "notebook_launcher": "polyaccel.launch.notebook",
     "set_seed": "polyaccel.seeding",
 }
-__all__ = ["Accelerator", "Config", "MeshSpec", "Plan", "PolyaccelError", "__version__", "set_seed"]
+__all__ = [
+    "Accelerator",
+    "Config",
+    "MeshSpec",
+    "Plan",
+    "PolyaccelError",
+    "__version__",
+    "debug_launcher",
+    "notebook_launcher",
+    "set_seed",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:  # both live above the seam and are only named by it
 Array = Any  # an array of the engine's framework
 T = TypeVar("T")
 
-Feature = Literal["backward_value", "gradient_sync", "compile", "multi_process"]
+Feature = Literal["backward_value", "gradient_sync", "compile", "multi_process", "compile_events"]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here
+# compile_events: the engine lists every program that it compiles, as `engine.compile_events`
 
 
 # -- before any framework is imported ------------------------------------------------------------------------------------
@@ -64,6 +65,21 @@ class WorkerSlot:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class AgentJob:
+    """This machine's part of a job, for a backend's own agent. `command` follows `python`; times are in seconds."""
+
+    command: tuple[str, ...]
+    num_local_processes: int
+    num_machines: int
+    machine_rank: int
+    address: str
+    port: int
+    max_restarts: int
+    grace_s: int
+    join_timeout_s: int = 600
+
+
 class Backend(Protocol):
     """An adapter before its framework is imported. Touching it is cheap and never raises."""
 
@@ -77,6 +93,15 @@ class Backend(Protocol):
     def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
         """The processes to start on this machine. None: as many as the machine has devices for (torch: one per device; xla
         and jax: one). Raises LaunchError for more processes than devices can serve."""
+        ...
+
+    def holds_devices(self) -> str | None:
+        """Why a process forked from this one could not use the framework any more (in words for the user), or None."""
+        ...
+
+    def agent_arguments(self, job: AgentJob) -> list[str] | None:
+        """What follows `python` to run this machine's processes under the framework's own elastic agent, which agrees with those
+        of the other machines on restarts; None where there is none, and the launcher starts the processes itself."""
         ...
 
     def seed(self, value: int) -> None:
@@ -100,6 +125,21 @@ class Shard:
     offset: tuple[int, ...]
     dtype: str
     data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class CompileEvent:
+    """One program that the engine compiled (or fetched from the persistent cache).
+
+    `cause` is "first call", or what changed since the most similar earlier program of this name, from what to what. `capture_s`
+    is the bridge's part, `compile_s` tracing and compiling. `step` counts the optimizer updates that were taken before.
+    """
+
+    program: str
+    cause: str
+    capture_s: float
+    compile_s: float
+    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +354,11 @@ class ProgramCall(Protocol):
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: ShardCall) -> Program:
         """Make the program for inputs of these specs (per data shard, or global). Raises PrepareError / UnsupportedError."""
+        ...
+
+    def describe(self, inputs: Sequence[Any]) -> tuple[str, dict[str, str]]:
+        """The user's name for what is called, and by readable name everything that a program of it is specialised on: shapes and
+        dtypes of the inputs (arrays or tracers), static arguments, modes of the models. Called only when one is compiled."""
         ...
 
     def finish(self, loss: Array | None, outputs: list[Array]) -> Any:

@@ -84,6 +84,16 @@ def _on_cluster(command: list[str], gathered: Gathered, settings: LaunchSettings
 
         place = section_of(gathered, TpuPodSettings)
         return _print(shlex.join(pod.command(job, place))) if emit else pod.run(job, place)
+    if settings.on == "ray":
+        from polyaccel.config.schema import RaySettings
+        from polyaccel.launch import ray
+
+        cluster = section_of(gathered, RaySettings)
+        return (
+            _print(f"{shlex.join(job.launch_command())}  # on each of {settings.num_machines}")
+            if emit
+            else ray.run(job, cluster)
+        )
     if settings.on == "hosts":
         from polyaccel.config.schema import HostSettings
         from polyaccel.launch import hosts
@@ -94,7 +104,7 @@ def _on_cluster(command: list[str], gathered: Gathered, settings: LaunchSettings
             if emit
             else hosts.run(job, machines)
         )
-    raise LaunchError(f"--on {settings.on} is not available", "use local, slurm, tpu-pod, kubernetes or hosts")
+    raise AssertionError(settings.on)  # the schema knows every target
 
 
 def _slurm(job: Job, gathered: Gathered, emit: bool) -> int:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +146,21 @@ def environment_for(gathered: Gathered, *, launched: str) -> dict[str, str]:
 def inherited_environment() -> dict[str, str]:
     """A copy of this process's environment, for the processes that the launcher starts."""
     return dict(os.environ)
+
+
+@contextmanager
+def adopt_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Let this process be a worker with these variables, as if the launcher had started it with them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _launches(name: str) -> bool:

@@ -10,7 +10,7 @@ from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS, PrecisionPolicy
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
-TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "hosts")
+TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
@@ -70,7 +70,7 @@ MESH_HELP = {
 class LaunchSettings:
     """How `polyaccel launch` starts a job: the `[launch]` table of a config file. Workers do not read it."""
 
-    on: str = _setting("local", "where: local, slurm, tpu-pod, kubernetes, hosts", choices=TARGETS)
+    on: str = _setting("local", "where: local, slurm, tpu-pod, kubernetes, ray, hosts", choices=TARGETS)
     num_processes: int | None = _setting(
         None,
         "processes of the whole job, over all machines (default: what the backend wants: torch one per GPU, xla and jax one"
@@ -141,6 +141,18 @@ class KubernetesSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RaySettings:
+    """The Ray cluster of `polyaccel launch --on ray`: the `[ray]` table."""
+
+    address: str = _setting("auto", "the cluster; auto: the one that runs here; local: one for this job alone")
+    cpus_per_machine: int = _setting(1, "CPUs that the job takes of every machine", least=1)
+    gpus_per_machine: int = _setting(0, "GPUs that the job takes of every machine")
+    tpus_per_machine: int = _setting(0, "TPU chips that the job takes of every machine")
+    share_machines: bool = _setting(False, "let several of the job's machines be one, to try things out")
+    wait_s: int = _setting(300, "seconds to wait for room in the cluster", least=1)
+
+
+@dataclass(frozen=True, slots=True)
 class HostSettings:
     """Plain machines that `polyaccel launch --on hosts` reaches by ssh: the `[hosts]` table."""
 
@@ -154,5 +166,6 @@ SECTIONS: Mapping[str, type] = {
     "slurm": SlurmSettings,
     "tpu_pod": TpuPodSettings,
     "kubernetes": KubernetesSettings,
+    "ray": RaySettings,
     "hosts": HostSettings,
 }

@@ -15,10 +15,13 @@ from polyaccel.config.schema import LaunchSettings
 from polyaccel.errors import LaunchError
 from polyaccel.launch.rendezvous import Rendezvous, machines_from_environment
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
-from polyaccel.protocols import Backend
+from polyaccel.protocols import AgentJob, Backend
 from polyaccel.registry import choose_backend
 
 _LONGEST_PAUSE_S = 30.0
+_AGENT_S = 15  # an agent's own time to end, after that of its processes
+_PORT = 29500
+_PLACE = frozenset(Rendezvous(0, 1, 0, 1, "", 0).environment())
 
 
 def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettings, dry_run: bool = False) -> int:
@@ -42,6 +45,9 @@ def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettin
     if dry_run:
         print(_described(_workers(command, chosen, gathered, settings, attempt=0)))
         return 0
+    agent = _agent(command, chosen, gathered, settings)
+    if agent is not None:
+        return supervise([agent], grace_s=settings.grace_s + _AGENT_S)
     stop = StopRequest()
     attempt = 0
     while True:
@@ -99,7 +105,7 @@ def _workers(
     address = settings.main_process_ip or "127.0.0.1"
     # A new port for every attempt: the last one's may still be held. On several machines they count attempts alike, since a
     # failure ends the job everywhere.
-    port = (settings.main_process_port or 29500) + attempt if machines > 1 else _local_port(settings, attempt)
+    port = (settings.main_process_port or _PORT) + attempt if machines > 1 else _local_port(settings, attempt)
     shared = {**inherited_environment(), **environment_for(gathered, launched=backend.name)}
     # Python puts a script's own folder first on its path; buffered output of a killed worker would be lost.
     shared.setdefault("PYTHONUNBUFFERED", "1")
@@ -114,6 +120,30 @@ def _workers(
         environment = {**shared, **joined, **slot.environment}
         workers.append(Worker(str(place.process_index), [sys.executable, *command], environment))
     return workers
+
+
+def _agent(command: Sequence[str], backend: Backend, gathered: Gathered, settings: LaunchSettings) -> Worker | None:
+    """The backend's own agent where machines must agree on a restart, or the job may be restarted; else None."""
+    if settings.num_machines == 1 and settings.max_restarts == 0:
+        return None  # an agent that imports a framework would only make the start later
+    workers = _workers(command, backend, gathered, settings, attempt=0)
+    job = AgentJob(
+        command=tuple(command),
+        num_local_processes=len(workers),
+        num_machines=settings.num_machines,
+        machine_rank=settings.machine_rank,
+        address=settings.main_process_ip or "127.0.0.1",
+        port=settings.main_process_port or _PORT,
+        max_restarts=settings.max_restarts,
+        grace_s=settings.grace_s,
+    )
+    arguments = backend.agent_arguments(job)
+    if arguments is None:
+        return None
+    environment = {name: v for name, v in (workers[0].environment or {}).items() if name not in _PLACE}
+    # Without this, restarts after a killed process hang now and then (torch 2.9 to 2.13): the agent's store is shared with them.
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    return Worker("agent", [sys.executable, *arguments], environment)
 
 
 def _local_port(settings: LaunchSettings, attempt: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from polyaccel.data import DataSharding, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import Capabilities, LoaderSpec, LossCall, Probe, Shard, StepSpec, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, LoaderSpec, LossCall, Probe, Shard, StepSpec, WorkerSlot
 from polyaccel.topology import Topology
 
 if TYPE_CHECKING:
@@ -340,6 +340,12 @@ class FakeBackend:
                 f"--num-processes {num_processes} is more than backend 'fake' can start", "use --num-processes 1"
             )
         return (WorkerSlot(),)
+
+    def holds_devices(self) -> str | None:
+        return None
+
+    def agent_arguments(self, job: AgentJob) -> list[str] | None:
+        return None
 
     def seed(self, value: int) -> None:
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from polyaccel.launch.supervision import Worker, supervise
+from polyaccel.registry import load_backend
 
 LAUNCH = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
 
@@ -19,7 +20,7 @@ def python(name, code):
 
 
 def launch(*arguments):
-    return subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_every_line_has_the_name_of_its_process(capfd):
@@ -94,23 +95,52 @@ def test_what_a_killed_process_started_ends_with_it(tmp_path):
         assert not Path(f"/proc/{number}/stat").exists()
 
 
-def test_a_job_is_started_again_as_often_as_asked(tmp_path):
-    script, marks = tmp_path / "fails_twice.py", tmp_path / "marks"
-    marks.mkdir()
+def failing_twice(tmp_path):
+    """A script whose process 0 fails in the first two attempts, and the file to which every attempt adds its port."""
+    script, attempts = tmp_path / "fails_twice.py", tmp_path / "attempts"
     script.write_text(
-        f"import os, pathlib, sys\nmarks = pathlib.Path({str(marks)!r})\n"
-        "(marks / f\"{os.environ['MASTER_PORT']}-{os.environ['RANK']}\").touch()\n"
-        "ports = {p.name.split('-')[0] for p in marks.iterdir()}\n"
-        "sys.exit(5 if len(ports) < 3 and os.environ['RANK'] == '0' else 0)\n"
+        "import os, sys, time\n"
+        f"attempts = {str(attempts)!r}\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    with open(attempts, 'a') as file: print(os.environ['MASTER_PORT'], file=file)\n"
+        "    if len(open(attempts).readlines()) < 3: raise SystemExit(5)\n"
+        "elif len(open(attempts).readlines()) < 3 if os.path.exists(attempts) else True: time.sleep(2)\n"
     )
-    done = launch("--num_processes", 2, "--max-restarts", 1, script)
-    assert done.returncode == 5
-    assert "restart 1 of 1 in 1 s (exit code 5)" in done.stderr
-    for mark in marks.iterdir():
-        mark.unlink()
-    done = launch("--num_processes", 2, "--max_restarts", 2, script)
+    return script, attempts
+
+
+def engines_installed():
+    return [name for name in ("torch", "jax", "xla") if load_backend(name).probe().is_usable]
+
+
+@pytest.mark.parametrize("backend", engines_installed())
+def test_a_job_is_started_again_as_often_as_asked(tmp_path, backend):
+    """torch: by its own elastic agent; the others: by the launcher. xla has one process per machine."""
+    script, attempts = failing_twice(tmp_path)
+    count = [] if backend == "xla" else ["--num_processes", 2]
+    if backend == "xla":
+        script.write_text("import os; os.environ.update(RANK='0', MASTER_PORT='1')\n" + script.read_text())
+    done = launch("--backend", backend, *count, "--max-restarts", 1, script)
+    assert done.returncode == 5, done.stderr
+    assert len(attempts.read_text().split()) == 2
+    attempts.unlink()
+    done = launch("--backend", backend, *count, "--max_restarts", 2, script)
     assert done.returncode == 0, done.stderr
-    assert len({mark.name.split("-")[0] for mark in marks.iterdir()}) == 3, "every attempt has a port of its own"
+    ports = attempts.read_text().split()
+    assert len(ports) == 3
+    if backend == "jax":
+        assert len(set(ports)) == 3, "a new coordinator cannot listen where the last one may still"
+        assert "restart 1 of 2 in 1 s (exit code 5)" in done.stderr
+
+
+@pytest.mark.skipif("torch" not in engines_installed(), reason="needs torch")
+def test_torchs_agent_tells_the_exit_code_and_the_traceback_of_the_process_that_failed(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("import os, time\nif os.environ['RANK'] == '1': raise ValueError('the cause')\ntime.sleep(60)\n")
+    done = launch("--num_processes", 2, "--max_restarts", 1, script)
+    assert done.returncode == 1
+    last = done.stderr[done.stderr.rindex("process 1 failed with exit code 1") :]
+    assert last.rstrip().endswith("ValueError: the cause")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

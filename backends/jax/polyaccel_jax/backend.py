@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from polyaccel.config import Config
 from polyaccel.errors import BackendUnavailableError, LaunchError
-from polyaccel.protocols import Capabilities, Engine, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Engine, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.launch.rendezvous import Rendezvous
@@ -28,7 +28,7 @@ class JaxBackend:
         mesh_axes=frozenset({"replica", "data"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
-        features=frozenset({"multi_process"}),
+        features=frozenset({"multi_process", "compile_events"}),
     )
 
     def probe(self) -> Probe:
@@ -66,6 +66,18 @@ class JaxBackend:
             WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(index * each, (index + 1) * each)))})
             for index in range(num_processes)
         )
+
+    def holds_devices(self) -> str | None:
+        """A jax that has opened its devices runs threads, which a fork does not copy."""
+        if "jax" not in sys.modules:
+            return None
+        from jax._src.xla_bridge import backends_are_initialized  # the public API has no question that opens nothing
+
+        return "jax has opened its devices here already" if backends_are_initialized() else None
+
+    def agent_arguments(self, job: AgentJob) -> list[str] | None:
+        """None: the launcher starts the processes itself."""
+        return None
 
     def seed(self, value: int) -> None:
         """Nothing: jax has no global generator. Live engines have their own stream."""

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import Capabilities, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -50,6 +50,23 @@ class TorchBackend:
                 f"use --num-processes {num_gpus}, or --cpu",
             )
         return (WorkerSlot(),) * (num_processes or num_gpus or 1)
+
+    def holds_devices(self) -> str | None:
+        """CUDA, once it was used, and a process group do not survive a fork."""
+        if "torch" not in sys.modules:
+            return None
+        import torch
+
+        if torch.cuda.is_initialized():
+            return "CUDA is in use here already"
+        is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return "torch.distributed is initialized here already" if is_joined else None
+
+    def agent_arguments(self, job: AgentJob) -> list[str] | None:
+        """torch's elastic agent."""
+        from polyaccel_torch import elastic
+
+        return elastic.arguments(job)
 
     def seed(self, value: int) -> None:
         """Seed torch's generators of all devices, if torch is loaded."""

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import Capabilities, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -55,6 +55,14 @@ class XlaBackend:
                 "leave --num-processes out; for several virtual devices on the CPU set CPU_NUM_DEVICES",
             )
         return (WorkerSlot({"PJRT_DEVICE": "CPU"} if use_cpu else {}),)
+
+    def holds_devices(self) -> str | None:
+        """Never asked for: xla runs one process per machine, and that one is not forked."""
+        return None
+
+    def agent_arguments(self, job: AgentJob) -> list[str] | None:
+        """None: the launcher starts the processes itself."""
+        return None
 
     def seed(self, value: int) -> None:
         """Seed torch's own generators: weights are made and loaders are shuffled on the host."""

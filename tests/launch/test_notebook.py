@@ -1,0 +1,84 @@
+"""A function started in several processes, as from a notebook. Each case is a process of its own: pytest's own has used jax."""
+
+import subprocess
+import sys
+
+import pytest
+
+from polyaccel.registry import load_backend
+
+ENGINES = [name for name in ("torch", "jax") if load_backend(name).probe().is_usable]
+
+
+def run(code, tmp_path):
+    script = tmp_path / "notebook.py"
+    script.write_text(code)
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_local_function_runs_in_two_processes_that_form_a_job(backend, tmp_path):
+    done = run(
+        "import sys\nimport numpy as np\nfrom polyaccel import Accelerator, notebook_launcher\n"
+        "def to_array(accelerator, values):\n"
+        "    if accelerator.backend == 'torch':\n"
+        "        import torch\n        return torch.from_numpy(values)\n"
+        "    import jax\n    return jax.numpy.asarray(values)\n"
+        "def main():\n"
+        "    factor = 10\n"
+        "    def train(start):\n"  # a closure: nothing is sent to the processes, so nothing must be picklable
+        "        accelerator = Accelerator()\n"
+        "        mine = np.array([start + factor * accelerator.process_index])\n"
+        "        total = accelerator.reduce(to_array(accelerator, mine), 'sum')\n"
+        "        sys.stdout.write(f'saw {accelerator.num_processes} {accelerator.backend} {int(total[0])}\\n')\n"
+        f"    notebook_launcher(train, (1,), num_processes=2, cpu=True, backend={backend!r}, mixed_precision='no')\n"
+        "main()\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count(f"saw 2 {backend} 12") == 2  # 1 + 11
+
+
+def test_one_process_runs_here_and_leaves_the_environment_as_it_was(tmp_path):
+    done = run(
+        "import os\nfrom polyaccel import notebook_launcher\nseen = []\nbefore = dict(os.environ)\n"
+        "notebook_launcher(lambda: seen.append(os.environ['POLYACCEL_MIXED_PRECISION']), num_processes=1,"
+        f" mixed_precision='bf16', backend={ENGINES[0]!r}, cpu=True)\n"
+        "assert seen == ['bf16'] and dict(os.environ) == before\n",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_traceback_of_a_process_is_raised_here_and_the_others_are_stopped(tmp_path):
+    done = run(
+        "import os, time\nfrom polyaccel import debug_launcher\n"
+        "def train():\n"
+        "    if os.environ['RANK'] == '1': raise ValueError('the cause')\n"
+        "    time.sleep(60)\n"
+        "start = time.monotonic()\n"
+        "try:\n    debug_launcher(train)\n"
+        "except Exception as error:\n    print(type(error).__name__, error)\nprint(time.monotonic() - start < 30)\n",
+        tmp_path,
+    )
+    assert "LaunchError process 1 of 2 failed:\nTraceback" in done.stdout
+    assert "ValueError: the cause\nhint: the others were stopped\nTrue" in done.stdout
+
+
+def test_a_killed_process_is_told_by_its_exit_code(tmp_path):
+    done = run(
+        "import os\nfrom polyaccel import debug_launcher\ndebug_launcher(lambda: os.kill(os.getpid(), 9), num_processes=2)\n",
+        tmp_path,
+    )
+    assert "failed with exit code -9" in done.stderr
+
+
+@pytest.mark.skipif("jax" not in ENGINES, reason="needs jax")
+def test_a_jax_that_is_in_use_cannot_be_forked(tmp_path):
+    done = run(
+        "import jax\njax.devices()\nfrom polyaccel import notebook_launcher\n"
+        "notebook_launcher(print, num_processes=2, cpu=True, backend='jax')\n",
+        tmp_path,
+    )
+    assert "2 processes cannot be forked from this one: jax has opened its devices here already" in done.stderr
+    assert "restart the notebook's kernel" in done.stderr
