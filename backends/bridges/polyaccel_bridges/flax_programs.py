@@ -154,7 +154,7 @@ class Compiled:
             [ArraySpec(shape, dtype) for shape, dtype in specs],
             with_grads=with_grads,
             num_shards=1,
-            shard_call=_no_replicas,
+            shard_call=_NoReplicas(),
         )
         models: Any = call.models
         self._names = [f"{model.name}.{name}" for model in models for name in model.names]
@@ -245,8 +245,14 @@ def float_argument(scale: torch.Tensor) -> Any:
     return np.float32(scale) if scale.device.type == "cpu" else jax.dlpack.from_dlpack(scale)
 
 
-def _no_replicas(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("a flax program of one data shard has no replica parts")
+class _NoReplicas:
+    """The ShardCall of a program of one data shard, which asks for nothing."""
+
+    def __call__(self, function: Any, in_axes: Any, out_axes: Any) -> Any:
+        raise AssertionError("a flax program of one data shard has no replica parts")
+
+    def sum_over_shards(self, value: Any) -> Any:
+        raise AssertionError("a flax program of one data shard has no replica parts")
 
 
 def torch_call(runtime: FlaxRuntime, call: Any) -> LossCall:
