@@ -287,8 +287,8 @@ class _FunctionRecipe:
         self._modes = Modes(True, Modes.now().autocast)
         self._structure: Key = None
         self._has_aux = False
-        self._autocast = family.recorder.autocast_dtype
         self._effects = NO_EFFECTS  # what a call does to Python attributes
+        self._autocast = family.recorder.autocast_dtype
         self._num_arguments = len(packed.tensors)
         tensors = _tensor_leaves(family.arguments)
         self._dtypes = [d[3] for d in tensors] + [t.dtype for t in closure] + [torch.float32] * len(numbers)
@@ -314,7 +314,6 @@ class _FunctionRecipe:
 
     def _look(self) -> None:
         """Run once on fake tensors: finds structure, errors of the user's code, and tensors from outside."""
-        scope: list[capturing.CaptureScope] = []
 
         def look() -> capturing.CaptureScope:
             scope: list[capturing.CaptureScope] = []
@@ -419,6 +418,7 @@ class _FunctionRecipe:
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """The structure that the function returned, with DeviceTensors."""
+        self._effects.apply()
         recorder = self._family.recorder
         everything = [loss, *outputs]
         result = rebuild(self._structure, lambda index: lifted(recorder, everything[index]))
@@ -436,7 +436,6 @@ def _public(value: Any) -> Any:
     return source.prepared if isinstance(source, ManagedModel) else value
 
 
-        self._effects.apply()
 def _checked(result: Any) -> tuple[torch.Tensor, Any]:
     checked = result if type(result) is tuple and len(result) == 2 else (result, None)
     loss = checked[0]
