@@ -19,7 +19,7 @@ from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
 from polyaccel.plan import Plan, make_plan
 from polyaccel.prepare import Preparation
-from polyaccel.protocols import LoaderSpec, LossCall, StepSpec
+from polyaccel.protocols import CompileEvent, LoaderSpec, LossCall, StepSpec
 from polyaccel.registry import choose_backend
 from polyaccel.topology import Topology
 from polyaccel.tracking import Session, describe_job
@@ -112,6 +112,7 @@ class Accelerator:
             share=lambda value: self._gathering.broadcast_object_list([value])[0],
         )
         self._differentiates_values = "backward_value" in capabilities.features
+        self._lists_compiles = "compile_events" in capabilities.features
 
     # -- where am I ----------------------------------------------------------------------------------------------------
 
@@ -175,6 +176,12 @@ class Accelerator:
     def split_batches(self) -> bool:
         """Whether a loader's batch_size is the global batch."""
         return self.plan.split_batches
+
+    @property
+    def compile_events(self) -> tuple[CompileEvent, ...]:
+        """Every program compiled so far, with its cause; empty on engines without the feature "compile_events"."""
+        engine: Any = self._engine
+        return tuple(engine.compile_events) if self._lists_compiles else ()
 
     # -- prepare -------------------------------------------------------------------------------------------------------
 

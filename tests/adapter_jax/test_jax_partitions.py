@@ -151,6 +151,9 @@ class LinearCall:
         self.built.append((specs[0].shape, num_shards))
         return LinearProgram(self.models[0], with_grads, self.is_global, shard_call)
 
+    def describe(self, inputs):
+        return "linear", {"x": str(inputs[0].shape)}
+
     def finish(self, loss, outputs):
         return loss, outputs
 

@@ -31,6 +31,8 @@ class Recipe(Protocol):
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any: ...
 
+    def describe(self) -> tuple[str, dict[str, str]]: ...
+
 
 @final
 class TorchCall:
@@ -61,6 +63,11 @@ class TorchCall:
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
         """The program for inputs of these specs."""
         return self.signature.build(specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
+
+    def describe(self, inputs: Sequence[Any]) -> tuple[str, dict[str, str]]:
+        """The user's name for what is called, and what its program is specialised on."""
+        name, facts = self.signature.describe()
+        return str(name), dict(facts)
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """What user code gets."""

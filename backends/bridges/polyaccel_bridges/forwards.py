@@ -13,6 +13,7 @@ from . import scope as capturing
 from .attributes import NO_EFFECTS, learn
 from .calls import ForwardProgram, TorchCall, batch_axes, batch_size_of, grown, numpy_dtypes, rebuild, tensor_specs
 from .capture import capture_forward
+from .descriptions import facts_of_arguments, facts_of_models, shown
 from .functions import feed, lifted
 from .modules import ManagedModel
 from .packing import LEAF, Key, freeze, settle, thaw
@@ -117,6 +118,11 @@ class _ForwardRecipe:
             _, large = infer(modules, self._run, grown(local, self._axes, 2), self._modes)
         self._output_axes = batch_axes(seen[-1], large, batch_size)
         return ForwardProgram(graph, numpy_dtypes(self._dtypes), self._output_axes, shard_call)
+
+    def describe(self) -> tuple[str, dict[str, str]]:
+        """The model's name, and what its program is specialised on."""
+        facts = facts_of_arguments(self._model.module.forward, self._arguments, lambda found: shown(found[2], found[3]))
+        return type(self._model.module).__name__, {**facts, **facts_of_models([self._model])}
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """The model's own structure."""

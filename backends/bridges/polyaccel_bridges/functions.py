@@ -26,6 +26,7 @@ from .calls import (
     tensor_specs,
 )
 from .capture import capture_training
+from .descriptions import facts_of_arguments, facts_of_models, name_of, short, shown
 from .exchange import placed_array, torch_dtype
 from .graphs import TensorSpec
 from .guards import FunctionGuard
@@ -415,6 +416,23 @@ class _FunctionRecipe:
 
         _, large = infer(self._modules(), run, grown(local, self._axes, 2), self._modes)
         return batch_axes(seen, large[1:], batch_size)
+
+    def describe(self) -> tuple[str, dict[str, str]]:
+        """The function's name, and what its program is specialised on."""
+
+        def leaf(described: tuple[Any, ...]) -> str | None:
+            if described[1] in ("t", "c"):
+                return shown(described[3], described[4])
+            if described[1] == "m" or described[2] in self._untouched or described[2] in self.numbers:
+                return None
+            value = self._values[described[2]]
+            return None if isinstance(getattr(value, "source", value), PreparedModule | ManagedModel) else short(value)
+
+        family = self._family
+        facts = facts_of_arguments(self._function, family.arguments, leaf)
+        names = thaw(family.names, lambda found: leaf(found) if found[1] in ("v", "c") else None)
+        facts |= {name: text for name, text in names.items() if isinstance(text, str)}
+        return name_of(self._function), {**facts, **facts_of_models(family.models)}
 
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """The structure that the function returned, with DeviceTensors."""

@@ -12,6 +12,7 @@ import torch
 from polyaccel.protocols import ArraySpec
 
 from .calls import TorchCall, handles
+from .descriptions import facts_of_models, shown
 from .tensors import STACKED, ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
@@ -85,6 +86,19 @@ class TapeRecipe:
         program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
         self.output_axes = program.output_axes
         return program
+
+    def describe(self) -> tuple[str, dict[str, str]]:
+        """The recorded loop by its models, and what its program is specialised on."""
+        facts: dict[str, str] = {}
+        for number, part in enumerate(self.parts):
+            prefix = f"recording {number}, " if len(self.parts) > 1 else ""
+            facts[f"{prefix}operations"] = str(len(part.entries))
+            for entry in part.entries:
+                for leaf in operands_of(entry):
+                    if leaf[1] == "i":
+                        facts[f"{prefix}input {leaf[2]}"] = shown(leaf[3], leaf[4])
+        names = ", ".join(dict.fromkeys(type(model.module).__name__ for model in self.models))
+        return f"the loop of {names or 'no model'}", {**facts, **facts_of_models(self.models)}
 
     def cell(self, array: Any, axis: int | None) -> ArrayCell:
         """An output as user code's value: its own process's, where each has another one."""

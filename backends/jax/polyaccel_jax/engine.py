@@ -15,10 +15,11 @@ from jax import lax
 
 from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import Collectives, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.protocols import Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_jax import dialect, state
 from polyaccel_jax.collectives import JaxCollectives
+from polyaccel_jax.compiles import CompileLog
 from polyaccel_jax.dialect import compilation_cache
 from polyaccel_jax.fused import FusedStep
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
@@ -37,7 +38,7 @@ _MAX_STEPS_IN_FLIGHT = 4  # of up to five programs each: forward, backward, clip
 
 
 class JaxEngine:
-    """Implements ProgramEngine. `num_compiles` counts the programs that were traced and compiled.
+    """Implements ProgramEngine. `compiles` lists the programs that were traced and compiled.
 
     `devices`: use these alone; by default all of the job's.
     """
@@ -71,7 +72,7 @@ class JaxEngine:
             self._in_flight = deque()
         self.collectives: Collectives = JaxCollectives(self._devices, self.topology)
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
-        self.num_compiles = 0
+        self.compiles = CompileLog()
         self.scaler: ScalerState | None = None
         self._is_distributed = rendezvous.num_processes > 1
         self._num_models = 0
@@ -95,6 +96,16 @@ class JaxEngine:
     def default_partitioning(self) -> str:
         """How programs of no model are partitioned."""
         return "pmap" if self.plan.partitioning == "auto" else self.plan.partitioning
+
+    @property
+    def num_compiles(self) -> int:
+        """How many programs were traced."""
+        return self.compiles.count
+
+    @property
+    def compile_events(self) -> list[CompileEvent]:
+        """Every program that was compiled, with its cause."""
+        return self.compiles.events
 
     def seed(self, value: int) -> None:
         """Restart the random stream. In a job of several processes the seed of process 0 counts for all."""

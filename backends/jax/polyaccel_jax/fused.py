@@ -114,7 +114,16 @@ class FusedStep:
             rest = iter(others)
             params = [[mine[n] for n in model.names] if m is model else next(rest) for m in work.models]
             loss_scale = None if scaler is None else scaler[0]
-            result, following = work.run(params, buffers, base, counter, inputs, loss_scale)
+            result, following = work.run(
+                params,
+                buffers,
+                base,
+                counter,
+                inputs,
+                loss_scale,
+                "train_step",
+                options=str(optimizer.source.signature()),
+            )
             named = {name.removeprefix(prefix): grad for name, grad in result.grads.items()}
             grads = unscaled(named, scale, loss_scale)
             is_finite = None if scaler is None else all_finite(grads)
@@ -146,6 +155,8 @@ class _Fused:
         self.optimizer = optimizer
         self.model = optimizer.model
         self.jitted = jitted
+        self._compiles = engine.compiles
+        self._run = engine.compiles.run
         self._is_whole = optimizer.covers_model
         self._hyperparameters = optimizer.hyperparameters
         self._others = tuple(model for model in work.models if model is not optimizer.model)
@@ -162,7 +173,8 @@ class _Fused:
             base, counter = engine.stream.base, engine.stream.counter(call.draw)
             self.work.call = call  # a new input signature is built by the latest call
         is_whole = self._is_whole
-        loss, outputs, trained, state, changed, following, scaler, skipped = self.jitted(
+        loss, outputs, trained, state, changed, following, scaler, skipped = self._run(
+            self.jitted,
             (model.leaves if is_whole else optimizer.trained_leaves(), optimizer.leaves),
             {} if is_whole else optimizer.frozen_leaves(),
             tuple([each.leaves for each in self._others]) if self._others else (),
@@ -178,6 +190,7 @@ class _Fused:
         else:
             model.leaves = optimizer.take_over(trained, state)
         model.forget_views()
+        self._compiles.num_updates += 1
         if following is not None:
             engine.stream.spent(call.draw, following)
         elif self._idle is None:

@@ -62,7 +62,9 @@ class Work:
         if found is None:
             axes, mesh = self.call.input_axes, self.engine.mesh
             layout = partition.layout_of(mesh, self.partitioning, specs_of(inputs), axes, with_grads=self.with_grads)
-            program = partition.build(mesh, layout, self.call, with_grads=self.with_grads)
+            program = self.engine.compiles.build(
+                lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)
+            )
             wanted = self.by_model(dict.fromkeys(program.grad_names))  # type: ignore[arg-type]
             found = self._programs[key] = Built(layout, program, tuple(tuple(names) for names in wanted))
         return found
@@ -80,9 +82,15 @@ class Work:
         counter: jax.Array,
         inputs: Sequence[jax.Array],
         loss_scale: jax.Array | None,
+        form: str,
+        **facts: str,
     ) -> tuple[ProgramResult, jax.Array | None]:
-        """Traced: the program's result, and the following random counter if the program draws."""
-        self.engine.num_compiles += 1
+        """Traced: the program's result, and the following random counter if the program draws.
+
+        `form` says which step this is part of, and `facts` what else than the call its program depends on.
+        """
+        name, known = self.call.describe(inputs)
+        self.engine.compiles.tracing(f"{form} of {name}", {**known, **facts})
         built = self.program(inputs)
         layout, program = built.layout, built.program
         all_params: Named = {}
@@ -143,7 +151,8 @@ class Steps:
             function = work.functions.get("forward") or _forward_function(work)
             inputs = engine.mesh.place(call.inputs, call.input_axes)
             work.program(inputs)
-            outputs, changed, following = function(
+            outputs, changed, following = engine.compiles.run(
+                function,
                 tuple([model.leaves for model in work.models]),
                 tuple([model.buffer_arrays for model in work.models]),
                 stream.base,
@@ -165,7 +174,8 @@ class Steps:
             inputs = engine.mesh.place(call.inputs, call.input_axes)
             held = self._held(work.models, work.program(inputs).grad_names, scale)
             function = work.functions.get(scale) or _backward_function(work, scale)
-            loss, outputs, grads, changed, following, is_finite = function(
+            loss, outputs, grads, changed, following, is_finite = engine.compiles.run(
+                function,
                 held,
                 tuple([model.leaves for model in work.models]),
                 tuple([model.buffer_arrays for model in work.models]),
@@ -243,7 +253,7 @@ class Steps:
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[jax.Array, tuple[Named, ...]]:
-                self.engine.num_compiles += 1
+                self.engine.compiles.tracing("clip_grad_norm_", _clip_facts(grads, max_norm, norm_type))
                 norm = total_norm([grad for one in grads for grad in one.values()], norm_type)
                 factor = clip_factor(norm, max_norm)
                 clipped = jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
@@ -252,7 +262,7 @@ class Steps:
             return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            norm, clipped = self.function(("clip norm", max_norm, norm_type), make)(held)
+            norm, clipped = self.engine.compiles.run(self.function(("clip norm", max_norm, norm_type), make), held)
         _replace_gradients(targets, clipped)
         return norm
 
@@ -262,14 +272,14 @@ class Steps:
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
-                self.engine.num_compiles += 1
+                self.engine.compiles.tracing("clip_grad_value_", _clip_facts(grads, limit))
                 clipped: tuple[Named, ...] = jax.tree.map(lambda grad: jnp.clip(grad, -limit, limit), grads)
                 return self.engine.constrain(clipped)
 
             return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            clipped = self.function(("clip value", limit), make)(held)
+            clipped = self.engine.compiles.run(self.function(("clip value", limit), make), held)
         _replace_gradients(targets, clipped)
 
     # -- update ----------------------------------------------------------------------------------------------------------
@@ -287,7 +297,8 @@ class Steps:
             function = self.function(
                 ("update", id(optimizer), optimizer.source.signature()), lambda: self._update_function(optimizer)
             )
-            trained, state, scaler, skipped = function(
+            trained, state, scaler, skipped = engine.compiles.run(
+                function,
                 (optimizer.trained_leaves(), optimizer.leaves),
                 grads,
                 optimizer.hyperparameters(),
@@ -298,7 +309,10 @@ class Steps:
 
     def _update_function(self, optimizer: JaxOptimizer) -> Callable[..., Any]:
         def update(owned: Any, grads: Named, hyper: Any, scaler: Any, is_finite: Any) -> Any:
-            self.engine.num_compiles += 1
+            self.engine.compiles.tracing(
+                f"update of {optimizer.model.name}",
+                {"gradients": f"{len(grads)} arrays", "options": str(optimizer.source.signature())},
+            )
             return apply_update(optimizer, owned, grads, hyper, scaler, is_finite)
 
         return jax.jit(update, donate_argnums=0)
@@ -306,6 +320,7 @@ class Steps:
     def _finish_update(self, optimizer: JaxOptimizer, trained: Any, state: Any, scaler: Any, skipped: Any) -> None:
         optimizer.model.set_leaves(optimizer.take_over(trained, state))
         optimizer.skipped = skipped
+        self.engine.compiles.num_updates += 1
         if scaler is not None:
             self.engine.scaler = scaler
 
@@ -374,7 +389,7 @@ def _gradient_dtype(value: jax.Array) -> Any:
 
 def _forward_function(work: Work) -> Callable[..., Any]:
     def forward(params: Any, buffers: Any, base: Any, counter: Any, inputs: Any) -> Any:
-        result, following = work.run(params, buffers, base, counter, inputs, None)
+        result, following = work.run(params, buffers, base, counter, inputs, None, "forward")
         return result.outputs, work.by_model(result.buffers), following
 
     work.functions["forward"] = jitted = jax.jit(forward)
@@ -384,7 +399,17 @@ def _forward_function(work: Work) -> Callable[..., Any]:
 def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
     def backward(held: Any, params: Any, buffers: Any, base: Any, counter: Any, inputs: Any, scaler: Any) -> Any:
         loss_scale = None if scaler is None else scaler[0]
-        result, following = work.run(params, buffers, base, counter, inputs, loss_scale)
+        added = f"{sum(map(len, held))} arrays"
+        result, following = work.run(
+            params,
+            buffers,
+            base,
+            counter,
+            inputs,
+            loss_scale,
+            "backward",
+            **{"gradients added to": added, "scale": str(scale)},
+        )
         grads = unscaled(result.grads, scale, loss_scale)
         is_finite = None if scaler is None else work.engine.constrain(all_finite(grads))
         per_model = tuple(
@@ -396,6 +421,10 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
 
     work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)
     return jitted
+
+
+def _clip_facts(grads: tuple[Named, ...], *limits: float) -> dict[str, str]:
+    return {"limit": ", ".join(map(str, limits)), "gradients": f"{sum(map(len, grads))} arrays"}
 
 
 def _copies(grads: Named) -> Named:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -132,6 +133,23 @@ class FlaxCall:
         )
         results = models[0].source.results
         self._results: Results = results.get(self.signature) or results.setdefault(self.signature, Results())
+
+    def describe(self, inputs: Sequence[Any]) -> tuple[str, dict[str, str]]:
+        """The function's name, and what its program is specialised on."""
+        facts: dict[str, str] = {}
+        args, kwargs = jax.tree.unflatten(self._treedef, self._slots)
+        names = _parameter_names(self.function)
+        named = [(names[i] if i < len(names) else f"argument {i}", value) for i, value in enumerate(args)]
+        for name, value in (*named, *kwargs.items()):
+            for path, (kind, found) in jax.tree_util.tree_leaves_with_path(value, is_leaf=_is_slot):
+                where = f"{name}{jax.tree_util.keystr(path)}"
+                if kind == "input":
+                    facts[where] = f"{inputs[found].dtype}{list(inputs[found].shape)}"
+                elif kind == "static":
+                    facts[where] = repr(found[1])[:60]
+        for model in self.models:
+            facts[f"structure and mode of {model.name}"] = f"state {model.source.token}"
+        return _name(self.function).replace("<locals>.", ""), facts
 
     def with_inputs(self, inputs: Sequence[Any]) -> FlaxCall:
         """The same call of other arrays."""
@@ -306,6 +324,17 @@ def widened(tree: Any) -> Any:
 def _cast(leaf: Any, dtypes: set[Any], dtype: Any) -> Any:
     is_meant = isinstance(leaf, jax.Array | np.ndarray) and leaf.dtype in dtypes and leaf.dtype != dtype
     return leaf.astype(dtype) if is_meant else leaf
+
+
+def _parameter_names(function: Any) -> list[str]:
+    try:
+        return [*inspect.signature(function).parameters]
+    except (TypeError, ValueError):  # some callables of C do not say
+        return []
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and value[0] in ("model", "input", "static")
 
 
 _NO_AUX: Any = object()
