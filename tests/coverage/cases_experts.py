@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from architecture_case import Batch, Case
-from text_models import BART, GROUPED, SIZES, SPECIAL, T5, built, causal_padded, translation
+from architecture_case import Batch, Case, token_ids
+from text_models import BART, GROUPED, SIZES, SPECIAL, T5, built, causal_padded, padded
 
 
 def experts(
@@ -14,6 +14,15 @@ def experts(
 ) -> Case:
     """A causal language model whose tokens are routed to a few of several experts."""
     return Case(name, "mixtures of experts", built(head, config, **SIZES | settings), batch, note=note)
+
+
+IDLE = "every expert gets tokens here: one that gets none has gradients of 0, where torch has none"
+
+
+def many_tokens(step: int) -> Batch:
+    """Enough tokens that no expert is idle."""
+    ids = token_ids(4, 32)
+    return {"input_ids": ids, "attention_mask": padded(ids), "labels": token_ids(4, 32)}
 
 
 MOE: dict[str, Any] = {
@@ -128,6 +137,33 @@ CASES: tuple[Case, ...] = (
         attention_chunk_size=8,
         **GROUPED,
     ),
+    experts(
+        "Mixtral, eager",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        num_local_experts=4,
+        experts_implementation="eager",
+        note='`experts_implementation="eager"` is captured as grouped products',
+        **GROUPED,
+    ),
+    experts(
+        "LongCat Flash",
+        "LongcatFlashForCausalLM",
+        "LongcatFlashConfig",
+        num_layers=2,
+        ffn_hidden_size=64,
+        expert_ffn_hidden_size=32,
+        moe_topk=2,
+        zero_expert_num=1,
+        n_routed_experts=4,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        head_dim=4,
+        num_key_value_heads=4,
+    ),
     Case(
         "Switch Transformers",
         "mixtures of experts",
@@ -136,14 +172,15 @@ CASES: tuple[Case, ...] = (
             "SwitchTransformersConfig",
             **T5
             | {
-                "num_experts": 4,
-                "expert_capacity": 8,
+                "num_experts": 2,
+                "expert_capacity": 32,
                 "num_sparse_encoder_layers": 1,
                 "num_sparse_decoder_layers": 1,
                 "router_jitter_noise": 0.0,
             },
         ),
-        translation,
+        many_tokens,
+        note=IDLE,
     ),
     Case(
         "NLLB-MoE",
@@ -153,13 +190,14 @@ CASES: tuple[Case, ...] = (
             "NllbMoeConfig",
             **BART
             | {
-                "num_experts": 4,
-                "expert_capacity": 8,
+                "num_experts": 2,
+                "expert_capacity": 32,
                 "encoder_sparse_step": 2,
                 "decoder_sparse_step": 2,
                 "router_jitter_noise": 0.0,
             },
         ),
-        translation,
+        many_tokens,
+        note=IDLE,
     ),
 )

@@ -145,14 +145,6 @@ CASES: tuple[Case, ...] = (
         **GROUPED,
     ),
     recurrent(
-        "xLSTM",
-        "xLSTMForCausalLM",
-        "xLSTMConfig",
-        num_heads=4,
-        chunkwise_kernel="chunkwise--native_autograd",
-        chunk_size=16,
-    ),
-    recurrent(
         "OLMo hybrid",
         "OlmoHybridForCausalLM",
         "OlmoHybridConfig",

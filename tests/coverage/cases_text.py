@@ -16,6 +16,7 @@ from text_models import (
     causal,
     causal_padded,
     classes,
+    long_masked,
     masked,
     translation,
     translation_aligned,
@@ -94,6 +95,15 @@ ENCODERS = (
     ),
     encoder("Longformer", "LongformerForMaskedLM", "LongformerConfig", attention_window=8),
     encoder("BigBird, full", "BigBirdForMaskedLM", "BigBirdConfig", attention_type="original_full"),
+    encoder(
+        "BigBird, sparse",
+        "BigBirdForMaskedLM",
+        "BigBirdConfig",
+        long_masked,
+        attention_type="block_sparse",
+        block_size=4,
+        num_random_blocks=1,
+    ),
     encoder(
         "MobileBERT",
         "MobileBertForMaskedLM",

@@ -73,6 +73,13 @@ def masked(step: int) -> Batch:
     return {"input_ids": ids, "attention_mask": padded(ids), "labels": labels}
 
 
+def long_masked(step: int) -> Batch:
+    """64 tokens, where an attention is sparse in longer rows only."""
+    ids = token_ids(length=64)
+    labels = torch.where(torch.arange(ids.shape[1]) % 4 == 1, ids, -100)
+    return {"input_ids": ids, "attention_mask": padded(ids), "labels": labels}
+
+
 def classes(step: int) -> Batch:
     """One of two classes per row."""
     ids = token_ids()
