@@ -80,9 +80,9 @@ class _ForwardRecipe:
         self._structure: Key = None
         self._autocast = recorder.autocast_dtype
         self._output_axes: list[int | None] = []
-
         self._scope: Any = None
         self.effects = NO_EFFECTS  # what a call does to Python attributes
+
     def _run(self, leaves: Sequence[torch.Tensor]) -> Any:
         prepared = self._model.prepared
         assert prepared is not None
@@ -107,7 +107,6 @@ class _ForwardRecipe:
         graph = capture_forward(function, modules, tensor_specs(specs, self._dtypes), autocast=None)
         batch_size = batch_size_of([spec.shape for spec in specs], self._axes)
         large = None
-        if num_shards > 1:
         local = [OutSpec(torch.Size(s.shape), d, False) for s, d in zip(specs, self._dtypes, strict=True)]
 
         def again() -> Any:
@@ -115,6 +114,7 @@ class _ForwardRecipe:
             return self._scope
 
         self.effects = learn(self._scope, again)
+        if num_shards > 1:
             _, large = infer(modules, self._run, grown(local, self._axes, 2), self._modes)
         self._output_axes = batch_axes(seen[-1], large, batch_size)
         return ForwardProgram(graph, numpy_dtypes(self._dtypes), self._output_axes, shard_call)
