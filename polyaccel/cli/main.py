@@ -12,6 +12,7 @@ from polyaccel.errors import PolyaccelError
 COMMANDS = {
     "config": "ask for, write, show and check the configuration",
     "launch": "start a training script on an engine, with one or more processes",
+    "runs": "list the runs that scripts have logged, and send them to trackers",
 }
 
 

@@ -50,6 +50,7 @@ def mlflow_server():
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )
     address = f"http://127.0.0.1:{port}"
 
