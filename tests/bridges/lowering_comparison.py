@@ -107,8 +107,8 @@ def _is_as_exact_as_torch(call: Call, wanted: list[Array], given: list[Array]) -
     return as_exact_as(wanted, given, truths)
 
 
-def as_exact_as(wanted: list[Array], given: list[Array], truths: list[Array]) -> bool:
-    """Whether `given` is at most twice as far from the `truths` (the same computation in float64) as `wanted` is."""
+def as_exact_as(wanted: list[Array], given: list[Array], truths: list[Array], noise: float = 0.0) -> bool:
+    """Whether `given` is at most twice as far from the `truths` (the same computation in float64) as `wanted` is, plus `noise`."""
     if [truth.shape for truth in truths] != [want.shape for want in wanted]:
         return False
     for want, have, truth in zip(map(exact, wanted), map(exact, given), map(exact, truths), strict=True):
@@ -119,7 +119,7 @@ def as_exact_as(wanted: list[Array], given: list[Array], truths: list[Array]) ->
             return False
         theirs, ours = (np.abs(x[finite] - truth[finite]).max(initial=0.0) for x in (want, have))
         step = max(TOLERANCE.get(x.dtype.name, 0.0) for x in wanted) * np.abs(truth[finite]).max(initial=0.0)
-        if not ours <= 2 * theirs + step:
+        if not ours <= 2 * theirs + step + noise:
             return False
     return True
 

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._decomp import core_aten_decompositions
+from torch._decomp import core_aten_decompositions, get_decompositions
 
 aten = torch.ops.aten
 _NARROW = (torch.float16, torch.bfloat16)
 _Tensors = tuple[torch.Tensor, ...]
+# PyTorch knows how to take these apart, but leaves them whole in its core set.
+_FURTHER = [aten._batch_norm_with_update_functional, aten._batch_norm_no_update, aten.batch_norm_backward]
 
 
 def capture_decompositions() -> dict[Any, Callable[..., Any]]:
@@ -21,7 +23,7 @@ def capture_decompositions() -> dict[Any, Callable[..., Any]]:
 
 @functools.cache  # PyTorch goes through every registered operation to list its own: 75 ms, half of a small capture
 def _table() -> dict[Any, Callable[..., Any]]:
-    table = dict(core_aten_decompositions())
+    table = {**core_aten_decompositions(), **get_decompositions(_FURTHER)}
     # Decomposed, its second result is not the log-sum-exp that the backward wants, and no fused kernel could serve it.
     table.pop(aten._scaled_dot_product_flash_attention_for_cpu.default, None)
     table[getattr(aten.random, "from")] = (

@@ -203,7 +203,13 @@ def _one_hot(input: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
     return (input.unsqueeze(-1) == torch.arange(num_classes)).long()
 
 
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> torch.Tensor:
+    """In one piece: its chunks are an opaque operation, and XLA decides what is kept."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
 _FORMS: dict[Any, Callable[..., Any]] = {
+    **({F.linear_cross_entropy: _linear_cross_entropy} if hasattr(F, "linear_cross_entropy") else {}),
     F.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,
     F.gaussian_nll_loss: _gaussian_nll_loss,

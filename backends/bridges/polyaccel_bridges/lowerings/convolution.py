@@ -101,5 +101,7 @@ def convolution_backward(
     if output_mask[1]:
         (grad_weight,) = jax.linear_transpose(lambda w: _convolve(input, w, *config), weight)(grad_output)
     if output_mask[2]:
-        grad_bias = grad_output.sum((0, *range(2, grad_output.ndim)), dtype=grad_output.dtype)
+        grad_bias = grad_output.sum(
+            (0, *range(2, grad_output.ndim))
+        )  # 16 bits are summed in 32: naming the dtype would not
     return grad_input, grad_weight, grad_bias

@@ -51,7 +51,14 @@ def _cdist_forward(x1: jax.Array, x2: jax.Array, p: float, compute_mode: int | N
 @lowers(aten._cdist_backward.default)
 def _cdist_backward(grad: jax.Array, x1: jax.Array, x2: jax.Array, p: float, cdist: jax.Array) -> jax.Array:
     difference = x1[..., :, None, :] - x2[..., None, :, :]
-    return _gradient(grad[..., None], difference, cdist[..., None], p).sum(-2)
+    summed = _gradient(grad[..., None], difference, cdist[..., None], p).sum(-2)
+    return _unbroadcast(summed, x1.shape)
+
+
+def _unbroadcast(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum over the batch dims that `shape` does not have, or has with size 1."""
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(i for i, size in enumerate(shape) if size == 1 and x.shape[i] != 1), keepdims=True)
 
 
 def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -121,7 +121,11 @@ def _lu_solve(factors: jax.Array, permutation: jax.Array, b: jax.Array, adjoint:
     return jnp.take_along_axis(b, jnp.argsort(permutation, axis=-1)[..., None], axis=-2)
 
 
-@lowers(aten.linalg_lu_factor_ex.default)
+def _pivots(A: torch.Tensor, *, pivot: bool = True, **kwargs: Any) -> str | None:
+    return None if pivot else "jax factors with pivots alone; leave pivot=False out"
+
+
+@lowers(aten.linalg_lu_factor_ex.default, refuses=_pivots)
 def lu_factor_ex(
     A: jax.Array, *, pivot: bool = True, check_errors: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -167,7 +171,7 @@ def lu_unpack(
     return _permutation_matrix(_permutation(LU_pivots, LU_data.shape[-2]), LU_data), lower, upper
 
 
-@lowers(aten.linalg_lu.default)
+@lowers(aten.linalg_lu.default, refuses=_pivots)
 def lu(A: jax.Array, *, pivot: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
     factors, _, permutation = _lu(A)
     return (_permutation_matrix(permutation, A), *_unpacked(factors))
@@ -250,6 +254,28 @@ def qr(A: jax.Array, mode: str = "reduced") -> tuple[jax.Array, jax.Array]:
         return jnp.zeros((0,), A.dtype), jnp.linalg.qr(A, mode="r")
     q, r = jnp.linalg.qr(A, mode=mode)
     return q, r
+
+
+@lowers(aten.geqrf.default)
+def geqrf(self: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """R and, below it, the reflectors; their scales."""
+    transposed, scales = jnp.linalg.qr(self, mode="raw")
+    return jnp.swapaxes(transposed, -1, -2), scales
+
+
+@lowers(aten.ormqr.default)
+def ormqr(
+    self: jax.Array, input2: jax.Array, input3: jax.Array, left: bool = True, transpose: bool = False
+) -> jax.Array:
+    """The whole square Q of the reflectors, or its adjoint, times `input3`."""
+    size = self.shape[-2]
+    missing = size - input2.shape[-1]
+    kept = self[..., : input2.shape[-1]]
+    reflectors = jnp.pad(kept, [*[(0, 0)] * (self.ndim - 1), (0, missing)])
+    scales = jnp.pad(input2, [*[(0, 0)] * (input2.ndim - 1), (0, missing)])
+    q = lax.linalg.householder_product(reflectors, scales)
+    q = _adjoint(q) if transpose else q
+    return _matmul(q, input3) if left else _matmul(input3, q)
 
 
 @lowers(aten.linalg_householder_product.default)

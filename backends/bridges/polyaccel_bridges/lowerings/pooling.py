@@ -372,6 +372,9 @@ def _register_fractional_max(count: int, forward: Any, backward: Any) -> None:
         self: jax.Array, kernel_size: Sequence[int], output_size: Sequence[int], random_samples: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         kernel, sizes = _expand(kernel_size, count), self.shape[-count:]
+        if self.size == 0:
+            empty = (*self.shape[:-count], *output_size)
+            return jnp.zeros(empty, self.dtype), jnp.zeros(empty, np.int64)
         x = self.reshape(-1, *sizes)  # (n * c, *sizes)
         samples = jnp.broadcast_to(random_samples, (*random_samples.shape[:2], count)).reshape(-1, count)
         flat = jnp.zeros((x.shape[0], *[1] * (2 * count)), np.int32)
@@ -397,6 +400,8 @@ def _register_fractional_max(count: int, forward: Any, backward: Any) -> None:
         output_size: Sequence[int],
         indices: jax.Array,
     ) -> jax.Array:
+        if self.size == 0:
+            return jnp.zeros(self.shape, grad_output.dtype)
         return _scatter_to_positions(grad_output, self.shape, count, indices.astype(np.int32))
 
 

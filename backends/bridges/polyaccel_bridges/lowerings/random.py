@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax import lax
 
+from .promotion import is_complex, real_dtype
 from .table import lowers
 
 aten = torch.ops.aten
@@ -164,6 +166,9 @@ def log_normal(key: jax.Array, self: jax.Array, mean: float = 1.0, std: float = 
 
 @lowers(aten.uniform.default, is_random=True)
 def uniform(key: jax.Array, self: jax.Array, low: float = 0.0, high: float = 1.0) -> jax.Array:
+    if is_complex(self.dtype):  # both parts, as torch does
+        parts = uniform(key, jnp.zeros((*self.shape, 2), real_dtype(self.dtype)), low, high)
+        return lax.complex(parts[..., 0], parts[..., 1])
     drawn = _uniform(key, self.shape, self.dtype)
     return drawn * jnp.asarray(high - low, self.dtype) + jnp.asarray(low, self.dtype)
 
