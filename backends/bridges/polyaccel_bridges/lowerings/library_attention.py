@@ -53,7 +53,7 @@ def choose(
 @functools.cache
 def gpu_capability() -> float | None:
     """The compute capability of the GPU that jax computes on by default; None without one, or where jax finds no cudnn for it."""
-    if jax.default_backend() != "gpu" or (jax.config.jax_platforms or "").split(",")[0] == "cpu":
+    if jax.default_backend() != "gpu":
         return None
     capability = getattr(jax.local_devices()[0], "compute_capability", None)
     try:
@@ -144,7 +144,9 @@ def _function(
             wide = jnp.broadcast_to(wide, (*mask.shape[:2], query.shape[2], key.shape[2]))
             is_dead = jnp.isneginf(mask).all(-1, keepdims=True)
         out = jax.nn.dot_product_attention(
-            *(jnp.swapaxes(x, 1, 2) for x in (query, key, value)),
+            jnp.swapaxes(query, 1, 2),
+            jnp.swapaxes(key, 1, 2),
+            jnp.swapaxes(value, 1, 2),
             wide,
             is_causal=is_causal,
             scale=scale,
