@@ -73,8 +73,9 @@ class Floats:
 class Session:
     """One recording: a path in the trie, and the values that entered it."""
 
-    def __init__(self, root: Entry, draw: int) -> None:
+    def __init__(self, root: Entry, draw: int, seen: dict[Key, tuple[Numbers, Entry]]) -> None:
         self.entry = root
+        self.seen = seen  # by place and key: the first numbers of an operation, whatever came before it
         self.draw = draw
         self.inputs: list[Any] = []
         self.axes: list[int | None] = []

@@ -48,6 +48,7 @@ class Recorder:
         self.halves = Halves(self)
         self._engine: Any = None
         self._root = Entry(None, None, None, Modes(True, None), ())
+        self._seen: dict[Key, tuple[tuple[float, ...], Entry]] = {}
         self._session: Session | None = None
         self._closed: list[Session] = []  # ended ones whose values may still be wanted
         self._recaptures: dict[Any, int] = {}
@@ -165,7 +166,7 @@ class Recorder:
                 model.push_writes()  # ends the recording where parameters were written to
         session = self._session
         if session is None:
-            session = self._session = Session(self._root, self.engine.current_key()[1])
+            session = self._session = Session(self._root, self.engine.current_key()[1], self._seen)
         return session
 
     def _freeze_call(

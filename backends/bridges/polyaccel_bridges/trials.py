@@ -59,16 +59,22 @@ def try_operation(session: Session, key: Any, numbers: Numbers, operands: Sequen
         entry.unfollowed = _NUMBERS
         return entry  # not kept: there may be any number of them
     trial = _Trial(session, key)
-    known = session.entry.children.get(key)
-    found: Entry | None = None
-    if type(known) is Floats and known.variants:
-        found = _with_changing_numbers(trial, session, func, next(iter(known.variants.values())), numbers)
+    known = _known(session, key, numbers)
+    found = None if known is None else _with_changing_numbers(trial, session, func, known, numbers)
     entry = found or trial.run(func, numbers, None)
+    if numbers and known is None and entry.unfollowed is None:
+        session.seen[entry.position, settle(key)] = numbers, entry
     if entry.unfollowed is None:
         _note_effects(trial, entry, operands)
         if entry.value is None and not entry.is_eager:
             trial.shadows.keep(entry.position, trial.tensors)
     return add(session, entry, key, numbers)
+
+
+def _known(session: Session, key: Key, numbers: Numbers) -> Entry | None:
+    """The operation in this place with other numbers, on this or on another path: then they change from step to step."""
+    found = session.seen.get((session.entry.position + 1, key)) if numbers else None
+    return None if found is None or number_key(found[0]) == number_key(numbers) else found[1]
 
 
 def _num_forms(parent: Entry, func: Any, modes: Any) -> int:
