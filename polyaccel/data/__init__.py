@@ -1,9 +1,11 @@
-"""Which sample goes where, and the loader that every engine gives to user code. Standard library only."""
+"""Which sample goes where, how ragged samples become few shapes, and the loader that every engine gives to user code."""
 
+from polyaccel.data.bucketing import Bucketing, counted, masked_mean, multiples, powers
 from polyaccel.data.loader import HostBatches, LoaderObserver, LoaderState, PreparedLoader, refuse_prepared
 from polyaccel.data.sharding import DataSharding, IterableShard, ShardedBatchSampler
 
 __all__ = [
+    "Bucketing",
     "DataSharding",
     "HostBatches",
     "IterableShard",
@@ -11,5 +13,9 @@ __all__ = [
     "LoaderState",
     "PreparedLoader",
     "ShardedBatchSampler",
+    "counted",
+    "masked_mean",
+    "multiples",
+    "powers",
     "refuse_prepared",
 ]
