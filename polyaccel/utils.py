@@ -1,5 +1,7 @@
 """Accelerate's `accelerate.utils` names, re-exported. No code lives here, and nothing in the core imports it."""
 
+from polyaccel.config.project import ProjectConfiguration
 from polyaccel.seeding import set_seed
+from polyaccel.tracking.names import LoggerType
 
-__all__ = ["set_seed"]
+__all__ = ["LoggerType", "ProjectConfiguration", "set_seed"]

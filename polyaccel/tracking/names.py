@@ -14,6 +14,23 @@ from polyaccel.tracking.tracker import GeneralTracker, check_contract
 
 log = logging.getLogger("polyaccel.tracking")
 
+
+
+class LoggerType(str, enum.Enum):
+    """Accelerate's names of its trackers, for scripts that write `log_with=LoggerType.WANDB`."""
+
+    ALL = "all"
+    AIM = "aim"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    COMETML = "comet_ml"
+    MLFLOW = "mlflow"
+    CLEARML = "clearml"
+    DVCLIVE = "dvclive"
+    SWANLAB = "swanlab"
+    TRACKIO = "trackio"
+
+
 _registered: dict[str, type[GeneralTracker]] = {}
 
 
@@ -30,7 +47,24 @@ def tracker_names() -> list[str]:
 
 def tracker_class(name: str) -> type[Any]:
     """The class of that name; loading it imports no vendor package. Raises TrackerError with the nearest name."""
-    if name in _registered:
+    if name in 
+
+class LoggerType(str, enum.Enum):
+    """Accelerate's names of its trackers, for scripts that write `log_with=LoggerType.WANDB`."""
+
+    ALL = "all"
+    AIM = "aim"
+    TENSORBOARD = "tensorboard"
+    WANDB = "wandb"
+    COMETML = "comet_ml"
+    MLFLOW = "mlflow"
+    CLEARML = "clearml"
+    DVCLIVE = "dvclive"
+    SWANLAB = "swanlab"
+    TRACKIO = "trackio"
+
+
+_registered:
         return _registered[name]
     entry = tracker_entries().get(name)
     if entry is None:

@@ -9,8 +9,9 @@ from doubles import Broken, Hanging, Recorder, accelerator, run_of, until
 
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.errors import TrackerError
-from polyaccel.tracking import GeneralTracker, Run, Session, register_tracker_class
+from polyaccel.tracking import GeneralTracker, Run, Session, names, register_tracker_class
 from polyaccel.tracking.worker import Worker
+from polyaccel.utils import LoggerType
 
 # -- the contract ------------------------------------------------------------------------------------------------------------
 
@@ -92,6 +93,18 @@ def test_a_tracker_that_misses_a_part_of_the_contract_is_refused(tmp_path):
         register_tracker_class("nameless", Nameless)
     with pytest.raises(TrackerError, match="has no name"):
         accelerator(tmp_path, Nameless())
+
+
+def test_accelerates_enum_names_its_trackers(tmp_path):
+    assert {kind.value for kind in LoggerType} == {"all", *names.tracker_entries()}
+    register_tracker_class("wandb", type("Stub", (Recorder,), {"name": "wandb"}))
+    try:
+        one = accelerator(tmp_path, LoggerType.WANDB)
+        one.init_trackers("p")
+        assert [handle.name for handle in one.trackers] == ["wandb"]
+        one.end_training()
+    finally:
+        del names._registered["wandb"]
 
 
 def test_an_unknown_tracker_names_the_nearest(tmp_path):
