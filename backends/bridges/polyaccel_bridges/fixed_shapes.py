@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.overrides import TorchFunctionMode
 
 from . import lowerings  # noqa: F401 - defines torch.ops.polyaccel
+from .ctc_targets import SELECTIONS, SelectedTargets
 
 
 class FixedShapes(TorchFunctionMode):
@@ -59,7 +60,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
 def _ctc_loss(
     log_probs: torch.Tensor,
-    targets: torch.Tensor,
+    targets: torch.Tensor | SelectedTargets,
     input_lengths: torch.Tensor | Sequence[int],
     target_lengths: torch.Tensor | Sequence[int],
     blank: int = 0,
@@ -78,8 +79,12 @@ def _ctc_loss(
     if not 0 <= blank < classes:
         raise RuntimeError(f"blank must be in label range: {blank} of {classes} classes")
     inputs, outputs = (_lengths(lengths, batch) for lengths in (input_lengths, target_lengths))
+    if isinstance(targets, SelectedTargets):
+        targets = targets.rows()
     padded = targets if targets.dim() == 2 else _padded(targets, outputs, target_lengths, batch)
     losses = _Ctc.apply(log_probs, padded, inputs, outputs, blank, zero_infinity)
+    is_unknown = ((padded < 0) | (padded >= classes)) & (torch.arange(padded.shape[1]) < outputs.unsqueeze(1))
+    losses = losses * torch.where(is_unknown.any(1), math.nan, 1.0).to(losses.dtype)
     if zero_infinity:
         losses = torch.where(losses == math.inf, torch.zeros_like(losses), losses)
     kind = _REDUCTIONS[reduction] if isinstance(reduction, str) else reduction
@@ -209,6 +214,7 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> tor
 
 
 _FORMS: dict[Any, Callable[..., Any]] = {
+    **SELECTIONS,
     **({F.linear_cross_entropy: _linear_cross_entropy} if hasattr(F, "linear_cross_entropy") else {}),
     F.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,

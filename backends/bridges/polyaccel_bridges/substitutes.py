@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from polyaccel.errors import PrepareError
 
-from .finite_checks import FINITE_CHECKS
 from .recurrent import SCANNED
 from .routed_experts import fixed_form_of
 from .shards import SumOverShards
+from .value_checks import VALUE_CHECKS
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def _refuse_packing(*args: Any, **kwargs: Any) -> Any:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **SCANNED,
-    **FINITE_CHECKS,
+    **VALUE_CHECKS,
     torch._VF._pack_padded_sequence: _refuse_packing,
 }
 
