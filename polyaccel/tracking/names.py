@@ -15,8 +15,7 @@ from polyaccel.tracking.tracker import GeneralTracker, check_contract
 log = logging.getLogger("polyaccel.tracking")
 
 
-
-class LoggerType(str, enum.Enum):
+class LoggerType(enum.StrEnum):
     """Accelerate's names of its trackers, for scripts that write `log_with=LoggerType.WANDB`."""
 
     ALL = "all"
@@ -47,24 +46,7 @@ def tracker_names() -> list[str]:
 
 def tracker_class(name: str) -> type[Any]:
     """The class of that name; loading it imports no vendor package. Raises TrackerError with the nearest name."""
-    if name in 
-
-class LoggerType(str, enum.Enum):
-    """Accelerate's names of its trackers, for scripts that write `log_with=LoggerType.WANDB`."""
-
-    ALL = "all"
-    AIM = "aim"
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    COMETML = "comet_ml"
-    MLFLOW = "mlflow"
-    CLEARML = "clearml"
-    DVCLIVE = "dvclive"
-    SWANLAB = "swanlab"
-    TRACKIO = "trackio"
-
-
-_registered:
+    if name in _registered:
         return _registered[name]
     entry = tracker_entries().get(name)
     if entry is None:
