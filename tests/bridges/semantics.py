@@ -76,5 +76,6 @@ def assert_trains_as_torch(
             return trained(acc, make_model, loss_fn, batches, form, optimizer, before_step)
 
         expected, actual = run(script, PlainTorch()), run(script, on_jax(**options))
-        assert expected["losses"][0].isfinite() and len(expected["losses"]) > 1
+        assert expected["losses"][0].isfinite()
+        assert len(expected["losses"]) > 1
         torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol, msg=lambda m, form=form: f"{form}: {m}")

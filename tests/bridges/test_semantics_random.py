@@ -102,7 +102,11 @@ def test_set_seed_repeats_the_masks_of_a_run(form):
             if acc_step is not None:
                 found.append(float(acc_step(x)))
                 continue
-            loss = acc.backward(lambda m, x: m(x).pow(2).mean(), model, x) if form == "function" else model(x).pow(2).mean()
+            loss = (
+                acc.backward(lambda m, x: m(x).pow(2).mean(), model, x)
+                if form == "function"
+                else model(x).pow(2).mean()
+            )
             if form == "loop":
                 acc.backward(loss)
             found.append(loss.item())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from bridge_scripts import on_jax
-from polyaccel_bridges.capture import capture_training
-from polyaccel_bridges.graphs import TensorSpec
 from semantics import assert_trains_as_torch, sgd
 from torch import nn
 
 from polyaccel.errors import PrepareError
+from polyaccel_bridges.capture import capture_training
+from polyaccel_bridges.graphs import TensorSpec
 
 torch.set_num_threads(1)
 

@@ -137,7 +137,7 @@ def test_one_optimizer_trains_two_models(make, form):
             scheduler.step()
             optimizer.zero_grad(set_to_none=index % 2 == 0)
         state = copy.deepcopy(optimizer.state_dict())
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(copy.deepcopy(state))
         acc.backward(loss_fn(encoder, decoder, x))
         optimizer.step()
         return norms, dict(encoder.state_dict()), dict(decoder.state_dict()), state["state"], state["param_groups"]

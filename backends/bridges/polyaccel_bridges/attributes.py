@@ -89,7 +89,7 @@ class Counted:
     __neg__ = __abs__ = __float__ = __int__ = __index__ = __str__ = __repr__ = __format__ = __contains__ = _look
 
 
-class Looked(Exception):  # noqa: N818  # no error: the answer to a question
+class Looked(Exception):
     """A counter's value was used."""
 
 
@@ -170,11 +170,14 @@ def learn(scope: CaptureScope, again: Callable[[], CaptureScope]) -> Effects:
         for change in scope.changes
         if type(change.before) in (int, float) and type(change.after) in (int, float)
     }
+    known = set().union(*(guard.looked_at for guard in guards))
     candidates = {**{key: place for guard in guards for key, place in guard.ignored.items()}, **numbers}
+    candidates = {key: place for key, place in candidates.items() if key not in known}
     counters = _counters(scope, again, candidates)
     for guard in guards:
         own = {id(module.__dict__) for module in guard.module.modules()}
         guard.ignore({key: candidates[key] for key in counters if key[0] in own})
+        guard.looked_at |= {key for key in candidates if key not in counters and key[0] in own}
     values = [
         (change.place, change.after if type(change.after) in _PLAIN else _kept(change))
         for change in scope.changes
@@ -226,9 +229,9 @@ def _tried(
         return None
     totals: dict[Key, float] = dict.fromkeys(candidates, 0)
     for change in second.changes:
-        key = (id(change.place[0]), change.place[1])
-        if key in totals:
+        place = (id(change.place[0]), change.place[1])
+        if place in totals:
             if type(change.after) is not Counted:
                 return None
-            totals[key] = _total_of(change.after)
+            totals[place] = _total_of(change.after)
     return totals

@@ -72,6 +72,7 @@ class ModuleGuard:
     def __init__(self, module: nn.Module, names: Mapping[int, str]) -> None:
         self.module = module
         self.ignored: dict[tuple[int, str], tuple[dict[str, Any], str, str]] = {}  # plain counters, by place
+        self.looked_at: set[tuple[int, str]] = set()  # numbers that decide something: never ignored again
         self._names = names  # parameters and buffers that are managed, by id
         self._scalars: list[tuple[dict[str, Any], str]] = []
         self._scalar_values: list[Any] = []
@@ -99,7 +100,8 @@ class ModuleGuard:
         return self._token
 
     def ignore(self, places: Mapping[tuple[int, str], tuple[dict[str, Any], str, str]]) -> None:
-        """Attributes (by id of their dict, and key) whose values no longer count; those of before count again. The state keeps its token."""
+        """Let the values of these attributes (by id of their dict, and key) count no longer; the present state keeps its token."""
+        self.looked_at |= self.ignored.keys() - places.keys()
         if places == self.ignored:
             return
         more = places.keys() >= self.ignored.keys()

@@ -101,7 +101,7 @@ class Recurrence(torch.autograd.Function):
         return outputs, cells
 
     @staticmethod
-    def backward(ctx: Any, grad_hidden: Any, grad_cell: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_hidden: Any, grad_cell: Any) -> Any:
         projected, hidden, cell, weight, bias, outputs, cells, gates = ctx.saved_tensors
         if grad_hidden is None:
             grad_hidden = torch.zeros_like(outputs)
@@ -125,9 +125,10 @@ class Recurrence(torch.autograd.Function):
 
 def _backward_step_by_step(ctx: Any, grad_hidden: torch.Tensor, grad_cell: torch.Tensor | None) -> tuple[Any, ...]:
     """The same gradients as a graph of ordinary operations, one set per time step: it can be differentiated again."""
-    given = ctx.saved_tensors[:5]
+    given: list[Any] = list(ctx.saved_tensors[:5])
+    projected, hidden, cell, weight, bias = given
     with torch.enable_grad():
-        outputs, cells = step_by_step(*given, ctx.kind, ctx.reverse)
+        outputs, cells = step_by_step(projected, hidden, cell, weight, bias, ctx.kind, ctx.reverse)
     wanted = [index for index, value in enumerate(given) if value is not None and ctx.needs_input_grad[index]]
     heads = [(outputs, grad_hidden)] + ([] if grad_cell is None else [(cells, grad_cell)])
     found = torch.autograd.grad(

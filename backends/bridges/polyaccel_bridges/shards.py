@@ -34,7 +34,7 @@ class SumOverShards(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = SumOverShards.apply(grad)
         return result
 

@@ -114,6 +114,7 @@ def recurrence_backward(
         return back(grads), grads
 
     by_cell = jnp.zeros_like(cell)
+    inputs: tuple[jax.Array, ...]
     if kind == "lstm":
         grad_cell = jnp.zeros_like(cells) if grad_cell is None else grad_cell
         inputs = (grad_hidden, grad_cell, gates, cells, _before(cells, cell.astype(dtype), reverse))
