@@ -152,7 +152,7 @@ class Bucketing:
 
         fill = self.pad_values.get(key, 0)
         is_tensor = hasattr(values[0], "new_full")  # a torch tensor
-        arrays = values if is_tensor else [np.asarray(value) for value in values]
+        arrays: list[Any] = values if is_tensor else [np.asarray(value) for value in values]
         shape = list(arrays[0].shape)
         if bucket is not None:
             shape[self.dim] = bucket
@@ -201,43 +201,43 @@ def _shape(value: Any) -> tuple[int, ...]:
 # -- the mean ----------------------------------------------------------------------------------------------------------------
 
 
-def masked_mean(losses: Any, mask: Any, count: Any = None) -> Any:
+def masked_mean(losses: Any, mask: Any, per_sample: Any = None) -> Any:
     """The mean of `losses` over what `mask` says is data: `(losses * mask).sum() / mask.sum()`, for arrays of any framework.
 
-    That is exact for one micro batch on one data shard. The mean of several such means is not the mean of all elements: a
-    shard with three words would weigh as much as one with three hundred. Pass the `count` that `counted` gives, and the mean
-    over shards and micro batches, which every engine takes, is the mean over all their elements.
+    `losses` and `mask` have the same shape, samples first. That is exact where the loss sees all data of an update: one micro
+    batch, on one data shard or in a program over the global batch. The mean of several such means is not the mean of all
+    elements: a shard with three words would weigh as much as one with three hundred. Pass the `per_sample` that `counted`
+    gives, and the mean over shards and micro batches, which every engine takes, is the mean over all their elements.
     """
-    return (losses * mask).sum() / (mask.sum() if count is None else count)
+    return (losses * mask).sum() / (mask.sum() if per_sample is None else per_sample * mask.shape[0])
 
 
 def counted(loader: PreparedLoader, accelerator: Any, mask: Key = "mask") -> Iterator[tuple[Any, float]]:
-    """`(batch, count)` of a prepared loader: the elements that `mask` holds per micro batch and data shard, on average over one update.
+    """`(batch, per_sample)` of a prepared loader: how many elements `mask` holds per sample, on average over one update.
 
-    All micro batches of an update have the same count, so `gradient_accumulation_steps` batches are held at a time. Every
-    process of the job must iterate. With `masked_mean(losses, mask, count)` as the loss, gradients are those of the mean over
-    all elements of the update, on every engine and any number of shards, in a window that the end of the data cut short too.
+    The batches of an update share their elements, so `gradient_accumulation_steps` of them are held at a time. Every process of
+    the job must iterate, and all data shards must have as many samples (even_batches, or `Bucketing(batch_size=...)`). With
+    `masked_mean(losses, mask, per_sample)` as the loss, gradients are those of the mean over all elements of the update: on
+    every engine, in each form of a step, on any number of shards, in a window that the end of the data cuts short too.
     """
     batches = iter(loader)
     while True:
         window: list[tuple[Any, bool, int]] = []
-        total = 0.0
         while len(window) < accelerator.gradient_accumulation_steps:
             batch = next(batches, None)
             if batch is None:
                 break
             window.append((batch, loader.end_of_dataloader, loader.remainder))
-            total += float(batch[mask].sum())
             if loader.end_of_dataloader:
                 break
         if not window:
             return
+        total, num_parts = float(sum(float(batch[mask].sum()) for batch, _, _ in window)), 1
+        # The mask of a global array is that of all processes already.
         if accelerator.num_processes > 1 and getattr(window[0][0][mask], "is_fully_addressable", True):
-            total = float(
-                sum(accelerator.gather_object([total]))
-            )  # otherwise the sum of a global array was that of all processes
-        count = total / (accelerator.gradient_accumulation_steps * accelerator.num_data_shards)
+            total, num_parts = float(sum(accelerator.gather_object([total]))), accelerator.num_processes
         for batch, is_last, remainder in window:
             # Accumulation asks the loader whether this is the end of the data: it is that for the last batch of the window alone.
             loader.end_of_dataloader, loader.remainder = is_last, remainder
-            yield batch, count
+            num_samples = batch[mask].shape[0] * num_parts
+            yield batch, total / (accelerator.gradient_accumulation_steps * num_samples)

@@ -97,7 +97,7 @@ def test_a_masked_mean_is_the_mean_over_the_data():
     mask = np.array([[True, True, False], [True, False, False]])
     assert masked_mean(losses, mask) == np.mean([0, 1, 3])
     assert float(masked_mean(torch.from_numpy(losses), torch.from_numpy(mask))) == np.mean([0, 1, 3])
-    # Two shards with one count: the mean of both is the mean over all their data.
+    # Two shards with 1.5 elements per sample between them: the mean of both is the mean over all their data.
     both = np.mean([masked_mean(losses[:1], mask[:1], 1.5), masked_mean(losses[1:], mask[1:], 1.5)])
     assert both == pytest.approx(np.mean([0, 1, 3]), rel=1e-15)  # float64 rounding
 
