@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final, final
 
 import numpy as np
@@ -35,6 +36,9 @@ _BY_VALUE: Final = (
     type(...),
     type,
 )
+
+
+_WITHOUT_STATE: Final = (type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
 
 
 @final
@@ -111,7 +115,26 @@ def freeze(value: Any, tensor: Describe, number: Describe | None = None, other: 
         return (_TREE, structure, *[freeze(leaf, tensor, number, other) for leaf in leaves])
     if other is not None:
         return other(value)
-    return value if kind in _PLAIN else (_OBJECT, Identity(value))
+    return value if kind in _PLAIN else (_OBJECT, Identity(value), *_attributes(value))
+
+
+def _attributes(value: Any) -> list[Key]:
+    """What an object's own attributes are now: the object itself is compared by identity, and they may be written to."""
+    if isinstance(value, _WITHOUT_STATE) or not hasattr(value, "__dict__"):
+        return []
+    found: list[Key] = []
+    for name, item in vars(value).items():
+        if item is None or isinstance(item, bool | int | float | str | complex):
+            found.append((name, type(item), repr(item)))
+        elif isinstance(item, torch.Tensor):
+            found.append((name, Identity(item), 0 if item.is_inference() else item._version))
+        elif isinstance(item, list | tuple | dict | set) and not any(
+            isinstance(one, torch.Tensor) for one in leaves_of(item)
+        ):
+            found.append((name, type(item), repr(item)))
+        else:
+            found.append((name, Identity(item)))
+    return found
 
 
 def freeze_call(
