@@ -93,16 +93,17 @@ class _Running:
         self.worker = worker
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
         pipe = subprocess.PIPE if prefixed else None
-        # A session of its own, so that at the very end its children (data loader workers) can be ended with it.
+        # A session of its own: a signal to our process group (Slurm) reaches it once, passed on by us, and at the very end its
+        # children (data loader workers) can be ended with it. On a terminal, a single worker stays in the foreground with us.
+        self._has_session = prefixed or sys.stdin is None or not sys.stdin.isatty()
         self.process = subprocess.Popen(
             list(worker.arguments),
             env=None if worker.environment is None else dict(worker.environment),
             stdin=subprocess.DEVNULL if prefixed else None,
             stdout=pipe,
             stderr=pipe,
-            start_new_session=prefixed,
+            start_new_session=self._has_session,
         )
-        self._own_group = prefixed
         self._threads = []
         if prefixed:
             for source, target, kept in (
@@ -122,13 +123,15 @@ class _Running:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the worker itself. Its own children are its own business: a loader worker may be needed to save."""
+        if number == signal.SIGINT and not self._has_session:
+            return  # the terminal has sent it
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def kill(self) -> None:
         """End the worker and what it started."""
         try:
-            if self._own_group:
+            if self._has_session:
                 os.killpg(self.process.pid, signal.SIGKILL)
             elif self.process.poll() is None:
                 self.process.kill()
