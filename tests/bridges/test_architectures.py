@@ -12,6 +12,7 @@ import architecture_table
 import architectures
 import bridge_scripts
 import pytest
+import torch
 from architecture_case import Case
 from architecture_run import measure
 from text_models import GROUPED, SIZES, built, causal, causal_padded
@@ -89,3 +90,17 @@ def test_the_page_tells_what_was_measured():
 
 def test_nothing_in_the_table_has_failed():
     assert {name: row["reason"] for name, row in architecture_table.read().items() if row["status"] == "failed"} == {}
+
+
+def test_hidden_states_attentions_and_router_logits_are_recorded_once():
+    build = built(
+        "MixtralForCausalLM", "MixtralConfig", num_local_experts=4, output_router_logits=True,
+        output_hidden_states=True, **SIZES, **GROUPED,
+    )  # fmt: skip
+    model = bridge_scripts.on_jax(1).prepare(build())
+    batch = causal(0)
+    for _ in range(2):
+        outputs = model(**batch)
+        assert len(outputs.router_logits) == SIZES["num_hidden_layers"]
+        assert len(outputs.hidden_states) == SIZES["num_hidden_layers"] + 1
+    assert torch.isfinite(outputs.loss)

@@ -124,7 +124,7 @@ def measure(case: Case, steps: int | None = None, make: MakeAccelerator = make_a
     """The row of a case: status, difference, compile seconds, graph size.
 
     passed: within the tolerances. ill-conditioned: not, but in float64 jax follows torch within FLOAT64_TOLERANCE, so that rounding alone
-    tells the curves apart; the reason shows how far torch's own float32 is from its float64. refused: an error of polyaccel, quoted.
+    tells the curves apart; the reason shows how far torch's own float32 is from its float64. refused: an error of polyaccel, or the model's own under capture, quoted.
     failed: anything else.
     """
     steps = steps or case.steps
@@ -138,6 +138,11 @@ def measure(case: Case, steps: int | None = None, make: MakeAccelerator = make_a
         ours = train(case, model, accelerator, steps)
     except PolyaccelError as error:
         return row | {"status": "refused", "reason": str(error)}
+    except Exception as error:
+        notes = [note for note in getattr(error, "__notes__", ()) if "was captured" in note]
+        if not notes:
+            raise
+        return row | {"status": "refused", "reason": f"{type(error).__name__}: {error} ({notes[0]})"}
     row |= {
         "difference": difference(ours.losses, reference.losses),
         "gradients": gradient_difference(ours, reference),

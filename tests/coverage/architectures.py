@@ -127,7 +127,7 @@ def run(case: Case, timeout: float) -> table.Row:
         try:
             if not receiver.poll(timeout):
                 return row | {"status": "failed", "reason": f"not done after {timeout:.0f} s"}
-            return row | receiver.recv()
+            return row | without_folders(receiver.recv())
         except EOFError:
             process.join()
             said.seek(0)
@@ -138,6 +138,11 @@ def run(case: Case, timeout: float) -> table.Row:
         finally:
             process.kill()
             process.join()
+
+
+def without_folders(row: table.Row) -> table.Row:
+    """The table names no folder of the machine that made it."""
+    return row | {"reason": re.sub(r"/\S*/(site-packages/)?", "", row["reason"])}
 
 
 def inside(case: Case, sender: Connection, output: int) -> None:

@@ -16,6 +16,7 @@ from . import scope as capturing
 from .exchange import to_numpy
 from .guards import ModuleGuard
 from .module_state import collect_state
+from .output_recorders import install_output_recorders
 from .state_cells import Kind, StateCell
 from .tensors import DeviceParameter, DeviceTensor
 
@@ -52,6 +53,7 @@ class ManagedModel:
         self._refuse_unreadable()
         everything = (*self._params.values(), *self._buffers.values())
         self.wants_64bit = any(tensor.dtype in (torch.int64, torch.float64, torch.complex128) for tensor in everything)
+        install_output_recorders(module)  # before the guard looks: hooks are part of what it remembers
         self.guard = ModuleGuard(module, self.names)
         self.prepared: PreparedModule | None = None
 
