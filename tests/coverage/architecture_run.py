@@ -123,9 +123,9 @@ def gradient_difference(ours: Run, reference: Run) -> float:
 def measure(case: Case, steps: int | None = None, make: MakeAccelerator = make_accelerator) -> dict[str, Any]:
     """The row of a case: status, difference, compile seconds, graph size.
 
-    passed: within the tolerances. ill-conditioned: not, but in float64 jax follows torch within FLOAT64_TOLERANCE, so that rounding alone
-    tells the curves apart; the reason shows how far torch's own float32 is from its float64. refused: an error of polyaccel, or the model's own under capture, quoted.
-    failed: anything else.
+    passed: within the tolerances. ill-conditioned: not, but in float64 jax follows torch within FLOAT64_TOLERANCE, so that rounding
+    alone tells the curves apart; the reason shows how far torch's own float32 is from its float64. refused: an error of polyaccel, or
+    the model's own under capture, quoted. failed: anything else.
     """
     steps = steps or case.steps
     model = built(case)
