@@ -6,8 +6,9 @@
     JAX_NUM_CPU_DEVICES=4 polyaccel launch --backend jax --cpu examples/digits_cnn.py    # four virtual devices
     polyaccel launch --backend xla examples/digits_cnn.py                                # in the xla environment
 
-`python examples/digits_cnn.py --backend jax` does the same for one process. Data: scikit-learn's `load_digits`, 1797 scans of 8 x 8
-pixels (UCI Optical Recognition of Handwritten Digits), nothing is downloaded.
+`python examples/digits_cnn.py --backend jax` does the same for one process. Every run is a folder below runs/ (`polyaccel runs list`);
+`--log-with tensorboard wandb` logs there too. Data: scikit-learn's `load_digits`, 1797 scans of 8 x 8 pixels (UCI Optical Recognition
+of Handwritten Digits), nothing is downloaded.
 """
 
 import argparse
@@ -56,9 +57,19 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--curve", help="write losses and speed to this JSON file")
+    parser.add_argument(
+        "--log-with", nargs="*", default=[], help="trackers beside the run folder: tensorboard, wandb, ..."
+    )
+    parser.add_argument("--project-dir", help="the run folder is made below its runs/ (default: ./runs)")
     args = parser.parse_args()
 
-    accelerator = Accelerator(backend=args.backend, mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(
+        backend=args.backend,
+        mixed_precision=args.mixed_precision,
+        log_with=args.log_with,
+        project_dir=args.project_dir,
+    )
+    accelerator.init_trackers("digits-cnn", config=vars(args))  # `polyaccel runs list` shows it
     set_seed(args.seed)
     train_set, test_set = datasets()
     per_shard = GLOBAL_BATCH // accelerator.num_data_shards  # the same global batch on any number of devices
@@ -71,6 +82,7 @@ def main():
     accelerator.print(accelerator)
 
     curve = Curve(args.curve, task="digits CNN", backend=accelerator.backend, devices=accelerator.num_data_shards)
+    step = 0
     for epoch in range(args.epochs):
         model.train()
         bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_local_main_process)
@@ -79,7 +91,10 @@ def main():
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            curve.add(accelerator.reduce(loss.detach(), "mean"))
+            mean_loss = accelerator.reduce(loss.detach(), "mean")
+            accelerator.log({"loss": mean_loss, "epoch": epoch}, step=step)  # waits for no device
+            curve.add(mean_loss)
+            step += 1
     curve.stop()
 
     model.eval()
@@ -93,6 +108,7 @@ def main():
     accelerator.print(
         f"final loss {float(curve.losses[-1]):.4f}, accuracy {correct / total:.3f} on {total} held-out scans"
     )
+    accelerator.log({"accuracy": correct / total}, step=step)
     if accelerator.is_main_process:
         curve.save(accuracy=correct / total)
     accelerator.end_training()

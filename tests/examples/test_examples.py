@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ sys.path.insert(0, str(EXAMPLES))
 
 
 def run(script, *arguments, backend):
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), "--backend", backend, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    with tempfile.TemporaryDirectory() as folder:  # where the run folder is made
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / script), "--backend", backend, *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

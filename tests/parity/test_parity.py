@@ -51,7 +51,7 @@ def losses(task, backend, devices=1, processes=1, partitioning=None, precision=N
             command += ["--mixed-precision", precision]
         script, *arguments = TASKS[task]
         command += [str(EXAMPLES / script), *arguments, *extra, "--seed", str(seed), "--curve", str(curve)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(command, env=environment, cwd=curve.parent, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stderr[-4000:]
         run = json.loads(curve.read_text())
         assert run["devices"] == devices * processes
