@@ -73,12 +73,14 @@ class OptaxOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         tensors = self.held.tensors
-        grads = {name: as_argument(grad) for name in self.names if (grad := tensors[name].grad) is not None}
+        known = self.held.engine.gradients
+        grads = {name: _argument(grad, known) for name in self.names if (grad := tensors[name].grad) is not None}
         if not grads:
             return loss
         fence(self.held.engine.engine.device)
         params = self.held.leaves(self.names)
         new, self.leaves = finish(self._update(params, grads, self.leaves))
+        known.clear()  # `zero_grad` shall free them
         self.held.write(dict(zip(self.names, new, strict=True)))
         return loss
 
@@ -180,6 +182,14 @@ class OptaxOptimizer(torch.optim.Optimizer):
         """Take over what `read_arrays` gave, as tensors: a value for every name, of the same shape."""
         leaves = [like(tensors[name], old) for name, old in zip(self.state_names, self.leaves, strict=True)]
         self.opt_state = jax.tree.unflatten(self._treedef, leaves)
+
+
+def _argument(grad: torch.Tensor, known: Mapping[int, jax.Array]) -> Any:
+    """A gradient for the update. One that torch left where XLA wrote it is the array that it was, whatever was written to it."""
+    array = known.get(grad.data_ptr())
+    if array is not None and array.shape == tuple(grad.shape) and grad.is_contiguous():
+        return array
+    return as_argument(grad)
 
 
 class HeldOptimizer:

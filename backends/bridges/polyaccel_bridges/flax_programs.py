@@ -39,6 +39,8 @@ class FlaxRuntime:
         compilation_cache.enable(engine.config.compilation_cache)
         self.device: jax.Device = jax_device(engine.device)
         self.num_compiles = 0
+        # Gradients of the last backward pass by address, until an update takes them: the optax update reads the same memory.
+        self.gradients: dict[int, jax.Array] = {}
         self._handed: list[tuple[torch.Tensor, jax.Array]] = []  # what the last call gave torch, and where it came from
         self._inner_scale: torch.Tensor | None = None
 
@@ -101,6 +103,7 @@ class FlaxRuntime:
 
         def forward() -> tuple[torch.Tensor, list[torch.Tensor | None], torch.Tensor | None]:
             scale = self.inner_scale()
+            self.gradients.clear()
             outcome = self.run(call, with_grads=True, loss_scale=None if scale is None else float_argument(scale))
             assert outcome.loss is not None
             outputs.extend(to_torch(output) for output in outcome.outputs)
@@ -110,6 +113,7 @@ class FlaxRuntime:
                 to_torch(outcome.grads[name]) if name in outcome.grads else _no_gradient(call.models, name, parameter)
                 for name, parameter in parameters.items()
             ]
+            self.gradients.update((array.unsafe_buffer_pointer(), array) for array in outcome.grads.values())
             return loss, grads, scale
 
         loss = _JaxLoss.apply(forward, self, *parameters.values())
