@@ -58,8 +58,14 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any
             if isinstance(target, DeviceParameter) and target._requires_grad:
                 raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
             _refuse_inplace(func, target)
-    elif torch.is_grad_enabled() and any(cpp_grad_fn(operand) is not None for operand in operands):
-        return operands[0]._recorder.record(func, args, kwargs)  # what a custom autograd function gave
+    else:
+        _, target = _target(func, args, kwargs)
+        is_custom = torch.is_grad_enabled() and any(cpp_grad_fn(operand) is not None for operand in operands)
+        # What a custom autograd function gave, and writes to values that were read but are still part of the recording.
+        if is_custom or (isinstance(target, DeviceTensor) and not _is_settled(target)):
+            result = operands[0]._recorder.record(func, args, kwargs)
+            if result is not NOT_RECORDED:
+                return result
     return eager(func, args, kwargs, operands)
 
 
