@@ -11,6 +11,8 @@ from polyaccel.errors import PolyaccelError
 
 COMMANDS = {
     "config": "ask for, write, show and check the configuration",
+    "doctor": "try every engine on this machine, and name what is wrong and its cure",
+    "env": "what a bug report needs to say about this machine",
     "launch": "start a training script on an engine, with one or more processes",
     "runs": "list the runs that scripts have logged, and send them to trackers",
 }
