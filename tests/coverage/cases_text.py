@@ -205,8 +205,6 @@ DECODERS = (
         vocab_size_per_layer_input=100,
         hidden_size_per_layer_input=8,
         laurel_rank=4,
-        altup_coef_clip=None,
-        note="`altup_coef_clip=None`: the clipping writes to a parameter inside forward",
         activation_sparsity_pattern=[0.5, 0.0],
         layer_types=["sliding_attention", "full_attention"],
         **GROUPED,
