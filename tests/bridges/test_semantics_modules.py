@@ -188,6 +188,32 @@ def test_a_tensor_that_forward_keeps_in_an_attribute_is_refused_where_it_is_used
         step(acc, stateful, x)
 
 
+class CachesTables(nn.Module):
+    """Makes a mask and angles once, and again where a sequence is longer, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.mask, self.length, self.tables = nn.Linear(4, 4), None, 0, None
+
+    def forward(self, x):
+        if len(x) > self.length:
+            self.length = len(x)
+            self.mask = torch.ones(self.length, self.length).tril()
+            angles = torch.outer(torch.arange(self.length).to(x.dtype), torch.ones(4))
+            self.tables = (angles.cos(), angles.sin())
+        if self.mask is None:
+            raise RuntimeError("the mask was forgotten")
+        out = self.mask[: len(x), : len(x)] @ self.layer(x)
+        return out * self.tables[0][: len(x)] + self.tables[1][: len(x)]
+
+
+def test_what_forward_caches_from_sizes_alone_is_made_anew_in_every_capture():
+    def ragged():
+        return [torch.randn(size, 4) for size in (3, 5, 2, 5)]
+
+    assert_trains_as_torch(CachesTables, ragged, forms=("loop", "function"))
+
+
 # -- what a model returns ----------------------------------------------------------------------------------------------------------
 
 

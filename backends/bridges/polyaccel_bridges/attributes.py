@@ -1,7 +1,8 @@
 """Attributes that a model's forward changes: a program leaves Python alone, so what forward would have done is done after each call.
 
 A counter that nothing else looks at is counted on. A plain value that decides something gets its new value, and the next call is
-captured for it. Tensors and other objects that forward keeps exist only inside the program: using them afterwards is refused.
+captured for it. Tensors and other objects that forward keeps exist only inside the program: using them afterwards is refused, but
+for those that depend on sizes alone (a mask that is made once): they are as before, and every capture makes them anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils import _pytree as pytree
 
 from polyaccel.errors import PrepareError
 
@@ -25,6 +29,42 @@ _TORCHS_OWN = frozenset({*vars(nn.Module()), "forward", "_flat_weights", "_flat_
 _ABSENT = object()
 
 Place = tuple[dict[str, Any], str, str]  # the module's __dict__, the key in it, the name for messages
+
+
+_LIKE = frozenset(
+    {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+)
+_CASTS = frozenset({"to", "type_as"})  # their further operands give a dtype
+_RANDOM = ("rand", "normal", "bernoulli", "dropout", "multinomial", "poisson", "uniform", "exponential")
+
+
+@final
+class Constants:
+    """The tensors of one capture that depend on nothing but sizes and numbers: masks, positions, tables of angles."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, torch.Tensor] = {}
+
+    def note(self, func: Any, given: Any, result: Any) -> None:
+        """`func` gave `result` for the operands in `given`."""
+        name = str(getattr(func, "__name__", ""))
+        if any(word in name for word in _RANDOM):
+            return
+        operands = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, torch.Tensor)]
+        if name in _CASTS:
+            operands = operands[:1]
+        if name in _LIKE or all(map(self.holds, operands)):
+            made = [result] if isinstance(result, torch.Tensor) else result if type(result) in (list, tuple) else []
+            self._found.update({id(tensor): tensor for tensor in made if isinstance(tensor, torch.Tensor)})
+
+    def holds(self, value: Any) -> bool:
+        """Whether a tensor, or every leaf of a list, tuple or dict, is a constant. Plain tensors from outside are."""
+        if isinstance(value, torch.Tensor):
+            is_inside = isinstance(value, FakeTensor | FunctionalTensor) or hasattr(value, "_recorder")
+            return id(value) in self._found or not is_inside
+        if type(value) in (list, tuple, dict):
+            return all(self.holds(leaf) for leaf in pytree.tree_leaves(value))
+        return type(value) in _PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +83,12 @@ class Watch:
     def __init__(self, guard: ModuleGuard) -> None:
         self.guard = guard
         self._before = [(path, module.__dict__, dict(module.__dict__)) for path, module in guard.module.named_modules()]
+        self._structure = self._parts()
 
     def changes(self) -> list[Change]:
-        """What has another value now."""
+        """What has another value now. Nothing where forward changed hooks or submodules: it sets itself up anew in every capture."""
+        if self._parts() != self._structure:
+            return []
         found = []
         for path, own, before in self._before:
             for key, value in own.items():
@@ -54,6 +97,12 @@ class Watch:
                     continue
                 found.append(Change((own, key, f"{path}.{key}" if path else key), old, value))
         return found
+
+    def _parts(self) -> list[Any]:
+        modules = list(self.guard.module.modules())
+        return [
+            (id(m), [len(v) for k, v in vars(m).items() if k in _TORCHS_OWN and isinstance(v, dict)]) for m in modules
+        ]
 
 
 @final
@@ -178,10 +227,17 @@ def learn(scope: CaptureScope, again: Callable[[], CaptureScope]) -> Effects:
         own = {id(module.__dict__) for module in guard.module.modules()}
         guard.ignore({key: candidates[key] for key in counters if key[0] in own})
         guard.looked_at |= {key for key in candidates if key not in counters and key[0] in own}
+    # What forward makes once from sizes alone, and what it notes beside it, is made anew in every capture: nothing is left behind.
+    cached = {
+        id(change.place[0])
+        for change in scope.changes
+        if type(change.after) not in _PLAIN and scope.constants.holds(change.after)
+    }
     values = [
         (change.place, change.after if type(change.after) in _PLAIN else _kept(change))
         for change in scope.changes
         if (id(change.place[0]), change.place[1]) not in counters
+        and not (id(change.place[0]) in cached and scope.constants.holds(change.after))
     ]
     return Effects([(candidates[key], delta) for key, delta in counters.items() if delta], values)
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from polyaccel.errors import PrepareError
 
-from .attributes import Change, Watch
+from .attributes import Change, Constants, Watch
 
 if TYPE_CHECKING:
     from .modules import PreparedModule
@@ -51,6 +51,7 @@ class CaptureScope:
         self.watches: list[Watch] = []  # of the models that ran
         self.changes: list[Change] = []  # of their attributes, when it is over
         self.operations: list[Any] = []  # every torch function that ran, in order
+        self.constants = Constants()
         self._given = {id(outside): (outside, leaf) for outside, leaf in given}
         self._found_ids: set[int] = set()
 
@@ -130,6 +131,7 @@ class _Outside(TorchFunctionMode):
         if getattr(func, "__name__", "") in _ASKING:
             return func(*args, **kwargs)
         self._scope.operations.append(func)
+        given = (args, kwargs)
         if any(_is_outside(value) for value in (*args, *kwargs.values())):
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         else:
@@ -137,7 +139,9 @@ class _Outside(TorchFunctionMode):
                 if type(value) in (list, tuple, dict):
                     args, kwargs = self._replaced(args), self._replaced(kwargs)
                     break
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self._scope.constants.note(func, given, result)
+        return result
 
     def _replaced(self, tree: Any) -> Any:
         return pytree.tree_map_only(torch.Tensor, self._one, tree)
