@@ -49,6 +49,8 @@ def main(text: str) -> int:
             # On one machine any free port; on several, machine 0 serves where the others look.
             "rdzv_endpoint": f"{job.address}:{job.port}" if job.num_machines > 1 else "localhost:0",
             "rdzv_configs": {"is_host": job.machine_rank == 0, "timeout": job.join_timeout_s},
+            # The agent that gets rank 0 names itself to the others; machine 0 has a name that they can reach.
+            "local_addr": job.address if job.machine_rank == 0 and job.num_machines > 1 else None,
             "max_restarts": job.max_restarts,
             "monitor_interval": 0.1,
             "start_method": "spawn",
