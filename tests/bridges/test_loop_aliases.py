@@ -272,6 +272,21 @@ def test_printing_and_converting_outputs():
     assert_same_on_jax(script)
 
 
+def test_a_written_value_carries_its_gradient_into_a_frozen_model():
+    def script(acc):
+        judge = acc.prepare(nn.Linear(3, 1).requires_grad_(False))
+
+        def loss_of(step, model, x, y):
+            out = model(x)
+            kept = out.detach() * 0
+            kept[2:] = out[2:]
+            return judge(kept).pow(2).mean() + judge(out[:1]).sum()
+
+        return trained(acc, loss_of, steps=2)
+
+    assert_same_on_jax(script)
+
+
 def test_what_a_write_needs_of_torch_is_still_refused():
     acc = on_jax()
     model = acc.prepare(Net())

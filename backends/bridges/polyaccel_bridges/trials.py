@@ -260,5 +260,10 @@ def _looked_at(
 def _operand_spec(session: Session, found: tuple[Any, ...]) -> OutSpec:
     if found[1] == "r":
         path = session.path()
-        return path[found[2]].specs[found[3]]
+        spec = path[found[2]].specs[found[3]]
+        for entry in path[found[2] + 1 :]:  # writes in place may have made it need a gradient
+            leaves = [leaf for leaf in described(entry.arguments) if leaf[1] != "f"] if entry.updates else []
+            for operand, now in entry.updates:
+                spec = now if leaves[operand][1:4] == found[1:4] else spec
+        return spec
     return OutSpec(found[4], found[3], found[5])
