@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import lowerings  # noqa: F401 - defines torch.ops.polyaccel
 from .ctc_targets import SELECTIONS, SelectedTargets
+from .value_checks import VALUE_CHECKS
 
 
 class FixedShapes(TorchFunctionMode):
@@ -215,6 +216,7 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> tor
 
 _FORMS: dict[Any, Callable[..., Any]] = {
     **SELECTIONS,
+    **VALUE_CHECKS,
     **({F.linear_cross_entropy: _linear_cross_entropy} if hasattr(F, "linear_cross_entropy") else {}),
     F.ctc_loss: _ctc_loss,
     torch.ctc_loss: _ctc_loss,

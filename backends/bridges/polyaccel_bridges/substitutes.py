@@ -21,7 +21,6 @@ from polyaccel.errors import PrepareError
 from .recurrent import SCANNED
 from .routed_experts import fixed_form_of
 from .shards import SumOverShards
-from .value_checks import VALUE_CHECKS
 
 
 @contextlib.contextmanager
@@ -73,7 +72,6 @@ def _refuse_packing(*args: Any, **kwargs: Any) -> Any:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **SCANNED,
-    **VALUE_CHECKS,
     torch._VF._pack_padded_sequence: _refuse_packing,
 }
 

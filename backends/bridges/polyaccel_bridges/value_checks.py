@@ -35,12 +35,19 @@ def _all(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _item(tensor: torch.Tensor) -> Any:
     """The truth value of a functional tensor, which is what a capture works on, is its `item()`."""
+    return False if _is_needless(tensor) else torch.Tensor.item(tensor)
+
+
+def _bool(tensor: torch.Tensor) -> bool:
+    """A fake tensor, which is what shapes are found with, is asked itself."""
+    return not _is_needless(tensor) and torch.Tensor.__bool__(tensor)
+
+
+def _is_needless(tensor: torch.Tensor) -> bool:
     dtype = getattr(tensor, _CHECKED, None)
     if dtype is not None and _clamps_after(_caller(), dtype):
-        return False
-    if hasattr(tensor, _LABELS) and _names(_caller()) >= _LABEL_CHECK:
-        return False
-    return torch.Tensor.item(tensor)
+        return True
+    return hasattr(tensor, _LABELS) and _names(_caller()) >= _LABEL_CHECK
 
 
 def _max(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,6 +91,7 @@ VALUE_CHECKS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.isfinite: _isfinite,
     torch.Tensor.all: _all,
     torch.Tensor.item: _item,
+    torch.Tensor.__bool__: _bool,
     torch.Tensor.max: _max,
     torch.Tensor.__ge__: _at_least,
     torch.Tensor.ge: _at_least,
