@@ -9,6 +9,7 @@ All references are computed here in numpy float64, so agreement is with the math
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, Unsuppor
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS
 from polyaccel.registry import load_backend
+from polyaccel.tracking import list_runs
 
 GLOBAL_BATCH = 8
 _rows = np.random.default_rng(7)
@@ -460,6 +462,22 @@ class Conformance:
         assert "bf61" in str(caught.value)
         assert "did you mean 'bf16'" in str(caught.value)
         assert "gradient_accumulation_steps" in str(caught.value)
+
+    # -- trackers ------------------------------------------------------------------------------------------------------
+
+    def test_logged_losses_are_those_of_the_mathematics(self, tmp_path: Path) -> None:
+        accelerator = self.accelerator(project_dir=tmp_path)
+        model, optimizer, loader = self.prepared(accelerator)
+        step = accelerator.train_step(self.case.loss, model, optimizer)
+        accelerator.init_trackers("conformance", config={"lr": LR})
+        for index, batch in enumerate(loader):
+            accelerator.log({"loss": step(batch)}, step=index)
+        accelerator.tracking.finish()
+        (run,) = list_runs(tmp_path / "runs")
+        assert run.facts["engine"]["backend"] == self.case.backend
+        steps, losses = zip(*run.series("loss"), strict=True)
+        assert steps == tuple(range(len(steps)))
+        np.testing.assert_allclose(losses, reference()[0], rtol=TOLERANCE, atol=TOLERANCE)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

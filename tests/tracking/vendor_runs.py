@@ -122,9 +122,7 @@ def read_comet_ml(folder, identity):
     (archive,) = folder.rglob("*.zip")
     with zipfile.ZipFile(archive) as content:
         messages = [json.loads(line) for line in content.read("messages.json").decode().splitlines()]
-    metrics = [
-        m["payload"]["metric"] | {"step": m["payload"].get("step")} for m in messages if m["type"] == "metric_msg"
-    ]
+    metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
     parameters = [m["payload"].get("param") or m["payload"]["params"] for m in messages if m["type"] == "parameter_msg"]
     files = [m["payload"]["additional_params"] for m in messages if m["type"] == "file_upload"]
     named = [file.get("fileName") or file.get("figName") for file in files]
@@ -140,15 +138,15 @@ def read_comet_ml(folder, identity):
 
 def read_aim(folder, identity):
     import aim
+    from aim.storage.context import Context
 
     # A repository that was written without its server shows a run completely only after this.
     command = [str(Path(sys.executable).parent / "aim"), "storage", "--repo", str(FOLDER / "logs"), "reindex", "-y"]
     subprocess.run(command, check=True, capture_output=True)
     repo = aim.Repo(str(FOLDER / "logs"))
     run = repo.get_run(identity["hash"])
-    series = {metric.name: metric.values.sparse_numpy() for metric in run.metrics()}
-    steps, values = series["loss"]
-    images = list(run.get_image_sequence("picture", aim.Context({})).values)
+    steps, (values, *_) = next(metric for metric in run.metrics() if metric.name == "loss").data.items_list()
+    images = list(run.get_image_sequence("picture", Context({})).values)
     return {
         "losses": dict(zip(map(int, steps), map(float, values), strict=True)),
         "config": run["hparams"],
