@@ -151,7 +151,12 @@ class _Outside(TorchFunctionMode):
 
 
 def _is_outside(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not isinstance(value, FunctionalTensor | FakeTensor)
+    if not isinstance(value, torch.Tensor):
+        return False
+    wrapped: Any = torch._C._functorch
+    while wrapped.is_functorch_wrapped_tensor(value):  # inside torch.func.grad, vmap and their kin
+        value = wrapped.get_unwrapped(value)
+    return not isinstance(value, FunctionalTensor | FakeTensor)
 
 
 def run_model(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None) -> Any:
