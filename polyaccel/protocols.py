@@ -80,6 +80,16 @@ class AgentJob:
     join_timeout_s: int = 600
 
 
+@dataclass(frozen=True, slots=True)
+class TinyTraining:
+    """A model, its optimizer, its batches and its loss in a backend's own dialect, to see whether an engine works at all."""
+
+    model: Any
+    optimizer: Any
+    loader: Any
+    loss_fn: Callable[[Any, Any], Any]
+
+
 class Backend(Protocol):
     """An adapter before its framework is imported. Touching it is cheap and never raises."""
 
@@ -93,6 +103,10 @@ class Backend(Protocol):
     def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
         """The processes to start on this machine. None: as many as the machine has devices for (torch: one per device; xla
         and jax: one). Raises LaunchError for more processes than devices can serve."""
+        ...
+
+    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
+        """A training on a (rows, columns) numpy array whose loss falls in the first step. Imports the framework."""
         ...
 
     def holds_devices(self) -> str | None:

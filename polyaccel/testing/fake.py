@@ -15,7 +15,17 @@ import numpy as np
 
 from polyaccel.data import DataSharding, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import AgentJob, Capabilities, LoaderSpec, LossCall, Probe, Shard, StepSpec, WorkerSlot
+from polyaccel.protocols import (
+    AgentJob,
+    Capabilities,
+    LoaderSpec,
+    LossCall,
+    Probe,
+    Shard,
+    StepSpec,
+    TinyTraining,
+    WorkerSlot,
+)
 from polyaccel.topology import Topology
 
 if TYPE_CHECKING:
@@ -340,6 +350,11 @@ class FakeBackend:
                 f"--num-processes {num_processes} is more than backend 'fake' can start", "use --num-processes 1"
             )
         return (WorkerSlot(),)
+
+    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
+        model = FakeModel(np.zeros((data.shape[1], 1)), np.zeros(1))
+        loader = FakeLoader({"x": data, "y": np.full((len(data), 1), 3.0)}, batch_size)
+        return TinyTraining(model, FakeSGD(model, 0.01), loader, lambda model, b: model.squared_error(b["x"], b["y"]))
 
     def holds_devices(self) -> str | None:
         return None

@@ -62,40 +62,12 @@ def check(report: Callable[[dict[str, Any]], None]) -> bool:
 def _train(accelerator: Accelerator) -> tuple[float, float]:
     """Loss before and after one step of a linear model, in the dialect that the engine speaks natively."""
     data = np.random.default_rng(0).normal(size=(ROWS * accelerator.num_data_shards, COLUMNS)).astype(np.float32)
-    return (
-        _train_flax(accelerator, data)
-        if load_backend(accelerator.backend).capabilities.dialect == "flax"
-        else _train_torch(accelerator, data)
-    )
-
-
-def _train_torch(accelerator: Accelerator, data: np.ndarray) -> tuple[float, float]:
-    import torch
-
-    model = torch.nn.Linear(COLUMNS, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    dataset = torch.utils.data.TensorDataset(torch.from_numpy(data))
-    loader = torch.utils.data.DataLoader(dataset, batch_size=ROWS)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    return _steps(accelerator, model, optimizer, loader, lambda model, batch: ((model(batch[0]) - 3.0) ** 2).mean())
-
-
-def _train_flax(accelerator: Accelerator, data: np.ndarray) -> tuple[float, float]:
-    import optax
-    from flax import nnx
-
-    model = nnx.Linear(COLUMNS, 1, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.sgd(0.01), wrt=nnx.Param)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    loader = accelerator.prepare_data_loader([{"x": data}])
-    return _steps(accelerator, model, optimizer, loader, lambda model, batch: ((model(batch["x"]) - 3.0) ** 2).mean())
-
-
-def _steps(accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, loss_fn: Any) -> tuple[float, float]:
-    batch = next(iter(loader))
+    tiny = load_backend(accelerator.backend).tiny_training(data, ROWS)
+    model, optimizer = accelerator.prepare(tiny.model, tiny.optimizer)
+    batch = next(iter(accelerator.prepare_data_loader(tiny.loader)))
     losses = []
     for _ in range(2):
-        losses.append(float(accelerator.backward(loss_fn, model, batch)))
+        losses.append(float(accelerator.backward(tiny.loss_fn, model, batch)))
         optimizer.step()
         optimizer.zero_grad()
     return losses[0], losses[1]

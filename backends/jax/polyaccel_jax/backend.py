@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyaccel.config import Config
 from polyaccel.errors import BackendUnavailableError, LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Engine, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Engine, Probe, TinyTraining, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.launch.rendezvous import Rendezvous
@@ -66,6 +66,12 @@ class JaxBackend:
             WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(index * each, (index + 1) * each)))})
             for index in range(num_processes)
         )
+
+    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
+        """A linear model under SGD."""
+        from polyaccel_jax.dialect.tiny import tiny_training
+
+        return tiny_training(data, batch_size)
 
     def holds_devices(self) -> str | None:
         """A jax that has opened its devices runs threads, which a fork does not copy."""

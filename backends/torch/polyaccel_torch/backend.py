@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Probe, TinyTraining, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -50,6 +50,12 @@ class TorchBackend:
                 f"use --num-processes {num_gpus}, or --cpu",
             )
         return (WorkerSlot(),) * (num_processes or num_gpus or 1)
+
+    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
+        """A linear model under SGD."""
+        from polyaccel_torch.dialect.tiny import tiny_training
+
+        return tiny_training(data, batch_size)
 
     def holds_devices(self) -> str | None:
         """CUDA, once it was used, and a process group do not survive a fork."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Probe, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Probe, TinyTraining, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -55,6 +55,12 @@ class XlaBackend:
                 "leave --num-processes out; for several virtual devices on the CPU set CPU_NUM_DEVICES",
             )
         return (WorkerSlot({"PJRT_DEVICE": "CPU"} if use_cpu else {}),)
+
+    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
+        """A linear model under SGD."""
+        from polyaccel_torch.dialect.tiny import tiny_training
+
+        return tiny_training(data, batch_size)
 
     def holds_devices(self) -> str | None:
         """Never asked for: xla runs one process per machine, and that one is not forked."""
