@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -53,13 +52,6 @@ def _digamma(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, at_zero, lax.digamma(x))
 
 
-def _erfinv(x: jax.Array) -> jax.Array:
-    """jax's polynomial and a step of Newton's method, as torch does it: near 1 the gradient multiplies the error."""
-    y = lax.erf_inv(x)
-    slope = np.asarray(2 / math.sqrt(math.pi), x.dtype) * jnp.exp(-y * y)
-    return jnp.where(jnp.isfinite(y), y - (lax.erf(y) - x) / slope, y)
-
-
 def _lgamma(x: jax.Array) -> jax.Array:
     return lax.lgamma(x)
 
@@ -76,7 +68,7 @@ for _function, _name in (
     (_digamma, "digamma"),
     (lax.erf, "erf"),
     (lax.erfc, "erfc"),
-    (_erfinv, "erfinv"),
+    (lax.erf_inv, "erfinv"),
     (jnp.exp, "exp"),
     (jnp.exp2, "exp2"),
     (jnp.expm1, "expm1"),
