@@ -32,7 +32,7 @@ OFFLINE = {
     "clearml": {"offline": True},
     "swanlab": {"mode": "offline"},
 }
-STEPS = 2000
+STEPS = 500
 
 
 def quantiles(times):

@@ -109,6 +109,7 @@ class Accelerator:
             self.project_configuration,
             process_index=self._engine.topology.process_index,
             describe=lambda: describe_job(self.backend, self._engine.topology, self.plan),
+            compile_events=lambda: self.compile_events,
             share=lambda value: self._gathering.broadcast_object_list([value])[0],
         )
         self._differentiates_values = "backward_value" in capabilities.features

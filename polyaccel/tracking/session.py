@@ -40,6 +40,7 @@ class Session:
         project: where runs are kept, and the deadlines.
         process_index: of this process; process 0 owns the run.
         describe: gives what the run notes of the engine (backend, devices, mesh), asked once at the start.
+        compile_events: gives the engine's CompileEvents so far; they are noted as they come.
         share: gives every process the value of process 0; called only where a tracker wants every process.
     """
 
@@ -50,6 +51,7 @@ class Session:
         *,
         process_index: int = 0,
         describe: Callable[[], Mapping[str, Any]] = dict,
+        compile_events: Callable[[], Sequence[Any]] = tuple,
         share: Callable[[Any], Any] = lambda value: value,
     ) -> None:
         self._asked = names.choose(log_with)
@@ -57,6 +59,7 @@ class Session:
         self.init_timeout_s = project.tracker_init_timeout_s
         self._process_index = process_index
         self._describe = describe
+        self._compile_events = compile_events
         self._share = share
         self._workers: list[Worker] = []
         self._writer: RunWriter | None = None
@@ -129,7 +132,12 @@ class Session:
             record.describe(environment, describe, [worker.tracker_name for worker in self._workers])
 
         self._writer = RunWriter(
-            record.folder, redaction, self._workers, process_index=self._process_index, at_start=at_start
+            record.folder,
+            redaction,
+            self._workers,
+            process_index=self._process_index,
+            at_start=at_start,
+            compile_events=self._compile_events,
         )
         self._event("resume" if record.is_resumed else "start", {"pid": os.getpid()})
         atexit.register(self._at_exit)

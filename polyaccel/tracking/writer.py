@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,6 +107,7 @@ class RunWriter(threading.Thread):
         *,
         process_index: int = 0,
         at_start: Callable[[], None],
+        compile_events: Callable[[], Sequence[Any]] = tuple,
     ) -> None:
         super().__init__(name="polyaccel-run-writer", daemon=True)
         self.folder = folder
@@ -118,6 +119,8 @@ class RunWriter(threading.Thread):
         self._heartbeat = folder / f"heartbeat{suffix}"
         self._redaction = redaction
         self._at_start = at_start
+        self._compile_events = compile_events
+        self._num_compiled = 0
         self._inbox: deque[Any] = deque()
         self._wake = threading.Event()
         self._drained = threading.Condition()
@@ -159,6 +162,7 @@ class RunWriter(threading.Thread):
         self._guarded(self._at_start)
         while True:
             is_last = self._is_ending  # read before draining: what was posted before `end` is still written
+            self._guarded(self._note_compilations)
             self._drain()
             self._beat()
             for worker in self.workers.values():
@@ -187,6 +191,12 @@ class RunWriter(threading.Thread):
         with self._drained:
             self._num_written += count
             self._drained.notify_all()
+
+    def _note_compilations(self) -> None:
+        new = self._compile_events()[self._num_compiled :]
+        self._num_compiled += len(new)
+        for event in new:
+            self._add_event(time.time(), "compile", asdict(event))
 
     def _beat(self) -> None:
         if time.monotonic() >= self._next_beat:

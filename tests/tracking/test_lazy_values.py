@@ -96,6 +96,17 @@ def test_logging_a_bridged_loss_makes_nothing_compute_and_nobody_wait(tmp_path, 
 
 
 @needs_jax
+def test_every_compiled_program_is_an_event_of_the_run(tmp_path):
+    accelerator, step = training("jax", tmp_path)
+    accelerator.log({"loss": step()}, step=0)
+    accelerator.end_training()
+    compiled = list(run_of(accelerator).events("compile"))
+    assert [event["program"] for event in compiled] == [event.program for event in accelerator.compile_events]
+    assert compiled
+    assert compiled[0]["cause"] == "first call"
+
+
+@needs_jax
 def test_a_bridged_value_that_no_step_computes_is_computed_at_the_next_log(tmp_path):
     accelerator, step = training("jax", tmp_path)
     loss = step()
