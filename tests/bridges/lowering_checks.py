@@ -15,9 +15,9 @@ from polyaccel_bridges.lowerings import LOWERINGS
 HERE = Path(__file__).parent
 
 
-def listed(name: str) -> dict[str, str]:
-    """The entries of a text file of this folder with their reasons: `entry: reason`, `#` begins a comment."""
-    lines = (HERE / name).read_text().splitlines()
+def listed(name: str, folder: Path = HERE) -> dict[str, str]:
+    """The entries of a text file with their reasons: `entry: reason`, `#` begins a comment."""
+    lines = (folder / name).read_text().splitlines()
     pairs = (line.split(": ", 1) for line in lines if line.strip() and not line.startswith("#"))
     return {entry.strip(): reason.strip() for entry, reason in pairs}
 
@@ -30,6 +30,11 @@ def agree(*calls: Call) -> None:
 
 def family_of(overload: OpOverload) -> str:
     return LOWERINGS[overload].function.__module__.rsplit(".", 1)[-1]
+
+
+def overloads_of_all() -> list[OpOverload]:
+    """Every operation that has a lowering."""
+    return list(LOWERINGS)
 
 
 def overloads_of(*families: str) -> list[OpOverload]:
