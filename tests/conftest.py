@@ -23,6 +23,7 @@ NEEDS = {
     "adapter_xla": ("torch_xla",),
     "adapter_jax": ("jax", "flax", "optax"),
     "bridges": ("torch", "jax", "flax", "optax", "transformers"),
+    "coverage": ("torch", "jax", "flax", "optax", "expecttest"),
     "parity": ("torch", "sklearn"),  # and the engine that is here: jax, or torch_xla
     "examples": ("torch", "jax", "flax", "optax", "sklearn"),
 }
