@@ -168,9 +168,7 @@ class ShardedPiece:
             held = dict(zip(buffer_names, arrays[len(param_names) :], strict=False))
             values = list(arrays[len(param_names) + len(buffer_names) :])
             with shared_by(self._shard_call.sum_over_shards):
-                outputs, written, residuals = run_vjp_forward(
-                    graph, own, held, values, self._key(key_data, key, index)
-                )
+                outputs, written, residuals = run_vjp_forward(graph, own, held, values, self._key(key_data, key, index))
             shown = [
                 value if axis is not None else value[None] for value, axis in zip(outputs, self.out_axes, strict=True)
             ]
