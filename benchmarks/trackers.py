@@ -3,7 +3,7 @@ when the tracker's server dies.
 
     python benchmarks/trackers.py                    # every tracker that is installed here
     python benchmarks/trackers.py wandb tensorboard  # these
-    python benchmarks/trackers.py --outages          # with the outages (a minute or two each)
+    python benchmarks/trackers.py --outages          # the outages instead of the costs
 
 Rows are added to benchmarks/results/trackers.json, so that environments that cannot hold all vendors fill one table.
 """
@@ -127,6 +127,28 @@ def in_a_process(*command, timeout=900):
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
+def cost(name):
+    """The row of one tracker, printed."""
+    row = in_a_process(str(Path(__file__).resolve()), "--measure", name)
+    parts = {"log": row["log"], "back to back": row["log_back_to_back"], "an empty function": row["empty_function"]}
+    if "vendors_own_call" in row:
+        parts["the vendor's own call"] = row["vendors_own_call"]
+    print(f"{name:12} " + "; ".join(f"{part} {described(times)}" for part, times in parts.items()), flush=True)
+    return row
+
+
+def outage(name):
+    """What happened to training when the server of one tracker was taken away, printed."""
+    found = in_a_process(str(CASES / "vendor_outages.py"), name)
+    found["warnings"] = [warning.split("; everything")[0] for warning in found["warnings"]]
+    print(
+        f"{name:12} log max {found['log_us_max']:.0f} us, end_training {found['finish_s']:.1f} s, {found['lines']} of 400 lines,"
+        f" calls {found['calls']}, said {found['warnings']}",
+        flush=True,
+    )
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("trackers", nargs="*")
@@ -137,22 +159,11 @@ def main():
         measure(None if args.measure[0] == "none" else args.measure[0], Path(args.measure[1]))
         return
     installed = [name for name in TRACKERS if importlib.util.find_spec(name)]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"log": {}, "outages": {}}
-    results["machine"] = machine()
-    for name in args.trackers or ["none", *installed]:
-        row = in_a_process(str(Path(__file__).resolve()), "--measure", name)
-        results["log"]["run folder alone" if name == "none" else name] = row
-        own = row.get("vendors_own_call", {})
-        parts = {"log": row["log"], "back to back": row["log_back_to_back"], "an empty function": row["empty_function"]}
-        parts |= {"the vendor's own call": own} if own else {}
-        print(f"{name:12} " + "; ".join(f"{part} {described(times)}" for part, times in parts.items()), flush=True)
-        if args.outages and name != "none":
-            found = in_a_process(str(CASES / "vendor_outages.py"), name)
-            found["warnings"] = [warning.split("; everything")[0] for warning in found["warnings"]]
-            results["outages"][name] = found
-            print(
-                f"{'':12} outage: log max {found['log_us_max']:.0f} us, end_training {found['finish_s']:.1f} s, {found['calls']}"
-            )
+    for name in args.trackers or (installed if args.outages else ["none", *installed]):
+        table, row = ("outages", outage(name)) if args.outages else ("log", cost(name))
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"log": {}, "outages": {}}
+        results["machine"] = machine()
+        results[table]["run folder alone" if name == "none" else name] = row
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten: {RESULTS}")
 

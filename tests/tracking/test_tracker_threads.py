@@ -67,6 +67,21 @@ def test_nothing_of_a_tracker_runs_on_the_training_thread(tmp_path):
     assert threading.get_ident() not in tracker.threads
 
 
+def test_log_costs_the_training_thread_less_than_ten_microseconds(tmp_path):
+    """CPU time of this thread, so that other work on the machine does not count; the best of five rounds."""
+    one = accelerator(tmp_path, Recorder())
+    one.init_trackers("cost")
+    rounds = []
+    for _ in range(5):
+        begin = time.thread_time()
+        for step in range(500):
+            one.log({"loss": 0.5, "lr": 1e-3}, step=step)
+        rounds.append((time.thread_time() - begin) / 500 * 1e6)
+        one.tracking.flush()
+    one.end_training()
+    assert min(rounds) < 10, rounds
+
+
 def test_a_class_of_accelerates_contract_gets_its_logging_directory(tmp_path):
     seen = []
 
