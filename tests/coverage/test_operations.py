@@ -22,12 +22,12 @@ aten = torch.ops.aten
 # One of each kind: values, gradients that repeat, masks, positions, factors, random draws, refusals, forms of our own.
 CHOSEN = (
     "add", "cumsum", "fft.rfft", "gather", "index_add", "index_put", "linalg.cholesky", "masked_fill",
-    "masked_select", "nn.functional.conv1d", "nn.functional.cross_entropy", "nn.functional.ctc_loss", "nn.functional.dropout",
+    "nn.functional.conv1d", "nn.functional.cross_entropy", "nn.functional.ctc_loss", "nn.functional.dropout",
     "nn.functional.gaussian_nll_loss", "nn.functional.layer_norm", "nn.functional.one_hot", "scatter_reduce (amax)",
     "searchsorted", "topk", "var", "where",
 )  # fmt: skip
 
-REFUSED = {"masked_select", "nn.functional.one_hot"}  # their sizes depend on values
+REFUSED = {"nn.functional.one_hot"}  # its size depends on values
 
 
 @pytest.fixture(scope="module")
