@@ -23,7 +23,7 @@ from polyaccel.protocols import CompileEvent, LoaderSpec, LossCall, StepSpec
 from polyaccel.registry import choose_backend
 from polyaccel.topology import Topology
 from polyaccel.tracking import Session, describe_job
-from polyaccel.train_step import TrainStep
+from polyaccel.train_step import TrainStep, loss_value
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -249,7 +249,8 @@ class Accelerator:
 
         `loss` is a value (torch scripts), or a function called as `loss(*args, **kwargs)`, usually `loss_fn, model, batch`, which
         works in every dialect on every engine; it returns the loss or (loss, auxiliary values), and so does this call, with
-        the loss as its mean over the global batch. With a value, returns None.
+        the loss as its mean over the global batch. With a value, returns None, and takes `retain_graph=True` for a second
+        backward through the same graph (torch's keyword; its others are refused).
         """
         is_call = callable(loss) and not hasattr(loss, "dtype")
         bridge = self._prepared.bridge
@@ -259,7 +260,7 @@ class Accelerator:
                 " a value after it was computed",
                 "pass the function instead: loss = accelerator.backward(loss_fn, model, batch), or use accelerator.train_step",
             )
-        work: Any = LossCall(loss, args, kwargs) if is_call else loss
+        work: Any = LossCall(loss, args, kwargs) if is_call else loss_value(loss, args, kwargs)
         if bridge is not None:
             work = bridge.lower(work, "loss")
         result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)

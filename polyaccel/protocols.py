@@ -157,6 +157,13 @@ class CompileEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class RetainedLoss:
+    """A loss value whose graph is needed for another backward; `Engine.backward` takes it in place of the value."""
+
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
 class LossCall:
     """A loss to be computed and differentiated: `function(*args, **kwargs)` gives the loss, or (loss, auxiliary values)."""
 
@@ -274,7 +281,7 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Any, *, scale: float) -> Any:
-        """Add scale * d(loss) to the gradients; `loss` is a value, a LossCall or a bridge's ProgramCall.
+        """Add scale * d(loss) to the gradients; `loss` is a value, a RetainedLoss, a LossCall or a bridge's ProgramCall.
 
         For a call, returns what the function returned (loss, or (loss, aux)) with the loss as its mean over the global batch.
         """

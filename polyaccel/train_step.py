@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from polyaccel.accumulation import GradientState
-from polyaccel.protocols import Engine, LossCall, StepSpec
+from polyaccel.errors import UnsupportedError
+from polyaccel.protocols import Engine, LossCall, RetainedLoss, StepSpec
 
 
 class TrainStep:
@@ -58,3 +59,15 @@ def _composed(engine: Engine, spec: StepSpec) -> Callable[[Any, bool], Any]:
         return named_result(result)
 
     return step
+
+
+def loss_value(loss: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A loss value with the keywords of torch's `backward`, as an engine takes it. Raises UnsupportedError for all but retain_graph."""
+    others = [name for name in kwargs if name != "retain_graph"]
+    if args or others:
+        given = ", ".join([*(repr(type(arg).__name__) for arg in args), *(f"{name}=" for name in others)])
+        raise UnsupportedError(
+            f"backward(loss, ...) with a loss value takes retain_graph only, and got {given}",
+            "pass a function, accelerator.backward(loss_fn, model, batch), or differentiate with torch.autograd.grad inside it",
+        )
+    return RetainedLoss(loss) if kwargs.get("retain_graph") else loss

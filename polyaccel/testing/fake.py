@@ -21,6 +21,7 @@ from polyaccel.protocols import (
     LoaderSpec,
     LossCall,
     Probe,
+    RetainedLoss,
     Shard,
     StepSpec,
     TinyTraining,
@@ -245,6 +246,8 @@ class FakeEngine:
         return nullcontext()
 
     def backward(self, loss: Any, *, scale: float) -> Any:
+        if isinstance(loss, RetainedLoss):
+            loss = loss.value  # a FakeLoss holds its way back as long as it lives
         result = loss.function(*loss.args, **loss.kwargs) if isinstance(loss, LossCall) else loss
         value, *aux = result if isinstance(result, tuple) else (result,)
         if not isinstance(value, FakeLoss):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from polyaccel import trees
 from polyaccel.dialects import Dialect, Role
 from polyaccel.errors import PrepareError
-from polyaccel.protocols import LossCall
+from polyaccel.protocols import LossCall, RetainedLoss
 
 from .exchange import PLACED, carry, placed_array
 from .functions import Functions, feed, lifted
@@ -47,6 +47,8 @@ class TorchToJax:
     def lower(self, value: Any, role: Role) -> Any:
         """What the engine takes for an object of the script; see the Bridge protocol."""
         if role == "loss":
+            if isinstance(value, RetainedLoss):
+                return self._recorder.lower_loss(value.value, retain_graph=True)
             return self._functions.lower(value) if isinstance(value, LossCall) else self._recorder.lower_loss(value)
         if role == "model":
             return ManagedModel(value, self._recorder)

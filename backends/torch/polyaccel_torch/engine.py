@@ -13,7 +13,7 @@ from torch import nn
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import PrepareError
-from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
+from polyaccel.protocols import LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel_torch import parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers
 from polyaccel_torch.dialect.modules import Autocast
@@ -173,17 +173,20 @@ class TorchEngine:
             result = loss.function(*loss.args, **loss.kwargs)
             self._differentiate(result[0] if isinstance(result, tuple) else result, scale)
             return self._over_shards(result)
-        self._differentiate(loss, scale)
+        if type(loss) is RetainedLoss:
+            self._differentiate(loss.value, scale, retain_graph=True)
+        else:
+            self._differentiate(loss, scale)
         return None
 
-    def _differentiate(self, loss: Any, scale: float) -> None:
+    def _differentiate(self, loss: Any, scale: float, retain_graph: bool = False) -> None:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
             _refuse_loss(loss)
         if scale != 1.0:
             loss = loss * scale
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
-        loss.backward()
+        loss.backward(retain_graph=retain_graph)
 
     def _over_shards(self, result: Any) -> Any:
         """Loss and floating scalars averaged, integer scalars added up over processes; everything else is this process's own."""

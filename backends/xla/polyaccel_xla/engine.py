@@ -23,7 +23,7 @@ from torch_xla.core import xla_model as xm
 from polyaccel.config.resolve import user_cache_folder
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import LoaderSpec, LossCall, Shard, StepSpec
+from polyaccel.protocols import LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
@@ -261,7 +261,8 @@ class XlaEngine:
         if isinstance(loss, LossCall):
             result = differentiate(loss, scale)
         else:
-            scaled(loss, scale).backward()
+            is_retained = isinstance(loss, RetainedLoss)
+            scaled(loss.value if is_retained else loss, scale).backward(retain_graph=is_retained)
             result = None
         if not self._is_syncing():
             self.flush()
