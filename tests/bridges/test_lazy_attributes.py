@@ -6,6 +6,7 @@ import torch
 from bridge_scripts import assert_same_on_jax
 from torch import nn
 
+from polyaccel import Accelerator
 from polyaccel_bridges.containers import ContainerContents
 
 torch.set_num_threads(1)
@@ -63,3 +64,28 @@ def test_containers_are_put_back_with_their_order_and_identity():
     assert module.nested is nested
     assert list(nested.items()) == [("b", [3]), ("a", {4})]
     assert names == ({"x": 1},)
+
+
+class Keeping(nn.Module):
+    """Keeps its activations in a list, for whoever looks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.kept = []
+
+    def forward(self, x):
+        self.kept.append(self.layer(x))
+        return self.kept[-1].sum()
+
+
+def test_a_list_that_forward_fills_is_told_of_once(caplog):
+    accelerator = Accelerator(backend="jax", cpu=True)
+    model = accelerator.prepare(Keeping())
+    with caplog.at_level("WARNING"):
+        for size in (8, 8, 4):
+            accelerator.backward(model(torch.randn(size, 4)))
+    said = [record.getMessage() for record in caplog.records if "Keeping.kept" in record.getMessage()]
+    assert len(said) == 1
+    assert "Return them from forward instead" in said[0]
+    assert accelerator.unwrap_model(model).kept == []
