@@ -195,3 +195,41 @@ DIFFUSERS = """
 def test_the_writer_of_tensorboard_is_reached_as_diffusers_scripts_do(tmp_path):
     needs("tensorboard")
     run(tmp_path, "-c", textwrap.dedent(DIFFUSERS))
+
+
+RESUME = """
+    import json, os, sys
+    from pathlib import Path
+    vendor, part = sys.argv[1], int(sys.argv[2])
+    os.environ.update(TRACKIO_DIR=str(Path("trackio").absolute()), HOME=os.getcwd())
+    from doubles import accelerator
+    options = {"wandb": {"mode": "offline"}, "swanlab": {"mode": "offline"}, "mlflow": {"tracking_uri": "sqlite:///m.db"}}
+    one = accelerator("logs", vendor, run_id="mine")
+    one.init_trackers("p", init_kwargs={vendor: options.get(vendor, {})})
+    for step in range(5 * part, 5 * part + 5):
+        one.log({"loss": float(step)}, step=step)
+    one.end_training()
+    facts = json.loads((one.tracking.folder / "run.json").read_text())
+    steps = None
+    if vendor == "trackio":
+        from trackio.sqlite_storage import SQLiteStorage
+        steps = [row["step"] for row in SQLiteStorage.get_logs("p", "mine")]
+    if vendor == "mlflow":
+        from mlflow import MlflowClient
+        client = MlflowClient("sqlite:///m.db")
+        steps = [metric.step for metric in client.get_metric_history(facts["trackers"][vendor]["run_id"], "loss")]
+    print(json.dumps({"identity": facts["trackers"][vendor], "calls": facts["calls"][vendor], "steps": steps}))
+"""
+
+
+@pytest.mark.parametrize("vendor", ["wandb", "trackio", "mlflow", "aim", "dvclive", "swanlab"])
+def test_a_run_that_is_continued_continues_at_the_vendor(tmp_path, vendor):
+    needs(vendor)
+    first, second = [
+        json.loads(run(tmp_path, "-c", textwrap.dedent(RESUME), vendor, str(part)).stdout.splitlines()[-1])
+        for part in range(2)
+    ]
+    assert second["identity"] == first["identity"]
+    assert first["calls"] == second["calls"] == {"sent": 5, "failed": 0, "dropped": 0}
+    if second["steps"] is not None:
+        assert second["steps"] == list(range(10))
