@@ -14,7 +14,7 @@ COMMANDS = {
     "doctor": "try every engine on this machine, and name what is wrong and its cure",
     "env": "what a bug report needs to say about this machine",
     "launch": "start a training script on an engine, with one or more processes",
-    "runs": "list the runs that scripts have logged, and send them to trackers",
+    "runs": "list, show and report the runs that scripts have logged, and send them to trackers",
 }
 
 

@@ -1,39 +1,102 @@
-"""`polyaccel runs`: lists run folders, and sends one to a tracker afterwards."""
+"""`polyaccel runs`: lists run folders, shows and reports one, and sends one to a tracker afterwards."""
 
 from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
+
+_SHOWN_METRICS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subcommands of `runs`."""
-    commands = parser.add_subparsers(dest="runs_command", metavar="command", required=True)
+    """The subcommands of `runs`; without one, the list."""
+    _add_place(parser)
+    commands = parser.add_subparsers(dest="runs_command", metavar="command")
     listing = commands.add_parser("list", help="all runs, newest first")
+    showing = commands.add_parser("show", help="plot the metrics of a run in the terminal")
+    reporting = commands.add_parser("report", help="write a run as one HTML page that needs nothing else")
     sending = commands.add_parser("replay", help="send a run to a tracker, after an outage or for the first time")
-    sending.add_argument("run", help="folder of the run, its id, or the start of its id")
+    for command in (showing, reporting, sending):
+        command.add_argument("run", help="folder of the run, its id, or the start of its id")
     sending.add_argument("--to", required=True, metavar="TRACKER", help="wandb, tensorboard, mlflow, ...")
-    for command in (listing, sending):
-        command.add_argument("--folder", default="runs", help="where the runs are (default: runs)")
-    listing.add_argument("--project", help="only the runs of this project")
+    showing.add_argument("--metric", action="append", metavar="NAME", help="only this metric; may be given again")
+    reporting.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)"
+    )
+    for command in (listing, showing, reporting, sending):
+        _add_place(command, is_sub=True)
+
+
+def _add_place(parser: argparse.ArgumentParser, *, is_sub: bool = False) -> None:
+    # A subcommand's default would overwrite what stands before it: `polyaccel runs --folder there list`.
+    parser.add_argument(
+        "--folder", default=argparse.SUPPRESS if is_sub else "runs", help="where the runs are (default: runs)"
+    )
+    lists = not is_sub or parser.prog.endswith(" list")
+    if lists:
+        parser.add_argument(
+            "--project", default=argparse.SUPPRESS if is_sub else None, help="list only the runs of this project"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run one of the subcommands."""
-    return _list(options) if options.runs_command == "list" else _replay(options)
+    commands = {None: _list, "list": _list, "show": _show, "report": _report, "replay": _replay}
+    return commands[options.runs_command](options)
 
 
 def _list(options: argparse.Namespace) -> int:
-    from polyaccel.tracking.runs import list_runs
+    from polyaccel.tracking.charts import sparkline
+    from polyaccel.tracking.runs import leading_metric, list_runs
 
     runs = list_runs(options.folder, options.project)
     if not runs:
         print(f"no runs below {options.folder!r}")
         return 0
     width = max(len(run.id) for run in runs)
+    project_width = max(len(run.project) for run in runs)
     for run in runs:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
-        print(f"{run.id:{width}}  {run.status:8}  {started}  {run.duration_s:8.0f} s  {run.project}")
+        curve = ""
+        name = leading_metric(run.names())
+        if name is not None:
+            series = run.series(name)
+            curve = f"  {sparkline(series)} {name} {series[-1][1]:.4g}"
+        line = f"{run.id:{width}}  {run.status:8}  {started}  {run.duration_s:8.0f} s  {run.project:{project_width}}{curve}"
+        print(line.rstrip())
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from polyaccel.tracking.charts import braille
+    from polyaccel.tracking.report import duration, summary
+    from polyaccel.tracking.runs import find_run
+
+    run = find_run(options.run, options.folder)
+    print(f"{run.project} / {run.id}: {run.status}, {duration(run.duration_s)}")
+    for name, text in summary(run).items():
+        print(f"  {name}: {text}")
+    names = options.metric or run.names()
+    shown = names if options.metric else names[:_SHOWN_METRICS]
+    for name in shown:
+        series = run.series(name)
+        print(f"\n{name}: {series[-1][1]:.6g} at step {series[-1][0]}")
+        print(braille({name: series}, height=10).rsplit("\n", 1)[0] if len(series) > 1 else "  (one value)")
+    if len(shown) < len(names):
+        print(f"\nand {', '.join(names[_SHOWN_METRICS:])}: choose with --metric")
+    if not names:
+        print("no numbers were logged")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from polyaccel.tracking.report import report, write_page
+    from polyaccel.tracking.runs import find_run
+
+    run = find_run(options.run, options.folder)
+    file = write_page(options.output or run.folder / "report.html", report(run))
+    print(f"wrote {file}")
     return 0
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import html
+import math
+import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from polyaccel.tracking.charts import svg
+from polyaccel.errors import TrackerError
+from polyaccel.tracking.charts import Series, svg
 from polyaccel.tracking.runs import Run
 from polyaccel.tracking.values import flatten
 
@@ -40,19 +44,64 @@ def table(rows: Iterable[Iterable[Any]], head: Iterable[str] = ()) -> str:
     return f"<table>{f'<tr>{top}</tr>' if top else ''}{''.join(lines)}</table>" if lines else ""
 
 
+def write_page(file: Path, text: str) -> Path:
+    """Write a page; returns its path. Raises TrackerError where that is impossible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+    except OSError as error:
+        raise TrackerError(f"{file} cannot be written: {error.strerror}", "name another file with -o") from error
+    return file
+
+
+def summary(run: Run) -> dict[str, str]:
+    """What is worth a line of its own: throughput, compilations, checkpoints, the error. Only what the run has."""
+    lines = {}
+    series = run.throughput()
+    if series:
+        rates = sorted(rate for _, rate in series)
+        lines["throughput"] = f"{rates[len(rates) // 2]:.4g} steps/s (median)"
+    compiled = list(run.events("compile"))
+    if compiled:
+        seconds = sum(event["capture_s"] + event["compile_s"] for event in compiled)
+        lines["compiled"] = f"{_count(len(compiled), 'program')} in {seconds:.1f} s"
+    saved = list(run.events("checkpoint"))
+    if saved:
+        lines["checkpoints"] = str(len(saved))
+    if run.facts.get("error"):
+        lines["error"] = str(run.facts["error"])
+    return lines
+
+
 def report(run: Run) -> str:
     """The page of a run."""
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.created))
-    facts = {name: value for name, value in run.facts.items() if name not in ("config", "version", "id", "project")}
     events = list(run.events())
-    charts = "".join(svg({name: run.series(name)}, name) for name in run.names())
+    series = {name: run.series(name) for name in run.names()}
+    charts = "".join(svg({name: line}, name) for name, line in series.items() if len(line) > 1)
+    latest = ([name, *_extremes(line)] for name, line in series.items())
+    rates = run.throughput()
     return page(
         f"{run.project} / {run.id}",
-        f"{run.status}, started {started}, {_duration(run.duration_s)}",
+        f"{run.status}, started {started}, {duration(run.duration_s)}",
         {
-            "Metrics": f'<div class="charts">{charts}</div>' if charts else "<p>No numbers were logged.</p>",
+            "Summary": table(summary(run).items()),
+            "Metrics": f'<div class="charts">{charts}</div>' if charts else "<p>No metric has two values.</p>",
+            "Values": table(latest, ("metric", "last", "at step", "least", "greatest")),
+            "Throughput": f'<div class="charts">{svg({"": rates}, "steps per second")}</div>' if rates else "",
+            "Compilations": table(
+                (
+                    [e["step"], e["program"], e["cause"], f"{e['capture_s']:.2f}", f"{e['compile_s']:.2f}"]
+                    for e in events
+                    if e["event"] == "compile"
+                ),
+                ("step", "program", "cause", "capture (s)", "compile (s)"),
+            ),
+            "Checkpoints": table(
+                ([_clock(e["time"]), _rest(e)] for e in events if e["event"] == "checkpoint"), ("time", "")
+            ),
             "Configuration": table(sorted(flatten(run.config, ".").items())),
-            "Run": table(sorted(flatten(facts, ".").items())),
+            "Run": table(_facts(run)),
             "Events": table(
                 ([_clock(event["time"]), event["event"], _rest(event)] for event in events[-_LATEST_EVENTS:]),
                 ("time", "event", ""),
@@ -61,10 +110,35 @@ def report(run: Run) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for people: 3 h 12 min, 4 min 3 s, 0.4 s."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(flatten(run.facts, ".").items()):
+        if name.partition(".")[0] in ("config", "version", "id", "project"):
+            continue
+        if name in ("created", "started", "ended") and value is not None:
+            value = _clock(value)
+        elif name == "resumed":
+            value = ", ".join(map(_clock, value))
+        elif name == "command":
+            value = shlex.join(value)
+        yield name, "-" if value in (None, {}, []) else str(value)
+
+
+def _extremes(line: Series) -> list[str]:
+    step, last = line[-1]
+    finite = [value for _, value in line if math.isfinite(value)]
+    ends = [f"{min(finite):.6g}", f"{max(finite):.6g}"] if finite else ["-", "-"]
+    return [f"{last:.6g}", f"{step:g}", *ends]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _clock(moment: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -114,6 +114,26 @@ class Run:
             {name: None for entry in self.metrics() for name, value in entry.values.items() if _is_number(value)}
         )
 
+    def throughput(self) -> list[tuple[int, float]]:
+        """(step, steps per second) of at most 60 stretches of equal time; empty for a run that logged no two steps.
+
+        Log calls do not wait for the device, so that the time between two of them says little and that of a stretch a lot. What a
+        script does between two steps (evaluation, saving) counts.
+        """
+        moments = [(entry.time, entry.step) for entry in self.metrics() if entry.step is not None]
+        if not moments:
+            return []
+        stretch_s = max((moments[-1][0] - moments[0][0]) / 60, 0.25)
+        found: list[tuple[int, float]] = []
+        since, first = moments[0]
+        for at, step in moments:
+            if step < first:  # a resumed run goes back
+                since, first = at, step
+            elif at - since >= stretch_s and step > first:
+                found.append((step, (step - first) / (at - since)))
+                since, first = at, step
+        return found
+
     def series(self, name: str) -> list[tuple[int, float]]:
         """(step, number) in order of steps. Of a step logged twice (a resumed run) the later number counts; what was logged without a
         step counts on from the last one. Raises TrackerError for a name that was never logged."""
@@ -161,6 +181,11 @@ def find_run(name: str, folder: str | Path = "runs") -> Run:
     if matching:
         raise TrackerError(f"{name!r} could be any of {', '.join(run.id for run in matching)}", "write more of the id")
     raise TrackerError(f"no run {name!r} below {str(folder)!r}", nearest(name, [run.id for run in runs]))
+
+
+def leading_metric(names: Sequence[str]) -> str | None:
+    """The metric that a list shows of a run: the first whose name speaks of a loss, else the first one; None for no names."""
+    return next((name for name in names if "loss" in name.lower()), names[0] if names else None)
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

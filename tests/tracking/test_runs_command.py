@@ -9,6 +9,7 @@ from doubles import Recorder, accelerator, run_of
 from polyaccel.cli.main import main
 from polyaccel.errors import TrackerError
 from polyaccel.tracking import register_tracker_class, replay
+from polyaccel.tracking.runs import Run
 
 
 class Kept(Recorder):
@@ -98,3 +99,82 @@ def test_a_line_that_is_not_json_is_passed_over(written):
     with (written.folder / "metrics.jsonl").open("a") as file:
         file.write("{half\n" + json.dumps({"time": 9, "step": 2, "values": {"loss": 1}}) + "\n")
     assert written.series("loss")[-1] == (2, 1.0)
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The id of a run of forty steps, two of them compiled, with a checkpoint; the working folder is that of `runs`."""
+    monkeypatch.chdir(tmp_path)
+    one = accelerator("runs", run_id="trained")
+    one.init_trackers("digits", config={"lr": 0.1, "model": {"width": 8}})
+    for step in range(40):
+        one.log({"lr": 0.1, "train/loss": 1 / (step + 1), "<odd & name>": step}, step=step)
+    one.tracking.event("compile", program="step", cause="first call", capture_s=0.5, compile_s=1.5, step=0)
+    one.tracking.event("compile", program="step", cause="x changed", capture_s=0.0, compile_s=1.0, step=7)
+    one.tracking.event("checkpoint", path="checkpoints/checkpoint_0", step=20)
+    one.log({"accuracy": 0.875, "never": float("nan")}, step=40)
+    one.end_training()
+    return "trained"
+
+
+def test_runs_alone_lists_them_with_the_curve_of_the_loss(trained, capsys):
+    for arguments in (
+        ["runs"],
+        ["runs", "list"],
+        ["runs", "--folder", "runs", "list"],
+        ["runs", "--project", "digits"],
+    ):
+        assert main(arguments) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("trained  finished")
+        assert "█▃▂▂" in line
+        assert line.endswith("train/loss 0.025")
+    assert main(["runs", "list", "--project", "another"]) == 0
+    assert "no runs" in capsys.readouterr().out
+
+
+def test_a_run_is_shown_with_a_plot_for_each_metric(trained, capsys):
+    assert main(["runs", "show", "tr"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("digits / trained: finished")
+    assert "compiled: 2 programs in 3.0 s" in shown
+    assert "checkpoints: 1" in shown
+    assert "train/loss: 0.025 at step 39" in shown
+    assert "accuracy: 0.875 at step 40\n  (one value)" in shown
+    assert shown.count("└") == 3
+    assert main(["runs", "show", "trained", "--metric", "lr"]) == 0
+    assert capsys.readouterr().out.count("└") == 1
+    assert main(["runs", "show", "trained", "--metric", "los"]) == 1
+    assert "no metric 'los'" in capsys.readouterr().err
+
+
+def test_a_report_is_one_page_that_asks_nothing_of_the_network(trained, capsys):
+    assert main(["runs", "report", trained, "-o", "pages/report.html"]) == 0
+    assert "wrote pages/report.html" in capsys.readouterr().out
+    with open("pages/report.html", encoding="utf-8") as file:
+        page = file.read()
+    assert page.count("<polyline") == 3
+    assert "&lt;odd &amp; name&gt;" in page
+    assert "<odd" not in page
+    for said in ("2 programs in 3.0 s", "x changed", "checkpoints/checkpoint_0", "model.width", "0.875", "nan"):
+        assert said in page
+    assert not any(
+        word in page.replace("http://www.w3.org/2000/svg", "") for word in ("http:", "https:", "src=", "@import")
+    )
+
+
+def test_a_report_stands_in_the_folder_of_its_run_by_default(trained, tmp_path):
+    assert main(["runs", "report", trained]) == 0
+    assert (tmp_path / "runs" / "digits" / "trained" / "report.html").is_file()
+
+
+def test_throughput_is_that_of_stretches_and_a_resumed_run_starts_a_new_one(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    moments = [(1000 + 0.01 * step, step) for step in range(600)]  # 100 steps/s, then back to 400 after a minute
+    moments += [(1066 + 0.02 * step, 400 + step) for step in range(600)]  # 50 steps/s
+    lines = [json.dumps({"time": at, "step": step, "values": {"loss": 1.0}}) for at, step in moments]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    rates = [round(rate) for _, rate in Run(folder, {}).throughput()]
+    assert set(rates) == {100, 50}
+    assert Run(tmp_path, {}).throughput() == []
