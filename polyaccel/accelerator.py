@@ -22,7 +22,7 @@ from polyaccel.prepare import Preparation
 from polyaccel.protocols import CompileEvent, LoaderSpec, LossCall, StepSpec
 from polyaccel.registry import choose_backend
 from polyaccel.topology import Topology
-from polyaccel.tracking import Session, describe_job
+from polyaccel.tracking import Observer, Session, describe_job
 from polyaccel.train_step import TrainStep, loss_value
 
 P = ParamSpec("P")
@@ -114,6 +114,19 @@ class Accelerator:
         )
         self._differentiates_values = "backward_value" in capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
+        self._observer = self._observing() if self.config.record else None
+
+    def _observing(self) -> Observer:
+        seeding.seed_if_unset(self.config.seed)
+        return Observer(
+            self.config.record,
+            self.config.record_steps,
+            self._engine,
+            facts=describe_job(self.backend, self._engine.topology, self.plan),
+            models=lambda: [entry.handle for entry in self._prepared.entries if entry.role == "model"],
+            closes_window=lambda: self.gradient_state.sync_gradients,
+            compile_events=lambda: self.compile_events if self._lists_compiles else None,
+        )
 
     # -- where am I ----------------------------------------------------------------------------------------------------
 
@@ -193,6 +206,8 @@ class Accelerator:
         pass through. Must be called on every process.
         """
         results = [self._gated(value) for value in self._prepared.prepare(objects, spec=self._loader_spec())]
+        if self._observer is not None:
+            self._observer.prepared()
         return results[0] if len(results) == 1 else tuple(results)
 
     def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
@@ -252,6 +267,8 @@ class Accelerator:
         the loss as its mean over the global batch. With a value, returns None, and takes `retain_graph=True` for a second
         backward through the same graph (torch's keyword; its others are refused).
         """
+        if self._observer is not None:
+            self._observer.before_backward()
         is_call = callable(loss) and not hasattr(loss, "dtype")
         bridge = self._prepared.bridge
         if not is_call and bridge is None and not self._differentiates_values:
@@ -264,9 +281,11 @@ class Accelerator:
         if bridge is not None:
             work = bridge.lower(work, "loss")
         result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)
-        if not is_call:
-            return None
-        return result if bridge is None else bridge.lift(result)
+        if bridge is not None and is_call:
+            result = bridge.lift(result)
+        if self._observer is not None:
+            self._observer.after_backward(result if is_call else loss)
+        return result if is_call else None
 
     def train_step(
         self,
@@ -299,13 +318,10 @@ class Accelerator:
         )
         if scheduler is not None:
             prepared.handle_of(scheduler, "scheduler", argument="scheduler")
-        return TrainStep(
-            self._engine,
-            spec,
-            self.gradient_state,
-            scheduler=scheduler,
-            lift=bridge.lift if bridge is not None else _same,
-        )
+        lift = bridge.lift if bridge is not None else _same
+        if self._observer is not None:
+            lift = self._observer.around(lift)
+        return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift)
 
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
@@ -357,10 +373,13 @@ class Accelerator:
         if not self.gradient_state.sync_gradients:
             return None
         bridge = self._prepared.bridge
-        if bridge is None:
-            return self._engine.clip_grad_norm(parameters, float(max_norm), float(norm_type))
-        norm = self._engine.clip_grad_norm(bridge.lower(parameters, "parameters"), float(max_norm), float(norm_type))
-        return bridge.lift(norm)
+        target = parameters if bridge is None else bridge.lower(parameters, "parameters")
+        norm = self._engine.clip_grad_norm(target, float(max_norm), float(norm_type))
+        if bridge is not None:
+            norm = bridge.lift(norm)
+        if self._observer is not None:
+            self._observer.clipped(norm)
+        return norm
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
         """Clamp every gradient element to [-clip_value, clip_value]; nothing while accumulating."""
@@ -553,6 +572,8 @@ class Accelerator:
     def end_training(self) -> None:
         """Wait for the device, finish the trackers within their deadline, and leave the job. Every process should call it; idempotent."""
         self._engine.synchronize()
+        if self._observer is not None:
+            self._observer.finish()
         self.tracking.finish()
         self._engine.close()
 

@@ -44,6 +44,12 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         sys.modules["torch"].use_deterministic_algorithms(True)
 
 
+def seed_if_unset(seed: int) -> None:
+    """`set_seed`, unless the script has called it before."""
+    if _last_seed is None:
+        set_seed(seed)
+
+
 def adopt(engine: Engine, default: int) -> None:
     """Start an engine's stream from the last `set_seed`, or from `default`, and let later ones reach it."""
     _engines.add(engine)

@@ -49,6 +49,10 @@ class Config:
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
     )
     seed: int = _setting(0, "seed of the engine's random stream until set_seed is called")
+    record: str = _setting(
+        "", "new folder where losses, gradient norms and parameters are recorded, for `polyaccel compare`"
+    )
+    record_steps: int = _setting(0, "with record: end the script after so many updates; 0: where it ends by itself")
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
