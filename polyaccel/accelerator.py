@@ -114,19 +114,21 @@ class Accelerator:
         )
         self._differentiates_values = "backward_value" in capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
-        self._observer = self._observing() if self.config.record else None
+        self._observer = self._recording() if self.config.record else None
 
-    def _observing(self) -> Observer:
+    def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)
-        return Observer(
+        observer = Observer(
             self.config.record,
             self.config.record_steps,
             self._engine,
             facts=describe_job(self.backend, self._engine.topology, self.plan),
-            models=lambda: [entry.handle for entry in self._prepared.entries if entry.role == "model"],
+            handles=self._prepared.handles,
             closes_window=lambda: self.gradient_state.sync_gradients,
             compile_events=lambda: self.compile_events if self._lists_compiles else None,
         )
+        self._prepared.on_prepared = observer.prepared
+        return observer
 
     # -- where am I ----------------------------------------------------------------------------------------------------
 
@@ -206,8 +208,6 @@ class Accelerator:
         pass through. Must be called on every process.
         """
         results = [self._gated(value) for value in self._prepared.prepare(objects, spec=self._loader_spec())]
-        if self._observer is not None:
-            self._observer.prepared()
         return results[0] if len(results) == 1 else tuple(results)
 
     def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
@@ -268,7 +268,7 @@ class Accelerator:
         backward through the same graph (torch's keyword; its others are refused).
         """
         if self._observer is not None:
-            self._observer.before_backward()
+            self._observer.before_step()
         is_call = callable(loss) and not hasattr(loss, "dtype")
         bridge = self._prepared.bridge
         if not is_call and bridge is None and not self._differentiates_values:
@@ -318,7 +318,7 @@ class Accelerator:
         )
         if scheduler is not None:
             prepared.handle_of(scheduler, "scheduler", argument="scheduler")
-        lift = bridge.lift if bridge is not None else _same
+        lift: Callable[[Any], Any] = bridge.lift if bridge is not None else _same
         if self._observer is not None:
             lift = self._observer.around(lift)
         return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift)

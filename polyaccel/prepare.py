@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ class Preparation:
         self._expected_dialect = expected
         self._script: Dialect | None = None
         self._expected: Bridge | None = None
+        self.on_prepared: Callable[[], None] | None = None  # called after every prepare
 
     @property
     def script_bridge(self) -> Bridge | None:
@@ -74,6 +76,8 @@ class Preparation:
                 if role == "model" and entry not in in_this_call:
                     in_this_call.append(entry)
                 results[position] = entry.public
+        if self.on_prepared is not None:
+            self.on_prepared()
         return results
 
     def _identify(self, value: Any, unknown: Role | None) -> tuple[Dialect, Role] | None:
@@ -183,6 +187,10 @@ class Preparation:
             if value is entry.public or value is entry.original:
                 return entry
         return None
+
+    def handles(self, role: Role) -> list[Any]:
+        """The engine's handles of one role, in the order in which they were prepared."""
+        return [entry.handle for entry in self.entries if entry.role == role]
 
     def replace_public(self, entry: Prepared, public: Any) -> Prepared:
         """Give user code another object for an entry (a scheduler's gate)."""

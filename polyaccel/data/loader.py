@@ -85,6 +85,7 @@ class PreparedLoader:
         self._host = host
         self._place = place
         self._lift = lift
+        self.before_batch: Callable[[], None] | None = None  # called whenever the loop asks for a batch
         self._observer = observer
         self._prefetch = prefetch
         self._skip = skip  # of every pass
@@ -121,7 +122,7 @@ class PreparedLoader:
             prefetch=self._prefetch,
             skip=self._skip + num_batches,
         )
-        loader._epoch = self._epoch
+        loader._epoch, loader.before_batch = self._epoch, self.before_batch
         return loader
 
     def __len__(self) -> int:
@@ -150,6 +151,8 @@ class PreparedLoader:
         try:
             is_exhausted = False
             while True:
+                if self.before_batch is not None:
+                    self.before_batch()
                 while not is_exhausted and len(ready) <= ahead:
                     item = next(source, None)
                     if item is None:

@@ -58,6 +58,8 @@ def svg(
         return f"<p>{html.escape(title)}: no finite values</p>"
     scale = math.log10 if log_scale else float
     low, high = _range([scale(value) for _, value in every])
+    if log_scale:  # whole decades, so that the axis has round numbers
+        low, high = math.floor(low), math.ceil(high)
     first, last = min(step for step, _ in every), max(step for step, _ in every)
     step_span, span = (last - first) or 1.0, (high - low) or 1.0
 
@@ -70,7 +72,7 @@ def svg(
         f"<title>{html.escape(title)}</title>",
         f'<text x="{left}" y="16" class="title">{html.escape(title)}</text>',
     ]
-    for tick in _ticks(low, high):
+    for tick in _ticks(low, high, least=1.0 if log_scale else 0.0):
         y = height - bottom - (tick - low) / span * (height - top - bottom)
         text = f"{10**tick:.3g}" if log_scale else f"{tick:.4g}"
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -87,9 +89,11 @@ def svg(
             x, y = coordinates[0]
             parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>')
         else:
-            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+            # Dashed from the second line on: equal curves lie on each other, and both are to be seen.
+            dashes = f' stroke-dasharray="{4 + 2 * index} 5"' if index else ""
+            parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dashes}/>')
         if len(shown) > 1:
-            parts.append(f'<text x="{legend}" y="16" text-anchor="end" fill="{color}">{html.escape(name)}</text>')
+            parts.append(f'<text x="{legend}" y="16" text-anchor="end" style="fill:{color}">{html.escape(name)}</text>')
             legend -= 9 * len(name) + 14
     return "".join([*parts, "</svg>"])
 
@@ -123,11 +127,11 @@ def _pixels(
     return dots
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """About four round numbers between low and high."""
+def _ticks(low: float, high: float, *, least: float = 0.0) -> list[float]:
+    """About four round numbers between low and high, at least `least` apart."""
     if not high > low:
         return [low]
-    raw = (high - low) / 4
+    raw = max((high - low) / 4, least)
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
     start = math.ceil(low / step)

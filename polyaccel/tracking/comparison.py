@@ -103,6 +103,12 @@ class Comparison:
     def objections(self) -> list[str]:
         """What speaks against switching, most telling first; empty where nothing does."""
         found = []
+        shards = [one.facts["num_data_shards"] for one in (self.reference, self.other)]
+        if shards[0] != shards[1]:
+            found.append(
+                f"their batches are not the same: {shards[0]} and {shards[1]} data shards; give both as many devices"
+                " (JAX_NUM_CPU_DEVICES, CUDA_VISIBLE_DEVICES, --num-processes)"
+            )
         if self.start.relative is not None and not self.start.relative <= 1e-6:
             found.append("the two runs started from different parameters: call set_seed before the model is made")
         if not self.other.losses or not self.reference.losses:
@@ -200,6 +206,7 @@ def rows(recordings: Sequence[Recording], comparisons: Sequence[Comparison]) -> 
         return [name, *(cell(one, against) for one, against in zip(recordings, beside, strict=True))]
 
     yield line("devices", lambda r, c: f"{r.facts['num_devices']} x {r.facts['device_kind']}")
+    yield line("data shards", lambda r, c: str(r.facts["num_data_shards"]))
     yield line("steps", lambda r, c: str(r.facts["num_updates"]))
     yield line("last loss", lambda r, c: f"{r.losses[-1][1]:.6g}" if r.losses else "-")
     yield line("greatest difference of a loss", lambda r, c: _share(c and c.loss.greatest))

@@ -29,8 +29,8 @@ _HELD = 256  # values on their way; the older half of them is fetched when there
 class Observer:
     """Records one process of a run, and ends the script after `num_steps` updates (0: where it ends by itself).
 
-    An update is a backward that closes an accumulation window. `models` gives the handles prepared so far; `closes_window` whether the
-    current backward closes its window. Raises ConfigError where the folder has a recording already.
+    An update is a backward that closes an accumulation window. `handles(role)` gives what was prepared so far; `closes_window` whether
+    the current backward closes its window. Raises ConfigError where the folder has a recording already.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Observer:
         engine: Any,
         *,
         facts: dict[str, Any],
-        models: Callable[[], Iterable[Any]],
+        handles: Callable[[Any], Iterable[Any]],
         closes_window: Callable[[], bool],
         compile_events: Callable[[], Sequence[Any] | None],
     ) -> None:
@@ -49,7 +49,7 @@ class Observer:
         self.num_updates = 0
         self._engine = engine
         self._facts = facts
-        self._models = models
+        self._handles = handles
         self._closes_window = closes_window
         self._compile_events = compile_events
         self._suffix = f"-{engine.topology.process_index}"
@@ -73,14 +73,20 @@ class Observer:
     # -- called by the facade --------------------------------------------------------------------------------------------------
 
     def prepared(self) -> None:
-        """After a prepare: keep the parameters that new models start from."""
-        new = [model for model in self._models() if not any(model is seen for seen in self._seen)]
+        """After a prepare: keep the parameters that new models start from, and look at every batch of the loaders."""
+        for loader in self._handles("loader"):
+            loader.before_batch = self.before_step
+        new = [model for model in self._handles("model") if not any(model is seen for seen in self._seen)]
         if new:
             self._seen += new
             self._save("start", self._seen)
 
-    def before_backward(self) -> None:
-        """Note the time, or end the script where the updates asked for are done."""
+    def before_step(self) -> None:
+        """Note the time, or end the script where the updates asked for are done.
+
+        Called when the loop asks for a batch, which is when a step is over, and again before a backward, for scripts whose loader is not
+        prepared: their buffers at the end have seen one forward more.
+        """
         if self.num_updates == self.num_steps and self.num_steps:
             self._end()
         count = self.num_updates
@@ -102,7 +108,7 @@ class Observer:
         def lifted(result: Any) -> Any:
             value = lift(result)
             self.after_backward(value["loss"] if isinstance(value, dict) else value)
-            self.before_backward()
+            self.before_step()
             return value
 
         return lifted
@@ -115,7 +121,7 @@ class Observer:
         atexit.unregister(self._at_exit)
         start(self._waiting)
         self._write(len(self._held))
-        self._save("end", self._models())
+        self._save("end", self._handles("model"))
         events = self._compile_events()
         facts = {
             **self._facts,
@@ -168,7 +174,8 @@ class Observer:
         import numpy as np
         from safetensors.numpy import save_file
 
-        arrays, places = {}, {}
+        arrays: dict[str, Any] = {}
+        places: dict[str, Any] = {}
         for index, model in enumerate(models):
             for shard in self._engine.read_state(model):
                 data = np.asarray(shard.data)
@@ -183,6 +190,6 @@ class Observer:
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
-def _mean(value: Any) -> Any:
+def _mean(value: Any) -> float:
     """One number of a loss: of one value per local data shard their mean, as every engine averages them."""
-    return sum(value) / len(value) if isinstance(value, list) and value else value
+    return sum(map(_mean, value)) / len(value) if isinstance(value, list) and value else float(value)
