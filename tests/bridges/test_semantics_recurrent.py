@@ -1,4 +1,7 @@
-"""Recurrent layers: torch's numbers, a program that does not grow with the sequence, and what is refused."""
+"""Recurrent layers: torch's numbers, a program that does not grow with the sequence, and what is refused.
+
+They hold the lowerings of `polyaccel.recurrence.default` and `polyaccel.recurrence_backward.default`, which no sample of PyTorch reaches.
+"""
 
 from __future__ import annotations
 

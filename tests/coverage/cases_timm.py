@@ -15,12 +15,16 @@ LABELS = 5
 
 
 def made(model: str, **settings: Any) -> Callable[[], nn.Module]:
-    """A function that makes `timm.create_model(model, **settings)`, which has no dropout unless it is asked for."""
+    """A function that makes `timm.create_model(model, **settings)` without the dropout that a few models have by themselves."""
 
     def build() -> nn.Module:
         import timm
 
-        return timm.create_model(model, pretrained=False, num_classes=LABELS, **settings)
+        made = timm.create_model(model, pretrained=False, num_classes=LABELS, **settings)
+        for module in made.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        return made
 
     return build
 

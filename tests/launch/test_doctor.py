@@ -8,7 +8,10 @@ from polyaccel.cli import doctor
 from polyaccel.cli.main import main
 from polyaccel.registry import backend_names, load_backend
 
-INSTALLED = [name for name in backend_names() if load_backend(name).probe().is_usable]
+OURS = [
+    name for name in backend_names() if name in ("torch", "jax", "xla")
+]  # other tests register backends of their own
+INSTALLED = [name for name in OURS if load_backend(name).probe().is_usable]
 
 
 @pytest.mark.parametrize("backend", INSTALLED)
@@ -32,7 +35,7 @@ def test_what_the_processes_cannot_do_is_shown_in_their_own_words():
 
 
 def test_an_engine_that_was_asked_for_and_is_not_here_is_a_failure(capsys, monkeypatch):
-    missing = [name for name in backend_names() if name not in INSTALLED]
+    missing = [name for name in OURS if name not in INSTALLED]
     if not missing:
         pytest.skip("every engine is installed here")
     assert main(["doctor", "--backend", missing[0]]) == 1

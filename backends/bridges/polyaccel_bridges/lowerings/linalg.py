@@ -263,7 +263,15 @@ def geqrf(self: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.swapaxes(transposed, -1, -2), scales
 
 
-@lowers(aten.ormqr.default)
+def _complex_reflectors(A: torch.Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return (
+        "gradients of complex reflectors leave torch's by 2e-3; use linalg.qr, or real matrices"
+        if A.is_complex()
+        else None
+    )
+
+
+@lowers(aten.ormqr.default, refuses=_complex_reflectors)
 def ormqr(
     self: jax.Array, input2: jax.Array, input3: jax.Array, left: bool = True, transpose: bool = False
 ) -> jax.Array:
@@ -278,7 +286,7 @@ def ormqr(
     return _matmul(q, input3) if left else _matmul(input3, q)
 
 
-@lowers(aten.linalg_householder_product.default)
+@lowers(aten.linalg_householder_product.default, refuses=_complex_reflectors)
 def householder_product(input: jax.Array, tau: jax.Array) -> jax.Array:
     return lax.linalg.householder_product(input, tau)
 

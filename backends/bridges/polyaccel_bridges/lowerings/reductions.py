@@ -282,7 +282,7 @@ def _softmax_values(x: jax.Array, half_to_float: bool) -> tuple[jax.Array, DType
 def softmax(self: jax.Array, dim: int, half_to_float: bool) -> jax.Array:
     values, dtype = _softmax_values(self, half_to_float)
     if self.ndim == 0:
-        return jnp.ones_like(self, dtype=dtype)
+        return jnp.exp(values - values).astype(dtype)  # 1, but NaN for what is not finite
     return _shifted_softmax(values, dim).astype(dtype)
 
 
@@ -296,7 +296,7 @@ def _shifted_softmax(values: jax.Array, dim: int) -> jax.Array:
 def log_softmax(self: jax.Array, dim: int, half_to_float: bool) -> jax.Array:
     values, dtype = _softmax_values(self, half_to_float)
     if self.ndim == 0:
-        return jnp.zeros_like(self, dtype=dtype)
+        return (values - values).astype(dtype)  # 0, but NaN for what is not finite
     shifted = values - jnp.max(values, axis=dim, keepdims=True, initial=-jnp.inf)
     return (shifted - jnp.log(jnp.sum(jnp.exp(shifted), axis=dim, keepdims=True))).astype(dtype)
 
