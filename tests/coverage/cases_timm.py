@@ -15,16 +15,12 @@ LABELS = 5
 
 
 def made(model: str, **settings: Any) -> Callable[[], nn.Module]:
-    """A function that makes `timm.create_model(model, **settings)` without the dropout that a few models have by themselves."""
+    """A function that makes `timm.create_model(model, **settings)`."""
 
     def build() -> nn.Module:
         import timm
 
-        made = timm.create_model(model, pretrained=False, num_classes=LABELS, **settings)
-        for module in made.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        return made
+        return timm.create_model(model, pretrained=False, num_classes=LABELS, **settings)
 
     return build
 
