@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
 from polyaccel.config.schema import LaunchSettings
 from polyaccel.errors import LaunchError
-from polyaccel.launch.rendezvous import Rendezvous, machines_from_environment
+from polyaccel.launch.rendezvous import Rendezvous, free_port, machines_from_environment
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
 from polyaccel.protocols import AgentJob, Backend
 from polyaccel.registry import choose_backend
@@ -149,10 +148,7 @@ def _agent(command: Sequence[str], backend: Backend, gathered: Gathered, setting
 def _local_port(settings: LaunchSettings, attempt: int) -> int:
     if settings.main_process_port is not None:
         return settings.main_process_port + attempt
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return free_port()
 
 
 def _described(workers: Sequence[Worker]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 from polyaccel.config.resolve import adopt_environment, environment_for, gather
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import LaunchError
-from polyaccel.launch.rendezvous import Rendezvous
+from polyaccel.launch.rendezvous import Rendezvous, free_port
 from polyaccel.registry import choose_backend
 
 
@@ -62,7 +61,7 @@ def notebook_launcher(
             "restart the notebook's kernel, and make models, arrays and the Accelerator inside the function only",
         )
     slots = chosen.worker_slots(size, use_cpu=bool(gathered.values.get("cpu")))
-    port = int(use_port) if use_port is not None else _free_port()
+    port = int(use_port) if use_port is not None else free_port()
     places = [Rendezvous(index, size, index, size, "127.0.0.1", port) for index in range(size)]
     _run(
         function, args, [{**settings, **slot.environment, **place.environment()} for slot, place in zip(slots, places)]
@@ -72,13 +71,6 @@ def notebook_launcher(
 def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2) -> None:
     """Run `function(*args)` in CPU processes, to try distributed code on any machine. See `notebook_launcher`."""
     notebook_launcher(function, args, num_processes, cpu=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _run(function: Callable[..., Any], args: Sequence[Any], environments: Sequence[dict[str, str]]) -> None:

@@ -6,6 +6,7 @@ This file and config/resolve.py are the only readers of the environment.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -88,3 +89,11 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Rendezvous
 def machines_from_environment(environment: Mapping[str, str] | None = None) -> Machines | None:
     """The machines on each of which a scheduler started `polyaccel launch`; None for this machine alone."""
     return machines_of(os.environ if environment is None else environment)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
