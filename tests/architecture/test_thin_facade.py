@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 from source_tree import FRAMEWORKS, PACKAGES, tree_of
 
-FACADE = PACKAGES["polyaccel"] / "accelerator.py"
+FACADE = [PACKAGES["polyaccel"] / "accelerator.py", *sorted((PACKAGES["polyaccel"] / "facade").glob("*.py"))]
 BACKEND_NAMES = {"torch", "xla", "jax", "cuda", "tpu", "flax", "nccl", "gloo"}
 MAX_STATEMENTS = 15  # of one method, docstring not counted; __init__ wires the parts and may have 30
 MAX_STATEMENTS_OF_INIT = 30
 
 
 def methods() -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree_of(FACADE)) if isinstance(node, ast.FunctionDef)]
+    return [node for path in FACADE for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
 
 
 def statements(function: ast.FunctionDef) -> int:
@@ -47,8 +48,9 @@ def names_and_strings(tree: ast.AST) -> set[str]:
     return found
 
 
-def test_the_facade_names_no_backend_and_no_framework() -> None:
-    assert names_and_strings(tree_of(FACADE)) & (BACKEND_NAMES | FRAMEWORKS) == set()
+@pytest.mark.parametrize("path", FACADE, ids=lambda path: path.stem)
+def test_the_facade_names_no_backend_and_no_framework(path: Path) -> None:
+    assert names_and_strings(tree_of(path)) & (BACKEND_NAMES | FRAMEWORKS) == set()
 
 
 def test_a_branch_on_a_backend_name_would_be_noticed() -> None:

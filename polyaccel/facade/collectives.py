@@ -1,0 +1,45 @@
+"""Values of all processes, brought together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyaccel.facade.parts import Parts
+
+
+class Collectives(Parts):
+    """Accelerate's gather family."""
+
+    def gather(self, tensor: Any) -> Any:
+        """Every array of a tree concatenated along dim 0 over processes; a scalar becomes shape (num_processes,).
+
+        One process returns its input. Every process must call it, with arrays of equal shapes.
+        """
+        return self._gathering.gather(tensor)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """`gather` without the samples that fill up a loader's last batch, so that every sample counts once."""
+        if use_gather_object:
+            return self._gathering.gather_object(input_data)
+        state = self.gradient_state
+        return self._gathering.gather_for_metrics(input_data, state.remainder if state.end_of_dataloader else -1)
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`."""
+        return self._gathering.reduce(tensor, reduction, scale)
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
+        """Every array padded along `dim` to the longest of all processes, so that it can be gathered."""
+        return self._gathering.pad_across_processes(tensor, dim, pad_index, pad_first)
+
+    def broadcast(self, tensor: Any, from_process: int = 0) -> Any:
+        """Every array of a tree as process `from_process` has it."""
+        return self._gathering.broadcast(tensor, from_process)
+
+    def gather_object(self, objects: list[Any]) -> list[Any]:
+        """Lists of plain values and arrays of all processes, joined in process order."""
+        return self._gathering.gather_object(objects)
+
+    def broadcast_object_list(self, objects: list[Any], from_process: int = 0) -> list[Any]:
+        """The list of process `from_process`, written into `objects` on all processes."""
+        return self._gathering.broadcast_object_list(objects, from_process)

@@ -1,0 +1,155 @@
+"""The step: backward, accumulation, clipping, and the fused form of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+from polyaccel.errors import UnsupportedError
+from polyaccel.facade.parts import Parts
+from polyaccel.protocols import LossCall, StepSpec
+from polyaccel.train_step import TrainStep, loss_value
+
+
+class Steps(Parts):
+    """From a loss to updated parameters."""
+
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
+        """Add the gradients of a loss, divided by the accumulation steps.
+
+        `loss` is a value (torch scripts), or a function called as `loss(*args, **kwargs)`, usually `loss_fn, model, batch`, which
+        works in every dialect on every engine; it returns the loss or (loss, auxiliary values), and so does this call, with
+        the loss as its mean over the global batch. With a value, returns None, and takes `retain_graph=True` for a second
+        backward through the same graph (torch's keyword; its others are refused).
+        """
+        if self._observer is not None:
+            self._observer.before_step()
+        is_call = callable(loss) and not hasattr(loss, "dtype")
+        bridge = self._prepared.bridge
+        if not is_call and bridge is None and not self._differentiates_values:
+            raise UnsupportedError(
+                f"backward(loss) got a value of type {type(loss).__name__}, and backend {self.backend!r} cannot differentiate"
+                " a value after it was computed",
+                "pass the function instead: loss = accelerator.backward(loss_fn, model, batch), or use accelerator.train_step",
+            )
+        work: Any = LossCall(loss, args, kwargs) if is_call else loss_value(loss, args, kwargs)
+        if bridge is not None:
+            work = bridge.lower(work, "loss")
+        result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)
+        if bridge is not None and is_call:
+            result = bridge.lift(result)
+        if self._observer is not None:
+            self._observer.after_backward(result if is_call else loss)
+        return result if is_call else None
+
+    def train_step(
+        self,
+        loss_fn: Callable[..., Any],
+        model: Any,
+        optimizer: Any,
+        scheduler: Any | None = None,
+        max_grad_norm: float | None = None,
+    ) -> TrainStep:
+        """A fused step: `step(batch)` does forward, backward, accumulation, clipping, update and schedule.
+
+        Args:
+            loss_fn: `loss_fn(model, batch)` gives the loss (its mean over the batch), or (loss, dict of auxiliary values).
+            model, optimizer, scheduler: what `prepare` returned.
+            max_grad_norm: clip the gradients of each update to this global L2 norm.
+
+        The same numbers as `backward`, `clip_grad_norm_`, `optimizer.step()` in a loop; on compiling engines one program per
+        step. `step(batch)` returns the loss as its mean over the global batch, or a dict {"loss": ..., **auxiliary}:
+        floating scalars averaged and integer scalars summed over data shards, arrays as this process's samples.
+        """
+        prepared, bridge = self._prepared, self._prepared.bridge
+        spec = StepSpec(
+            loss_fn=loss_fn,
+            model=prepared.handle_of(model, "model", argument="model"),
+            public_model=model,
+            optimizer=prepared.handle_of(optimizer, "optimizer", argument="optimizer"),
+            max_grad_norm=max_grad_norm,
+            scale=1 / self.gradient_state.num_steps,
+            bridge=bridge,
+        )
+        if scheduler is not None:
+            prepared.handle_of(scheduler, "scheduler", argument="scheduler")
+        lift: Callable[[Any], Any] = bridge.lift if bridge is not None else _same
+        if self._observer is not None:
+            lift = self._observer.around(lift)
+        return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift)
+
+    @contextmanager
+    def accumulate(self, *models: Any) -> Iterator[None]:
+        """One micro batch: inside, optimizers and schedulers act, and gradients are exchanged, only when the window closes."""
+        if self.gradient_state.advance() or self.plan.num_data_shards == 1:
+            yield
+            return
+        with ExitStack() as stack:
+            for model in models:
+                handle = self._prepared.handle_of(model, "model", argument="model")
+                stack.enter_context(self._engine.gradient_sync(handle, enabled=False))
+            yield
+
+    @contextmanager
+    def no_sync(self, model: Any) -> Iterator[None]:
+        """Inside, backward does not exchange gradients between processes; the next backward outside does."""
+        handle = self._prepared.handle_of(model, "model", argument="model")
+        with self._engine.gradient_sync(handle, enabled=False):
+            yield
+
+    @property
+    def sync_gradients(self) -> bool:
+        """True when the current micro batch closes its accumulation window (always outside `accumulate`)."""
+        return self.gradient_state.sync_gradients
+
+    @sync_gradients.setter
+    def sync_gradients(self, value: bool) -> None:
+        self.gradient_state.sync_gradients = value
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Batches per optimizer update."""
+        return self.gradient_state.num_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, value: int) -> None:
+        self.gradient_state.num_steps = value
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """A context in which torch operations outside a prepared model compute in the mixed precision."""
+        bridge = self._prepared.bridge
+        return self._engine.autocast() if bridge is None else bridge.autocast(self._engine)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """Scale gradients so that their total norm is at most `max_norm`; returns the norm before, or None while accumulating.
+
+        `parameters`: `model.parameters()` of prepared models; in a flax script the model itself.
+        """
+        if not self.gradient_state.sync_gradients:
+            return None
+        bridge = self._prepared.bridge
+        target = parameters if bridge is None else bridge.lower(parameters, "parameters")
+        norm = self._engine.clip_grad_norm(target, float(max_norm), float(norm_type))
+        if bridge is not None:
+            norm = bridge.lift(norm)
+        if self._observer is not None:
+            self._observer.clipped(norm)
+        return norm
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """Clamp every gradient element to [-clip_value, clip_value]; nothing while accumulating."""
+        if self.gradient_state.sync_gradients:
+            bridge = self._prepared.bridge
+            self._engine.clip_grad_value(
+                parameters if bridge is None else bridge.lower(parameters, "parameters"), float(clip_value)
+            )
+
+    @property
+    def optimizer_step_was_skipped(self) -> bool:
+        """True if the last update of any prepared optimizer was skipped because of gradients that were not finite (fp16)."""
+        return any(optimizer.step_was_skipped for optimizer in self._prepared.public("optimizer"))
+
+
+def _same(value: Any) -> Any:
+    return value
