@@ -16,7 +16,7 @@ def run(options: argparse.Namespace) -> int:
 
     from polyaccel.config.resolve import config_file, gather, inherited_environment
     from polyaccel.registry import backend_names, load_backend
-    from polyaccel.tracking.redaction import Redaction
+    from polyaccel.redaction import Redaction
     from polyaccel.tracking.surroundings import describe
 
     environment = inherited_environment()

@@ -21,7 +21,7 @@ from polyaccel.tracking import names, values
 from polyaccel.tracking.handles import Absorber, TrackerHandle
 from polyaccel.tracking.png import take_image
 from polyaccel.tracking.record import RunRecord
-from polyaccel.tracking.redaction import Redaction
+from polyaccel.redaction import Redaction
 from polyaccel.tracking.tracker import RunInfo
 from polyaccel.tracking.worker import Worker
 from polyaccel.tracking.writer import Artifact, Event, Images, Metrics, RunWriter, Table

@@ -14,7 +14,7 @@ from typing import Any
 
 from polyaccel.plan import Plan
 from polyaccel.topology import Topology
-from polyaccel.tracking.redaction import Redaction
+from polyaccel.redaction import Redaction
 
 PACKAGES = ("polyaccel", "torch", "torch_xla", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "safetensors")
 # Variables that change what a run computes or where. All others stay unread.

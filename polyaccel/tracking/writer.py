@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from polyaccel.tracking import artifacts
 from polyaccel.tracking.files import Lines, encode
 from polyaccel.tracking.png import to_png
-from polyaccel.tracking.redaction import Redaction
+from polyaccel.redaction import Redaction
 from polyaccel.tracking.tracker import GeneralTracker
 from polyaccel.tracking.values import settle
 from polyaccel.tracking.worker import Worker

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polyaccel.tracking.redaction import HIDDEN, Redaction, is_secret
+from polyaccel.redaction import HIDDEN, Redaction, is_secret
 
 # Each stands in another place; none may be found.
 PLANTED = {
