@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from polyaccel import seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
-from polyaccel.config import Config, resolve
+from polyaccel.config import Config
 from polyaccel.config.project import ProjectConfiguration
+from polyaccel.config.resolve import resolve
 from polyaccel.dialects import of_script
 from polyaccel.facade import Collectives, Places, Steps, Tracking
 from polyaccel.gathering import Gathering

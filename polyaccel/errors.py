@@ -17,7 +17,6 @@ through untouched, with `add_note` where there is something to add.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -74,6 +73,8 @@ class TrackerError(PolyaccelError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` for the known name closest to `name`, else the list of all known names."""
+    import difflib  # only where something is wrong: it costs more than the rest of this file
+
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"

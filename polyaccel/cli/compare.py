@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +60,8 @@ def run(options: argparse.Namespace) -> int:
         raise LaunchError(f"script {options.script!r} does not exist", "give the path of a Python file")
     if options.keep is not None:
         return _compare(options, backends, options.keep)
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="polyaccel-compare-") as folder:
         return _compare(options, backends, Path(folder))
 
@@ -84,6 +84,8 @@ def _compare(options: argparse.Namespace, backends: Sequence[str], folder: Path)
 
 
 def _record(options: argparse.Namespace, backend: str, folder: Path) -> Recording:
+    import subprocess
+
     from polyaccel.tracking.comparison import Recording
 
     command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", backend, "--seed", str(options.seed)]

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyaccel.config.settings import SETTINGS, unknown
 from polyaccel.errors import ConfigError
 
 
@@ -67,6 +66,7 @@ def _default(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     from polyaccel.config.resolve import config_file, gather
+    from polyaccel.config.settings import SETTINGS
 
     path = options.file or config_file()
     gathered = gather(file=path)
@@ -81,6 +81,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _set(options: argparse.Namespace) -> int:
     from polyaccel.config.resolve import config_file, user_config_file
+    from polyaccel.config.settings import SETTINGS, unknown
     from polyaccel.config.writing import set_value
 
     setting = SETTINGS.get(options.name)
@@ -116,6 +117,7 @@ def _from_accelerate(options: argparse.Namespace) -> int:
     from polyaccel.config import accelerate_yaml
     from polyaccel.config.files import read_entries, read_file
     from polyaccel.config.resolve import Gathered
+    from polyaccel.config.settings import SETTINGS
     from polyaccel.config.writing import document, write
 
     if not accelerate_yaml.is_accelerate(entry.name for entry in read_entries(options.path)):

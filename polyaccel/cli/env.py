@@ -15,8 +15,8 @@ def run(options: argparse.Namespace) -> int:
     import json
 
     from polyaccel.config.resolve import config_file, gather, inherited_environment
-    from polyaccel.registry import backend_names, load_backend
     from polyaccel.redaction import Redaction
+    from polyaccel.registry import backend_names, load_backend
     from polyaccel.tracking.surroundings import describe
 
     environment = inherited_environment()

@@ -53,8 +53,15 @@ def run(options: argparse.Namespace) -> int:
     if settings.on == "local":
         from polyaccel.launch.local import launch
 
-        return launch(command, gathered=gathered, settings=settings, dry_run=options.dry_run or options.emit)
-    return _on_cluster(command, gathered, settings, emit=options.emit or options.dry_run)
+        return launch(
+            command,
+            gathered=gathered,
+            settings=settings,
+            dry_run=options.dry_run or options.emit,
+            ends_process=options.is_program,
+        )
+    emit = options.emit or options.dry_run
+    return _on_cluster(command, gathered, settings, emit=emit, ends_process=options.is_program)
 
 
 def _with_aliases(options: argparse.Namespace, flags: dict[str, str]) -> dict[str, str]:
@@ -69,7 +76,9 @@ def _with_aliases(options: argparse.Namespace, flags: dict[str, str]) -> dict[st
     return flags
 
 
-def _on_cluster(command: list[str], gathered: Gathered, settings: LaunchSettings, *, emit: bool) -> int:
+def _on_cluster(
+    command: list[str], gathered: Gathered, settings: LaunchSettings, *, emit: bool, ends_process: bool
+) -> int:
     from polyaccel.config.resolve import section_of
     from polyaccel.launch.cluster import Job
 
@@ -102,7 +111,7 @@ def _on_cluster(command: list[str], gathered: Gathered, settings: LaunchSettings
         return (
             _print("\n".join(map(shlex.join, hosts.commands(job, machines).values())))
             if emit
-            else hosts.run(job, machines)
+            else hosts.run(job, machines, ends_process=ends_process)
         )
     raise AssertionError(settings.on)  # the schema knows every target
 

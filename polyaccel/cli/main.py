@@ -19,22 +19,28 @@ COMMANDS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands."""
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all subcommands; where one is named, the others are known by name alone, which is what makes --help quick."""
     top = argparse.ArgumentParser(prog="polyaccel", description="One training script on PyTorch, PyTorch-XLA or JAX.")
     top.add_argument("--version", action="store_true", help="print the version")
     commands = top.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
-        import_module(f"polyaccel.cli.{name}").add_arguments(
-            commands.add_parser(name, help=summary, description=summary)
-        )
+        own = commands.add_parser(name, help=summary, description=summary)
+        if command is None or name == command:
+            import_module(f"polyaccel.cli.{name}").add_arguments(own)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is the command's own, 2 for unusable arguments, 1 for a PolyaccelError."""
-    top = parser()
+    """Run one command; the exit code is the command's own, 2 for unusable arguments, 1 for a PolyaccelError.
+
+    Without `arguments`, those of this process, which is taken to end with the command.
+    """
+    is_program = arguments is None
+    arguments = sys.argv[1:] if arguments is None else arguments
+    top = parser(next((text for text in arguments if not text.startswith("-")), ""))
     options = top.parse_args(arguments)
+    options.is_program = is_program
     if options.version:
         from polyaccel import __version__
 

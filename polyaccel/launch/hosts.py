@@ -5,7 +5,7 @@ from __future__ import annotations
 from polyaccel.config.schema import HostSettings
 from polyaccel.errors import LaunchError
 from polyaccel.launch.cluster import Job, find_tool, shell_lines
-from polyaccel.launch.supervision import Worker, supervise
+from polyaccel.launch.supervision import StopRequest, Worker, supervise
 
 _PORT = 29400
 
@@ -26,8 +26,9 @@ def commands(job: Job, hosts: HostSettings) -> dict[str, list[str]]:
     return calls
 
 
-def run(job: Job, hosts: HostSettings) -> int:
-    """Run the job on all machines; the first that fails stops the others. Returns its exit code, or 0."""
+def run(job: Job, hosts: HostSettings, *, ends_process: bool = False) -> int:
+    """Run the job on all machines; the first that fails stops the others. Returns its exit code, or 0. `ends_process`: see `launch`."""
     find_tool("ssh", cure="install an ssh client, or print the commands with --emit")
     workers = [Worker(name, call, None) for name, call in commands(job, hosts).items()]
-    return supervise(workers, grace_s=job.settings.grace_s)
+    with StopRequest(ends_process=ends_process) as stop:
+        return supervise(workers, grace_s=job.settings.grace_s, stop=stop)

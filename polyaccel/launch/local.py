@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,14 @@ _PORT = 29500
 _PLACE = frozenset(Rendezvous(0, 1, 0, 1, "", 0).environment())
 
 
-def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettings, dry_run: bool = False) -> int:
+def launch(
+    command: Sequence[str],
+    *,
+    gathered: Gathered,
+    settings: LaunchSettings,
+    dry_run: bool = False,
+    ends_process: bool = False,
+) -> int:
     """Run `python *command` in every worker slot of the backend, and wait for all.
 
     Args:
@@ -31,6 +37,7 @@ def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettin
         gathered: the settings that the workers get.
         settings: how many of them, and where.
         dry_run: print what would be started, with the variables that each process gets, and start nothing.
+        ends_process: this process exits with the result, which no late signal is to change (see `StopRequest`).
 
     Returns 0, or the exit code of the first worker that failed (128 + signal number if it was killed); the others are stopped.
     After a failure the job is started again up to `max_restarts` times, after 1, 2, 4, ... seconds, unless a signal stopped it.
@@ -44,22 +51,23 @@ def launch(command: Sequence[str], *, gathered: Gathered, settings: LaunchSettin
     if dry_run:
         print(_described(_workers(command, chosen, gathered, settings, attempt=0)))
         return 0
-    agent = _agent(command, chosen, gathered, settings)
-    if agent is not None:
-        return supervise([agent], grace_s=settings.grace_s + _AGENT_S)
-    stop = StopRequest()
-    attempt = 0
-    while True:
-        code = supervise(_workers(command, chosen, gathered, settings, attempt), grace_s=settings.grace_s, stop=stop)
-        if code == 0 or stop.is_set or attempt == settings.max_restarts:
-            return code
-        pause_s = min(2.0**attempt, _LONGEST_PAUSE_S)
-        attempt += 1
-        print(
-            f"polyaccel launch: restart {attempt} of {settings.max_restarts} in {pause_s:g} s (exit code {code})",
-            file=sys.stderr,
-        )
-        time.sleep(pause_s)
+    with StopRequest(ends_process=ends_process) as stop:
+        agent = _agent(command, chosen, gathered, settings)
+        if agent is not None:
+            return supervise([agent], grace_s=settings.grace_s + _AGENT_S, stop=stop)
+        attempt = 0
+        while True:
+            workers = _workers(command, chosen, gathered, settings, attempt)
+            code = supervise(workers, grace_s=settings.grace_s, stop=stop)
+            if code == 0 or stop.is_set or attempt == settings.max_restarts:
+                return code
+            pause_s = min(2.0**attempt, _LONGEST_PAUSE_S)
+            attempt += 1
+            print(
+                f"polyaccel launch: restart {attempt} of {settings.max_restarts} in {pause_s:g} s (exit code {code})",
+                file=sys.stderr,
+            )
+            stop.wait(pause_s)
 
 
 def _placed(settings: LaunchSettings) -> LaunchSettings:

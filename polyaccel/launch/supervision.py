@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any
 
+from polyaccel.signals import PASSED_ON, Recipient
+
 _POLL_S = 0.02
+_OBSERVE_S = 0.05
 _KEPT_LINES = 200  # of every process's stderr, to show a failed one's traceback at the end
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +34,27 @@ def supervise(workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | 
     """Run all workers to their end; returns 0, or the exit code of the first that failed (128 + N when signal N killed it).
 
     When one fails the others get SIGTERM, and after `grace_s` seconds SIGKILL (jax.distributed ignores SIGTERM). Signals that
-    this process receives are passed on; SIGTERM and SIGINT start the same countdown. With several workers, lines of output are
-    prefixed by the worker's name, and the traceback of the first that failed is shown again at the end. A single worker keeps
-    the terminal itself, for progress bars and debuggers.
+    this process receives are passed on; after SIGTERM and SIGINT all workers have `grace_s` seconds to leave as they like, and
+    nobody sends them a second one. With several workers, lines of output are prefixed by the worker's name, and the traceback
+    of the first that failed is shown again at the end. A single worker keeps the terminal itself, for progress bars and debuggers.
+
+    `stop` listens for signals already, where several calls are one job; without it this call listens by itself.
     """
-    stop = stop or StopRequest()
+    if stop is None:
+        with StopRequest() as stop:
+            return supervise(workers, grace_s=grace_s, stop=stop)
     running: list[_Running] = []
     first: tuple[_Running, int] | None = None
-    with stop.forwarding_to(running):
-        try:
-            running += [_Running(worker, prefixed=len(workers) > 1) for worker in workers]
-            first = _wait(running, stop, grace_s)
-        finally:
-            _end(running, grace_s)
+    try:
+        for worker in workers:
+            if stop.is_set:
+                break
+            running.append(_Running(worker, prefixed=len(workers) > 1, patience_s=grace_s / 3))
+        first = _wait(running, stop, grace_s)
+    finally:
+        _end(running, stop, grace_s)
     if first is None:
-        return 0
+        return stop.code if len(running) < len(workers) else 0
     failed, code = first
     if len(workers) > 1 and not stop.is_set:
         print(
@@ -59,41 +67,71 @@ def supervise(workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | 
 
 
 class StopRequest:
-    """Whether this process was asked to stop, and since when; passes signals on to the workers of the moment."""
+    """Notes the signals that reach this process while its `with` block runs, to be passed on to the workers of the moment.
 
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._workers: list[_Running] = []
+    `ends_process` says that this process exits after the block: the signals are ignored from then on, since the exit code is
+    settled, and a late one would change it. Elsewhere than on the main thread nothing is noted.
+    """
+
+    def __init__(self, *, ends_process: bool = False) -> None:
+        self._ends_process = ends_process
+        self._number: int | None = None  # of the first SIGTERM or SIGINT
+        self._since = 0.0
+        self._arrived: deque[int] = deque()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in PASSED_ON:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._ends_process else handler)
 
     @property
     def is_set(self) -> bool:
         """True once SIGTERM or SIGINT came."""
-        return self._since is not None
+        return self._number is not None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a job that was stopped before it had processes."""
+        return 128 + (self._number or 0)
 
     def is_overdue(self, grace_s: float) -> bool:
         """True when the workers have had their time to end."""
-        return self._since is not None and time.monotonic() - self._since > grace_s
+        return self._number is not None and time.monotonic() - self._since > grace_s
 
-    def forwarding_to(self, workers: list[_Running]) -> _Signals:
-        """A context in which signals go to these workers, which may still be added to."""
-        self._workers = workers
-        return _Signals(self._forward)
+    def pass_on(self, workers: Sequence[_Running]) -> None:
+        """Send what has arrived to these workers, which must be all of them."""
+        while self._arrived:
+            number = signal.Signals(self._arrived.popleft())
+            for worker in workers:
+                worker.send(number)
 
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGUSR1 and self._since is None:
-            self._since = time.monotonic()
-        for worker in self._workers:
-            worker.send(signal.Signals(number))
+    def wait(self, seconds: float) -> None:
+        """Return after so many seconds, or as soon as the job is to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.is_set and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Nothing is sent from here: a worker that is being started would be left out.
+        if number != signal.SIGUSR1 and self._number is None:
+            self._number, self._since = number, time.monotonic()
+        self._arrived.append(number)
 
 
 class _Running:
     """A started worker and the threads that pass its output on."""
 
-    def __init__(self, worker: Worker, *, prefixed: bool) -> None:
+    def __init__(self, worker: Worker, *, prefixed: bool, patience_s: float) -> None:
         self.worker = worker
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
         pipe = subprocess.PIPE if prefixed else None
-        # A session of its own: a signal to our process group (Slurm) reaches it once, passed on by us, and at the very end its
+        # A session of its own: a signal to our process group reaches it once, passed on by us, and at the very end its
         # children (data loader workers) can be ended with it. On a terminal, a single worker stays in the foreground with us.
         self._has_session = prefixed or sys.stdin is None or not sys.stdin.isatty()
         self.process = subprocess.Popen(
@@ -104,6 +142,8 @@ class _Running:
             stderr=pipe,
             start_new_session=self._has_session,
         )
+        self._recipient = Recipient(self.process.pid, patience_s)
+        self._observed = 0.0
         self._threads = []
         if prefixed:
             for source, target, kept in (
@@ -121,12 +161,25 @@ class _Running:
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code
 
+    def attend(self) -> None:
+        """While it runs: see which signals it handles, and send what was put off."""
+        now = time.monotonic()
+        if now - self._observed >= _OBSERVE_S:
+            self._observed = now
+            self._recipient.observe()
+            self._recipient.send_due()
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the worker itself. Its own children are its own business: a loader worker may be needed to save."""
         if number == signal.SIGINT and not self._has_session:
             return  # the terminal has sent it
         if self.process.poll() is None:
-            self.process.send_signal(number)
+            self._recipient.send(number)
+
+    def end(self) -> None:
+        """Ask the worker to end, unless it was asked."""
+        if not self._recipient.was_sent(signal.SIGTERM):
+            self.send(signal.SIGTERM)
 
     def kill(self) -> None:
         """End the worker and what it started."""
@@ -163,42 +216,39 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, kept: deque[str] |
 
 
 def _wait(running: Sequence[_Running], stop: StopRequest, grace_s: float) -> tuple[_Running, int] | None:
+    """The first worker that failed, once it is known; after a request to stop, once all have left or their time is over."""
     left = list(running)
+    first: tuple[_Running, int] | None = None
     while left:
+        stop.pass_on(left)
         for worker in list(left):
             code = worker.code()
-            if code:
-                return worker, code
-            if code == 0:
-                left.remove(worker)
-        if stop.is_overdue(grace_s):
-            return left[0], 128 + signal.SIGKILL
+            if code is None:
+                worker.attend()
+                continue
+            left.remove(worker)
+            first = first or ((worker, code) if code else None)
+        if first is not None and not stop.is_set:
+            # A signal to every process of the job may be what it left for, and reach us a moment later.
+            stop.wait(2 * _POLL_S)
+            if not stop.is_set:
+                return first
+        if left and stop.is_overdue(grace_s):
+            return first or (left[0], 128 + signal.SIGKILL)
         time.sleep(_POLL_S)
-    return None
+    return first
 
 
-def _end(running: Sequence[_Running], grace_s: float) -> None:
+def _end(running: Sequence[_Running], stop: StopRequest, grace_s: float) -> None:
     for worker in running:
-        worker.send(signal.SIGTERM)
+        worker.end()
     deadline = time.monotonic() + grace_s
     while any(worker.code() is None for worker in running) and time.monotonic() < deadline:
+        if stop.is_overdue(grace_s):
+            break
+        for worker in running:
+            if worker.code() is None:
+                worker.attend()
         time.sleep(_POLL_S)
     for worker in running:
         worker.kill()
-
-
-class _Signals:
-    """A context in which a handler has the forwarded signals; elsewhere than on the main thread it does nothing."""
-
-    def __init__(self, handler: Any) -> None:
-        self._handler = handler
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in FORWARDED:
-                self._before[number] = signal.signal(number, self._handler)
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -9,7 +9,7 @@ import optax
 from flax import linen, nnx
 
 from polyaccel.accumulation import GradientState
-from polyaccel.config import resolve
+from polyaccel.config.resolve import resolve
 from polyaccel.launch.rendezvous import Rendezvous
 from polyaccel.plan import make_plan
 from polyaccel.protocols import LossCall, StepSpec

@@ -59,7 +59,7 @@ def test_a_signal_reaches_the_processes(tmp_path):
 def test_settings_reach_the_script(tmp_path):
     script = tmp_path / "says.py"
     script.write_text(
-        "import sys\nfrom polyaccel.config import resolve\nc = resolve({})\n"
+        "import sys\nfrom polyaccel.config.resolve import resolve\nc = resolve({})\n"
         "print(c.backend, c.mixed_precision, c.gradient_accumulation_steps, c.split_batches, sys.argv[1:])\n"
     )
     done = launch(

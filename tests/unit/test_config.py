@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyaccel.config import Config, resolve
+from polyaccel.config import Config
+from polyaccel.config.resolve import resolve
 from polyaccel.errors import ConfigError, PlanError, PolyaccelError
 from polyaccel.mesh import MeshSpec
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyaccel.config import resolve
 from polyaccel.config.files import read_file
-from polyaccel.config.resolve import gather
+from polyaccel.config.resolve import gather, resolve
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import ConfigError, PolyaccelError
 
