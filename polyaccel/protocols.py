@@ -100,9 +100,12 @@ class Backend(Protocol):
         """Whether it can be used here. Never raises, imports no framework."""
         ...
 
-    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+    def worker_slots(
+        self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
+    ) -> tuple[WorkerSlot, ...]:
         """The processes to start on this machine. None: as many as the machine has devices for (torch: one per device; xla
-        and jax: one). Raises LaunchError for more processes than devices can serve."""
+        and jax: one). `gpus` are those that the job may use, in the words of CUDA_VISIBLE_DEVICES; None: all of the machine.
+        Raises LaunchError for more processes than devices can serve."""
         ...
 
     def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:

@@ -11,6 +11,7 @@ from polyaccel.config.resolve import user_config_file
 from polyaccel.config.settings import SETTINGS
 from polyaccel.config.writing import document, write
 from polyaccel.errors import ConfigError, nearest
+from polyaccel.launch.rendezvous import visible_gpus
 from polyaccel.registry import backend_names, load_backend
 
 
@@ -57,7 +58,7 @@ def _usable_backends() -> dict[str, str]:
 
 def _processes(backend: str) -> int:
     if backend != "auto":
-        return len(load_backend(backend).worker_slots(None, use_cpu=False))
+        return len(load_backend(backend).worker_slots(None, use_cpu=False, gpus=visible_gpus()))
     return 1
 
 

@@ -11,6 +11,8 @@ from polyaccel.precision import MIXED_PRECISIONS, PrecisionPolicy
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
+PREEMPTIONS = ("off", "save")
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
@@ -47,6 +49,11 @@ class Config:
     compile_backend: str = _setting("inductor", "torch: the torch.compile backend")
     compilation_cache: str = _setting(
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
+    )
+    preemption: Literal["off", "save"] = _setting(
+        "off",
+        f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
+        choices=PREEMPTIONS,
     )
     seed: int = _setting(0, "seed of the engine's random stream until set_seed is called")
     record: str = _setting(
@@ -90,7 +97,10 @@ class LaunchSettings:
     grace_s: int = _setting(15, "seconds between SIGTERM and SIGKILL when processes are stopped", least=1)
     gpu_ids: str = _setting("all", "GPUs of this machine, such as 0,1, or all")
     num_cpu_threads_per_process: int | None = _setting(
-        None, "OMP_NUM_THREADS of every process (default: cores / processes, at least 1)", kind="int", least=1
+        None,
+        "OMP_NUM_THREADS of every process (default: the variable as it is, else cores / processes where there are several)",
+        kind="int",
+        least=1,
     )
 
 

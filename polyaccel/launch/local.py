@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
 from polyaccel.config.schema import LaunchSettings
 from polyaccel.errors import LaunchError
-from polyaccel.launch.rendezvous import Rendezvous, free_port, machines_from_environment
+from polyaccel.launch.rendezvous import Rendezvous, free_port, machines_from_environment, visible_gpus
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
 from polyaccel.protocols import AgentJob, Backend
 from polyaccel.registry import choose_backend
@@ -107,19 +108,22 @@ def _workers(
 ) -> list[Worker]:
     machines, rank = settings.num_machines, settings.machine_rank
     here = None if settings.num_processes is None else settings.num_processes // machines
-    slots = backend.worker_slots(here, use_cpu=bool(gathered.values.get("cpu")))
+    shared = {**inherited_environment(), **environment_for(gathered, launched=backend.name)}
+    if settings.gpu_ids != "all":
+        shared["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
+    slots = backend.worker_slots(here, use_cpu=bool(gathered.values.get("cpu")), gpus=visible_gpus(shared))
     size = len(slots) * machines
     address = settings.main_process_ip or "127.0.0.1"
     # A new port for every attempt: the last one's may still be held. On several machines they count attempts alike, since a
     # failure ends the job everywhere.
     port = (settings.main_process_port or _PORT) + attempt if machines > 1 else _local_port(settings, attempt)
-    shared = {**inherited_environment(), **environment_for(gathered, launched=backend.name)}
     # Python puts a script's own folder first on its path; buffered output of a killed worker would be lost.
     shared.setdefault("PYTHONUNBUFFERED", "1")
     if settings.num_cpu_threads_per_process is not None:
         shared["OMP_NUM_THREADS"] = str(settings.num_cpu_threads_per_process)
-    if settings.gpu_ids != "all":
-        shared["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
+    elif len(slots) > 1:
+        # Every process would start a thread per core, and they would wait for each other's.
+        shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
     workers = []
     for index, slot in enumerate(slots):
         place = Rendezvous(rank * len(slots) + index, size, index, len(slots), address, port)

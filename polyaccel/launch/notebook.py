@@ -12,7 +12,7 @@ from typing import Any
 from polyaccel.config.resolve import adopt_environment, environment_for, gather
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import LaunchError
-from polyaccel.launch.rendezvous import Rendezvous, free_port
+from polyaccel.launch.rendezvous import Rendezvous, free_port, visible_gpus
 from polyaccel.registry import choose_backend
 
 
@@ -48,7 +48,8 @@ def notebook_launcher(
             SETTINGS["launch.num_processes"].check(num_processes)
         except ValueError as error:
             raise LaunchError(f"num_processes={num_processes!r} {error}", "use 1 or more") from None
-    size = len(chosen.worker_slots(num_processes, use_cpu=bool(gathered.values.get("cpu"))))
+    use_cpu, gpus = bool(gathered.values.get("cpu")), visible_gpus()
+    size = len(chosen.worker_slots(num_processes, use_cpu=use_cpu, gpus=gpus))
     settings = environment_for(gathered, launched=chosen.name)
     if size == 1:
         with adopt_environment(settings):
@@ -60,7 +61,7 @@ def notebook_launcher(
             f"{size} processes cannot be forked from this one: {held}",
             "restart the notebook's kernel, and make models, arrays and the Accelerator inside the function only",
         )
-    slots = chosen.worker_slots(size, use_cpu=bool(gathered.values.get("cpu")))
+    slots = chosen.worker_slots(size, use_cpu=use_cpu, gpus=gpus)
     port = int(use_port) if use_port is not None else free_port()
     places = [Rendezvous(index, size, index, size, "127.0.0.1", port) for index in range(size)]
     _run(

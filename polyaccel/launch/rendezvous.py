@@ -91,6 +91,17 @@ def machines_from_environment(environment: Mapping[str, str] | None = None) -> M
     return machines_of(os.environ if environment is None else environment)
 
 
+def visible_gpus(environment: Mapping[str, str] | None = None) -> tuple[str, ...] | None:
+    """The GPUs that processes with this environment may use, as CUDA_VISIBLE_DEVICES names them; None: all of the machine."""
+    text = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    # CUDA stops at the first entry that names none, so that "" and "-1" hide all of them.
+    end = next((index for index, name in enumerate(names) if name in ("", "-1")), len(names))
+    return tuple(names[:end])
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on now."""
     with socket.socket() as probe:

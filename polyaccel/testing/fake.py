@@ -347,7 +347,9 @@ class FakeBackend:
     def probe(self) -> Probe:
         return Probe(is_usable=True, version=np.__version__)
 
-    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> Sequence[WorkerSlot]:
+    def worker_slots(
+        self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
+    ) -> Sequence[WorkerSlot]:
         if num_processes not in (None, 1):
             raise LaunchError(
                 f"--num-processes {num_processes} is more than backend 'fake' can start", "use --num-processes 1"

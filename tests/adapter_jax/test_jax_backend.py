@@ -48,6 +48,21 @@ def test_one_process_drives_all_devices_and_more_share_them(monkeypatch):
         backend.worker_slots(3, use_cpu=False)
 
 
+def test_processes_share_the_gpus_that_the_job_may_use_and_no_others(monkeypatch):
+    backend = JaxBackend()
+    monkeypatch.setattr(backend_module, "_count_gpus", lambda: 8)
+    slots = backend.worker_slots(2, use_cpu=False, gpus=("2", "3", "6", "7"))
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["2,3", "6,7"]
+    names = ("GPU-5f1e", "MIG-77")  # CUDA_VISIBLE_DEVICES may name them by id
+    slots = backend.worker_slots(2, use_cpu=False, gpus=names)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == list(names)
+    with pytest.raises(LaunchError, match="2 processes cannot share 3 GPUs"):
+        backend.worker_slots(2, use_cpu=False, gpus=("0", "1", "2"))
+    with pytest.raises(LaunchError, match="GPU 9 is asked for, and this machine has 8"):
+        backend.worker_slots(2, use_cpu=False, gpus=("8", "9")[::-1])
+    assert [dict(slot.environment) for slot in backend.worker_slots(2, use_cpu=False, gpus=())] == [{}, {}]  # hidden
+
+
 def test_the_engine_says_where_it_is():
     engine = open_engine(4)
     assert (engine.topology.num_devices, engine.topology.num_local_devices) == (4, 4)

@@ -188,6 +188,9 @@ def test_one_worker_per_gpu_and_as_many_as_asked_for_on_cpu(monkeypatch):
     assert len(backend.worker_slots(5, use_cpu=True)) == 5
     with pytest.raises(LaunchError, match=r"--num-processes 3 .* 2"):
         backend.worker_slots(3, use_cpu=False)
+    assert len(backend.worker_slots(None, use_cpu=False, gpus=("1",))) == 1
+    with pytest.raises(LaunchError, match=r"--num-processes 2 .* 1"):
+        backend.worker_slots(2, use_cpu=False, gpus=("1",))
 
 
 def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):

@@ -113,12 +113,6 @@ def engines_installed():
     return [name for name in ("torch", "jax", "xla") if load_backend(name).probe().is_usable]
 
 
-def agent_leaves_signals_alone():
-    from torch.distributed.launcher.api import LaunchConfig
-
-    return "signals_to_handle" in LaunchConfig.__dataclass_fields__
-
-
 @pytest.mark.parametrize("backend", engines_installed())
 def test_a_job_is_started_again_as_often_as_asked(tmp_path, backend):
     """torch: by its own elastic agent; the others: by the launcher. xla has one process per machine."""
@@ -152,8 +146,6 @@ def test_torchs_agent_tells_the_exit_code_and_the_traceback_of_the_process_that_
 @pytest.mark.parametrize("restarts", [0, 3])  # our own supervision, and torch's agent
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_job_and_it_is_not_restarted(tmp_path, number, restarts):
-    if restarts and not agent_leaves_signals_alone():
-        pytest.skip("this torch's agent handles SIGTERM itself and tells 128 + N for whatever its processes end with")
     script = tmp_path / "waits.py"
     script.write_text(
         "import os, signal, sys, time\n"
@@ -201,6 +193,48 @@ def test_two_machines_need_an_address_and_equal_parts(tmp_path, monkeypatch):
     first, second = (dict(w.split("=", 1) for w in line.split() if "=" in w) for line in done.stdout.splitlines())
     assert (first["RANK"], second["RANK"], first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"]) == ("2", "3", "4", "2")
     assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("h", "777")
+
+
+@pytest.mark.skipif("jax" not in engines_installed(), reason="the xla environment has no jax; the main one runs it")
+@pytest.mark.parametrize(
+    ("variable", "flags", "parts"),
+    [
+        (None, (), ["0,1", "2,3"]),
+        ("2,3", (), ["2", "3"]),
+        ("0", ("--gpu_ids", "1,3"), ["1", "3"]),
+        ("-1", (), [None, None]),
+    ],
+)
+def test_processes_of_jax_share_the_visible_gpus(tmp_path, variable, flags, parts):
+    script, listing = tmp_path / "s.py", tmp_path / "nvidia-smi"
+    script.write_text("")
+    listing.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i: fake; done\n")
+    listing.chmod(0o700)
+    environment = {name: text for name, text in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    environment |= {"CUDA_VISIBLE_DEVICES": variable} if variable else {}
+    done = subprocess.run(
+        [*LAUNCH[:4], "--backend", "jax", "--num-processes", "2", *flags, "--dry-run", str(script)],
+        capture_output=True, text=True, timeout=60, env=environment, check=True,
+    )  # fmt: skip
+    lines = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in done.stdout.splitlines()]
+    assert [line.get("CUDA_VISIBLE_DEVICES") for line in lines] == parts
+
+
+@pytest.mark.parametrize(("count", "given", "threads"), [(2, None, "half"), (2, "7", None), (1, None, None)])
+def test_processes_share_the_cores_unless_somebody_has_said_otherwise(tmp_path, count, given, threads):
+    script = tmp_path / "s.py"
+    script.write_text("")
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": given} if given else {}
+    done = subprocess.run(
+        [*LAUNCH, "--num-processes", str(count), "--dry-run", str(script)],
+        capture_output=True, text=True, timeout=60, env=environment, check=True,
+    )  # fmt: skip
+    share = str(max(1, len(os.sched_getaffinity(0)) // count))
+    for line in done.stdout.splitlines():
+        found = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        assert found.get("OMP_NUM_THREADS") == (share if threads == "half" else None)  # None: as in this environment
 
 
 def test_accelerates_switches_name_an_engine(tmp_path):

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -46,26 +47,33 @@ class JaxBackend:
         except PackageNotFoundError:
             return Probe(False, reason="jax has no package metadata", cure=_INSTALL, is_loaded=is_loaded)
 
-    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+    def worker_slots(
+        self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
+    ) -> tuple[WorkerSlot, ...]:
         """One process drives all devices of a machine. More processes share them in equal parts.
 
         Raises LaunchError where the devices cannot be shared: GPUs whose number does not divide, or TPUs.
         """
         if num_processes is None or num_processes == 1:
             return (WorkerSlot(),)
-        num_gpus = 0 if use_cpu else _count_gpus()
-        if num_gpus == 0:
+        num_here = 0 if use_cpu else _count_gpus()
+        names = [str(index) for index in range(num_here)] if gpus is None else list(gpus)
+        if num_here == 0 or not names:
             return (WorkerSlot(),) * num_processes
-        if num_gpus % num_processes:
+        missing = [name for name in names if name.isdigit() and int(name) >= num_here]
+        if missing:
             raise LaunchError(
-                f"{num_processes} processes cannot share {num_gpus} GPUs in equal parts",
+                f"GPU {missing[0]} is asked for, and this machine has {num_here}, from 0",
+                "correct --gpu-ids or CUDA_VISIBLE_DEVICES",
+            )
+        if len(names) % num_processes:
+            raise LaunchError(
+                f"{num_processes} processes cannot share {len(names)} GPUs in equal parts",
                 "start one process (it drives all GPUs), or a number that divides them",
             )
-        each = num_gpus // num_processes
-        return tuple(
-            WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(index * each, (index + 1) * each)))})
-            for index in range(num_processes)
-        )
+        each = len(names) // num_processes
+        parts = [names[start : start + each] for start in range(0, len(names), each)]
+        return tuple(WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(part)}) for part in parts)
 
     def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
         """A linear model under SGD."""

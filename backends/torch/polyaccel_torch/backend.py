@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from polyaccel.errors import LaunchError
@@ -38,12 +39,16 @@ class TorchBackend:
             version = None  # built from source, without metadata
         return Probe(is_usable=True, version=version, is_loaded="torch" in sys.modules)
 
-    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+    def worker_slots(
+        self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
+    ) -> tuple[WorkerSlot, ...]:
         """One process per GPU; on CPU as many as asked for, one by default. LOCAL_RANK chooses the GPU.
 
         Raises LaunchError for more processes than GPUs.
         """
         num_gpus = 0 if use_cpu else _num_gpus()
+        if gpus is not None:
+            num_gpus = min(num_gpus, len(gpus))  # --gpu-ids is for the processes, and not in force here
         if num_gpus and num_processes is not None and num_processes > num_gpus:
             raise LaunchError(
                 f"--num-processes {num_processes} needs as many GPUs, and this machine shows {num_gpus}",

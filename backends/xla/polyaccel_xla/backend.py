@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from polyaccel.errors import LaunchError
@@ -46,7 +47,9 @@ class XlaBackend:
             )
         return Probe(is_usable=True, version=versions["torch_xla"], is_loaded="torch_xla" in sys.modules)
 
-    def worker_slots(self, num_processes: int | None, *, use_cpu: bool) -> tuple[WorkerSlot, ...]:
+    def worker_slots(
+        self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
+    ) -> tuple[WorkerSlot, ...]:
         """One process, whatever the number of devices. Raises LaunchError for more."""
         if num_processes is not None and num_processes != 1:
             raise LaunchError(
