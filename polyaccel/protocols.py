@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from polyaccel.config import Config
 from polyaccel.dialects import Dialect, Role
+from polyaccel.store import Store
 from polyaccel.topology import Topology
 
 if TYPE_CHECKING:  # both live above the seam and are only named by it
@@ -224,6 +225,13 @@ class Collectives(Protocol):
 
     def barrier(self, tag: str) -> None:
         """Return when every process has arrived at the barrier of this name."""
+        ...
+
+    def store(self) -> Store:
+        """A new connection to the texts that the processes of the job share, for a thread of its own; alone, a MemoryStore.
+
+        The only one of these that a process may use without the others, and beside an operation of the main thread.
+        """
         ...
 
 

@@ -18,14 +18,24 @@ class TrainStep:
     """
 
     def __init__(
-        self, engine: Engine, spec: StepSpec, state: GradientState, *, scheduler: Any | None, lift: Callable[[Any], Any]
+        self,
+        engine: Engine,
+        spec: StepSpec,
+        state: GradientState,
+        *,
+        scheduler: Any | None,
+        lift: Callable[[Any], Any],
+        before: Callable[[], None] | None = None,
     ) -> None:
         self._step = engine.train_step(spec) or _composed(engine, spec)
         self._state = state
         self._scheduler = scheduler
         self._lift = lift
+        self._before = before
 
     def __call__(self, batch: Any) -> Any:
+        if self._before is not None:
+            self._before()
         result = self._lift(self._step(batch, self._state.advance()))
         if self._scheduler is not None:
             self._scheduler.step()

@@ -13,6 +13,8 @@ PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
 PREEMPTIONS = ("off", "save")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
+PREEMPTIONS = ("off", "save")
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 

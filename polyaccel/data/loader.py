@@ -85,7 +85,7 @@ class PreparedLoader:
         self._host = host
         self._place = place
         self._lift = lift
-        self.before_batch: Callable[[], None] | None = None  # called whenever the loop asks for a batch
+        self.before_batch: list[Callable[[], None]] = []  # called whenever the loop asks for a batch
         self._observer = observer
         self._prefetch = prefetch
         self._skip = skip  # of every pass
@@ -151,8 +151,8 @@ class PreparedLoader:
         try:
             is_exhausted = False
             while True:
-                if self.before_batch is not None:
-                    self.before_batch()
+                for call in self.before_batch:
+                    call()
                 while not is_exhausted and len(ready) <= ahead:
                     item = next(source, None)
                     if item is None:

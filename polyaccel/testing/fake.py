@@ -27,6 +27,7 @@ from polyaccel.protocols import (
     TinyTraining,
     WorkerSlot,
 )
+from polyaccel.store import MemoryStore
 from polyaccel.topology import Topology
 
 if TYPE_CHECKING:
@@ -181,6 +182,9 @@ class _Collectives:
 
     def barrier(self, tag: str) -> None:
         return None
+
+    def store(self) -> MemoryStore:
+        return MemoryStore()
 
 
 class FakeEngine:

@@ -75,7 +75,8 @@ class Observer:
     def prepared(self) -> None:
         """After a prepare: keep the parameters that new models start from, and look at every batch of the loaders."""
         for loader in self._handles("loader"):
-            loader.before_batch = self.before_step
+            if self.before_step not in loader.before_batch:
+                loader.before_batch.append(self.before_step)
         new = [model for model in self._handles("model") if not any(model is seen for seen in self._seen)]
         if new:
             self._seen += new

@@ -91,7 +91,7 @@ def test_nothing_is_recorded_and_nothing_is_wrapped_where_nobody_asks(tmp_path, 
     one = accelerator(tmp_path / "runs")
     assert one._observer is None
     loader = one.prepare(FakeLoader({"x": np.zeros((4, 2))}, 2))
-    assert loader.before_batch is None
+    assert loader.before_batch == []
 
 
 def test_a_folder_is_recorded_to_once(tmp_path, monkeypatch):

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyaccel import wire
+from polyaccel.store import MemoryStore, Store
 from polyaccel.topology import Topology
 
 _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -75,6 +77,10 @@ class JaxCollectives:
         if self._num_processes > 1:
             multihost_utils.sync_global_devices(tag)
 
+    def store(self) -> Store:
+        """The key-value store of the coordination service, which takes calls from any thread."""
+        return MemoryStore() if self._num_processes == 1 else CoordinatorStore()
+
     def _apply(self, name: str, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
         sharding = NamedSharding(self._mesh, PartitionSpec("process"))
         shape = (self._num_processes, *array.shape)
@@ -86,6 +92,29 @@ class JaxCollectives:
             everywhere = NamedSharding(self._mesh, PartitionSpec())
             jitted = self._functions[name] = jax.jit(function, out_shardings=everywhere)
         return jitted(stacked).addressable_data(0)
+
+
+class CoordinatorStore:
+    """See `polyaccel.store.Store`."""
+
+    def __init__(self) -> None:
+        client = distributed.global_state.client
+        assert client is not None  # a job of several processes has one
+        self._client = client
+
+    def set(self, key: str, value: str) -> None:
+        """Write a text for all processes."""
+        self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def get(self, key: str) -> str | None:
+        """The text of this key, or None; does not wait."""
+        try:
+            text: str = self._client.key_value_try_get(key)
+        except jax.errors.JaxRuntimeError as error:
+            if str(error).startswith("NOT_FOUND"):
+                return None
+            raise
+        return text
 
 
 def _types_of(array: Any) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from polyaccel import wire
 from polyaccel.errors import LaunchError, UnsupportedError
+from polyaccel.store import MemoryStore
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -79,6 +80,10 @@ class ProcessCollectives:
                 f"the processes wait at different barriers: {places}", "make every process take the same path"
             )
 
+    def store(self) -> JobStore:
+        """A connection of its own to the store through which the processes found each other."""
+        return JobStore(dist.distributed_c10d._get_default_store())  # also where the script made the group itself
+
     def mean_and_sum(
         self, means: list[torch.Tensor], sums: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -112,6 +117,21 @@ class ProcessCollectives:
             )
 
 
+class JobStore:
+    """See `polyaccel.store.Store`. A clone: a store of torch is for one thread, and the original is used by the main one."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store.clone()
+
+    def set(self, key: str, value: str) -> None:
+        """Write a text for all processes."""
+        self._store.set(key, value)
+
+    def get(self, key: str) -> str | None:
+        """The text of this key, or None; does not wait."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
 class SingleCollectives:
     """The same operations in a job of one process."""
 
@@ -133,6 +153,10 @@ class SingleCollectives:
 
     def barrier(self, tag: str) -> None:
         """Nobody to wait for."""
+
+    def store(self) -> MemoryStore:
+        """Nobody to share it with."""
+        return MemoryStore()
 
     def mean_and_sum(
         self, means: list[torch.Tensor], sums: list[torch.Tensor]
