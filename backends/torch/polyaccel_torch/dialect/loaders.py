@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from polyaccel import trees
 from polyaccel.data import DataSharding, IterableShard, ShardedBatchSampler, refuse_prepared
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel_torch.dialect.worker_signals import outliving
 
 Synchronize = Callable[[Any], Any]  # this process's value in, process 0's value out; every process calls it
 RNG_TYPES = frozenset({"generator", "torch", "numpy", "python", "cuda"})
@@ -95,6 +96,8 @@ class TorchHostBatches:
 
     def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
         """One pass from batch `skip` on; see `HostBatches.read`."""
+        if self._source.num_workers:
+            self._source.worker_init_fn = outliving(self.loader.worker_init_fn)
         self._order.seed, self._order.replay = None, seed
         if self._sampler is not None:
             self._sampler.skip_next(skip)
