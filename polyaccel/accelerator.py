@@ -18,6 +18,7 @@ from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
 from polyaccel.plan import Plan, make_plan
+from polyaccel.preemption import Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.protocols import CompileEvent, LoaderSpec
 from polyaccel.registry import choose_backend
@@ -47,6 +48,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
             over the global batch), or "auto": pmap for torch scripts, sharding for flax scripts.
         compile, compile_backend: torch.compile the prepared model, with this torch.compile backend.
         compilation_cache: folder of the persistent compilation cache of compiling engines; "auto" or "off".
+        preemption: "save": on SIGTERM or SIGUSR1 all processes save the same step and leave with exit code 75; "off" by default.
         log_with: trackers: a name ("wandb", "tensorboard", ...), a `GeneralTracker`, a list of these, or "all" that are installed. A run
             folder is written in any case, from `init_trackers` or the first `log` on.
         project_dir: folder of the project: checkpoints, and runs below `runs/`.
@@ -73,6 +75,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
         compile: bool | None = None,
         compile_backend: str | None = None,
         compilation_cache: str | None = None,
+        preemption: Literal["off", "save"] | None = None,
         log_with: Any = None,
         project_dir: str | PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
@@ -111,6 +114,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
         self._differentiates_values = "backward_value" in capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
         self._observer = self._recording() if self.config.record else None
+        self._preemption = None if self.config.preemption == "off" else self._watching()
 
     def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)
@@ -123,8 +127,23 @@ class Accelerator(Places, Steps, Collectives, Tracking):
             closes_window=lambda: self.gradient_state.sync_gradients,
             compile_events=lambda: self.compile_events if self._lists_compiles else None,
         )
-        self._prepared.on_prepared = observer.prepared
+        self._prepared.on_prepared.append(observer.prepared)
         return observer
+
+    def _watching(self) -> Preemption:
+        state, topology = self.gradient_state, self._engine.topology
+        preemption = Preemption(
+            self._engine.collectives.store,
+            process_index=topology.process_index,
+            num_processes=topology.num_processes,
+            is_in_loader=lambda: state.active_dataloader is not None,
+            closes_window=lambda: state.sync_gradients,
+            save=lambda: self.save_state(blocking=True),  # type: ignore[attr-defined]
+            leave=self._leave_preempted,
+        )
+        self._prepared.on_prepared.append(lambda: preemption.prepared(self._prepared.handles("loader")))
+        preemption.start()
+        return preemption
 
     # -- what was decided ----------------------------------------------------------------------------------------------
 
@@ -207,10 +226,17 @@ class Accelerator(Places, Steps, Collectives, Tracking):
     def end_training(self) -> None:
         """Wait for the device, finish the trackers within their deadline, and leave the job. Every process should call it; idempotent."""
         self._engine.synchronize()
+        if self._preemption is not None:
+            self._preemption.close()
         if self._observer is not None:
             self._observer.finish()
         self.tracking.finish()
         self._engine.close()
+
+    def _leave_preempted(self) -> None:
+        self._engine.collectives.barrier("polyaccel.preemption")  # nobody leaves before all have saved: a launcher ends the others
+        self.tracking.finish("preempted")
+        self.end_training()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:
         return self  # it stands for the process, of which there is one

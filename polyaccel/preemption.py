@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
@@ -92,6 +92,12 @@ class Preemption:
             self._thread = threading.Thread(target=self._watch, args=(store,), name="preemption", daemon=True)
             self._thread.start()
         atexit.register(self.close)
+
+    def prepared(self, loaders: Iterable[Any]) -> None:
+        """Hear of every request for a batch of these prepared loaders."""
+        for loader in loaders:
+            if self.before_batch not in loader.before_batch:
+                loader.before_batch.append(self.before_batch)
 
     # -- called by the facade, at every step -----------------------------------------------------------------------------------
 
@@ -181,8 +187,7 @@ class Preemption:
     def _watch(self, store: Store) -> None:
         try:
             self._reason = self._await_notice(store)
-            if self._reason:
-                self._is_noticed = True
+            self._is_noticed = bool(self._reason)
             # The main thread passes no further boundary from here on, so this count is one that it has not yet passed by.
             store.set(self._count_key(self._process_index), str(self._num_boundaries))
             if self._reason:

@@ -36,7 +36,7 @@ class Preparation:
         self._expected_dialect = expected
         self._script: Dialect | None = None
         self._expected: Bridge | None = None
-        self.on_prepared: Callable[[], None] | None = None  # called after every prepare
+        self.on_prepared: list[Callable[[], None]] = []  # called after every prepare
 
     @property
     def script_bridge(self) -> Bridge | None:
@@ -76,8 +76,8 @@ class Preparation:
                 if role == "model" and entry not in in_this_call:
                     in_this_call.append(entry)
                 results[position] = entry.public
-        if self.on_prepared is not None:
-            self.on_prepared()
+        for call in self.on_prepared:
+            call()
         return results
 
     def _identify(self, value: Any, unknown: Role | None) -> tuple[Dialect, Role] | None:

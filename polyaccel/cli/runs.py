@@ -63,7 +63,7 @@ def _list(options: argparse.Namespace) -> int:
         if name is not None:
             series = run.series(name)
             curve = f"  {sparkline(series)} {name} {series[-1][1]:.4g}"
-        line = f"{run.id:{width}}  {run.status:8}  {started}  {run.duration_s:8.0f} s  {run.project:{project_width}}{curve}"
+        line = f"{run.id:{width}}  {run.status:9}  {started}  {run.duration_s:8.0f} s  {run.project:{project_width}}{curve}"
         print(line.rstrip())
     return 0
 

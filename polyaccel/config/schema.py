@@ -57,6 +57,11 @@ class Config:
         f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
         choices=PREEMPTIONS,
     )
+    preemption: Literal["off", "save"] = _setting(
+        "off",
+        f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
+        choices=PREEMPTIONS,
+    )
     seed: int = _setting(0, "seed of the engine's random stream until set_seed is called")
     record: str = _setting(
         "", "new folder where losses, gradient norms and parameters are recorded, for `polyaccel compare`"

@@ -7,6 +7,7 @@ from polyaccel.config import Config
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.gathering import Gathering
 from polyaccel.plan import Plan
+from polyaccel.preemption import Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.protocols import Engine
 from polyaccel.tracking import Observer, Session
@@ -25,4 +26,5 @@ class Parts:
     _prepared: Preparation
     _gathering: Gathering
     _observer: Observer | None
+    _preemption: Preemption | None
     _differentiates_values: bool

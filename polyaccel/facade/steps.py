@@ -23,6 +23,8 @@ class Steps(Parts):
         the loss as its mean over the global batch. With a value, returns None, and takes `retain_graph=True` for a second
         backward through the same graph (torch's keyword; its others are refused).
         """
+        if self._preemption is not None:
+            self._preemption.before_call()
         if self._observer is not None:
             self._observer.before_step()
         is_call = callable(loss) and not hasattr(loss, "dtype")
@@ -39,6 +41,8 @@ class Steps(Parts):
         result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)
         if bridge is not None and is_call:
             result = bridge.lift(result)
+        if self._preemption is not None:
+            self._preemption.after_backward()
         if self._observer is not None:
             self._observer.after_backward(result if is_call else loss)
         return result if is_call else None
@@ -77,11 +81,16 @@ class Steps(Parts):
         lift: Callable[[Any], Any] = bridge.lift if bridge is not None else _same
         if self._observer is not None:
             lift = self._observer.around(lift)
-        return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift)
+        before = None
+        if self._preemption is not None:
+            lift, before = self._preemption.around(lift), self._preemption.before_call
+        return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift, before=before)
 
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
         """One micro batch: inside, optimizers and schedulers act, and gradients are exchanged, only when the window closes."""
+        if self._preemption is not None:
+            self._preemption.before_call()
         if self.gradient_state.advance() or self.plan.num_data_shards == 1:
             yield
             return

@@ -17,7 +17,7 @@ from polyaccel.tracking.values import flatten, from_json
 
 STALE_S = 60.0  # a run of another host whose heartbeat is older has ended without saying so
 
-Status = Literal["running", "finished", "crashed"]
+Status = Literal["running", "finished", "preempted", "crashed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """ "running", "finished", or "crashed": it ended by an exception, or its process is gone without having said anything.
+        """ "running", "finished", "preempted" (saved to be continued), or "crashed": it ended by an exception, or its process is gone without having said anything.
 
         On the host of the run its process is looked up, elsewhere the heartbeat decides.
         """
