@@ -234,7 +234,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
         self._engine.close()
 
     def _leave_preempted(self) -> None:
-        self._engine.collectives.barrier("polyaccel.preemption")  # nobody leaves before all have saved: a launcher ends the others
+        self._engine.collectives.barrier("polyaccel.preemption")  # a launcher ends the others when the first leaves
         self.tracking.finish("preempted")
         self.end_training()
 

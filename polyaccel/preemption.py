@@ -86,7 +86,7 @@ class Preemption:
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._on_signal)
         else:
-            log.warning("preemption='save': the Accelerator was not made on the main thread, which alone receives signals")
+            log.warning("preemption='save': this Accelerator is not on the main thread, which alone receives signals")
         if self._num_processes > 1:
             store = self._open_store()
             self._thread = threading.Thread(target=self._watch, args=(store,), name="preemption", daemon=True)
@@ -127,7 +127,8 @@ class Preemption:
 
     def _at_boundary(self) -> None:
         self._has_updated = False
-        self._num_boundaries += 1  # before the question below: whoever reads the count after asking to wait sees all that pass
+        # Before the question: whoever asks this thread to wait, and then reads the count, sees every boundary that it passed.
+        self._num_boundaries += 1
         if self._is_noticed:
             self._wait_and_leave()
 
@@ -137,7 +138,7 @@ class Preemption:
             raise self._failure
         if self._stop is None or self._num_boundaries < self._stop:
             return
-        log.warning("%s: saving after update %d, then leaving with exit code %d", self._reason, self._num_boundaries, PREEMPTED)
+        log.warning("%s: saving after update %d, to leave with code %d", self._reason, self._num_boundaries, PREEMPTED)
         self._save()
         self._is_leaving = True
         self._leave()

@@ -13,8 +13,6 @@ PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
 PREEMPTIONS = ("off", "save")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
-PREEMPTIONS = ("off", "save")
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
@@ -51,11 +49,6 @@ class Config:
     compile_backend: str = _setting("inductor", "torch: the torch.compile backend")
     compilation_cache: str = _setting(
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
-    )
-    preemption: Literal["off", "save"] = _setting(
-        "off",
-        f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
-        choices=PREEMPTIONS,
     )
     preemption: Literal["off", "save"] = _setting(
         "off",
