@@ -82,6 +82,8 @@ def _on_cluster(
     from polyaccel.config.resolve import section_of
     from polyaccel.launch.cluster import Job
 
+    if settings.on == "slurm" and "preemption" not in gathered.values:
+        gathered.add("preemption", "save", "launch --on slurm")  # Slurm signals, and its script queues what has saved again
     job = Job.of(command, gathered, settings)
     if settings.on == "slurm":
         return _slurm(job, gathered, emit)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from polyaccel.config.schema import SlurmSettings
+from polyaccel.config.schema import PREEMPTED, SlurmSettings
 from polyaccel.launch.cluster import Job, run_tool
-
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the script saved its state and wants to be continued
 
 
 def script(job: Job, slurm: SlurmSettings) -> str:
