@@ -83,7 +83,8 @@ def _on_cluster(
     from polyaccel.launch.cluster import Job
 
     if settings.on == "slurm" and "preemption" not in gathered.values:
-        gathered.add("preemption", "save", "launch --on slurm")  # Slurm signals, and its script queues what has saved again
+        # Slurm signals a job that it preempts, and the script queues one that has saved again.
+        gathered.add("preemption", "save", "launch --on slurm")
     job = Job.of(command, gathered, settings)
     if settings.on == "slurm":
         return _slurm(job, gathered, emit)
