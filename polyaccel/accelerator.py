@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from os import PathLike
 from typing import Any, Literal
@@ -10,10 +10,11 @@ from typing import Any, Literal
 from polyaccel import seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config
+from polyaccel.config.profile import ProfileKwargs, profile_handler
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.config.resolve import resolve
 from polyaccel.dialects import of_script
-from polyaccel.facade import Collectives, Places, Steps, Tracking
+from polyaccel.facade import Collectives, Looking, Places, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
@@ -27,7 +28,7 @@ from polyaccel.tracking import Observer, Session, describe_job
 SETTINGS = frozenset(field.name for field in fields(Config))
 
 
-class Accelerator(Places, Steps, Collectives, Tracking):
+class Accelerator(Places, Steps, Collectives, Tracking, Looking):
     """One training script, on the engine that the configuration names.
 
     Args:
@@ -53,6 +54,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
             folder is written in any case, from `init_trackers` or the first `log` on.
         project_dir: folder of the project: checkpoints, and runs below `runs/`.
         project_config: a ProjectConfiguration, for everything else about them.
+        kwargs_handlers: a ProfileKwargs: what `profile` records.
 
     A value left at None comes from its POLYACCEL_* environment variable, else from its default. Must be created on every process
     of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError, BackendNotFoundError,
@@ -79,11 +81,13 @@ class Accelerator(Places, Steps, Collectives, Tracking):
         log_with: Any = None,
         project_dir: str | PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
+        kwargs_handlers: Iterable[ProfileKwargs] | None = None,
     ) -> None:
         given = locals()
         arguments = {name: given[name] for name in SETTINGS if name in given}
         self.config: Config = resolve({**arguments, "backend": None if backend == "auto" else backend})
         chosen = choose_backend(self.config.backend)
+        self._profile_handler = profile_handler(kwargs_handlers)
         expected = of_script()  # before the engine imports frameworks of its own
         self._engine = chosen.open(self.config, from_environment())
         capabilities = chosen.capabilities
@@ -112,6 +116,7 @@ class Accelerator(Places, Steps, Collectives, Tracking):
             share=lambda value: self._gathering.broadcast_object_list([value])[0],
         )
         self._differentiates_values = "backward_value" in capabilities.features
+        self._features = capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()

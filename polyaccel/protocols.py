@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from polyaccel.config import Config
@@ -23,12 +24,19 @@ if TYPE_CHECKING:  # both live above the seam and are only named by it
 Array = Any  # an array of the engine's framework
 T = TypeVar("T")
 
-Feature = Literal["backward_value", "gradient_sync", "compile", "multi_process", "compile_events"]
+Feature = Literal[
+    "backward_value", "gradient_sync", "compile", "multi_process", "compile_events", "device_stats", "flops", "profile"
+]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here
 # compile_events: the engine lists every program that it compiles, as `engine.compile_events`
+# device_stats:   `engine.device_name` is what the driver calls its devices, and `engine.device_memory()` the most bytes that were in use
+#                 on one of this process's devices, with the limit: (used, limit or None); None where it is the host's own memory
+# flops:          `engine.count_flops()` starts counting what its programs multiply, and gives a function that returns the floating
+#                 point operations since then, of all devices of the job; None where a program cannot be counted
+# profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
 
 
 # -- before any framework is imported ------------------------------------------------------------------------------------
@@ -202,6 +210,32 @@ class StepSpec:
     max_grad_norm: float | None = None
     scale: float = 1.0
     bridge: Bridge | None = None
+
+
+class Tracer(Protocol):
+    """Records what the host and the devices do, into files. Used in this order: warm_up, start, stop, and again; or discard."""
+
+    native: Any  # the framework's own profiler, which user code may ask; None where it has none
+
+    def warm_up(self) -> None:
+        """Get ready: what the recorder needs to settle is thrown away."""
+        ...
+
+    def start(self, folder: Path, name: str) -> None:
+        """Record from now on. The files will stand in `folder`, and `name` is like no other of it."""
+        ...
+
+    def stop(self) -> list[Path]:
+        """Write the trace and return its files: a JSON of Chrome's format (`.json` or `.json.gz`) where the framework writes one."""
+        ...
+
+    def discard(self) -> None:
+        """End a warm-up that no recording follows."""
+        ...
+
+    def span(self, name: str, step: int | None) -> AbstractContextManager[Any]:
+        """A named span of the trace; with a number, that of a step."""
+        ...
 
 
 class Collectives(Protocol):

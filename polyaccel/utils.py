@@ -1,7 +1,8 @@
 """Accelerate's `accelerate.utils` names, re-exported. No code lives here, and nothing in the core imports it."""
 
+from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.seeding import set_seed
 from polyaccel.tracking.names import LoggerType
 
-__all__ = ["LoggerType", "ProjectConfiguration", "set_seed"]
+__all__ = ["LoggerType", "ProfileKwargs", "ProjectConfiguration", "set_seed"]

@@ -15,7 +15,8 @@ COMMANDS = {
     "doctor": "try every engine on this machine, and name what is wrong and its cure",
     "env": "what a bug report needs to say about this machine",
     "launch": "start a training script on an engine, with one or more processes",
-    "runs": "list, show and report the runs that scripts have logged, and send them to trackers",
+    "runs": "list, show, report and open the runs that scripts have logged, and send them to trackers",
+    "test": "train on every engine through the configuration in force, and hold the numbers against known ones",
 }
 
 

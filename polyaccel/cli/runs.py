@@ -1,4 +1,4 @@
-"""`polyaccel runs`: lists run folders, shows and reports one, and sends one to a tracker afterwards."""
+"""`polyaccel runs`: lists run folders, shows and reports one, sends one to a tracker afterwards, and opens them in a dashboard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reporting.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html in the run's folder)"
     )
-    for command in (listing, showing, reporting, sending):
+    opening = commands.add_parser("ui", help="show runs in trackio's dashboard")
+    opening.add_argument("run", nargs="*", help="only these: folders, ids, or starts of ids (default: all)")
+    opening.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (default: 127.0.0.1, this machine alone)"
+    )
+    opening.add_argument("--port", type=int, help="port to serve at (default: the first free one from 7860 on)")
+    opening.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    for command in (listing, showing, reporting, sending, opening):
         _add_place(command, is_sub=True)
 
 
@@ -33,16 +40,16 @@ def _add_place(parser: argparse.ArgumentParser, *, is_sub: bool = False) -> None
     parser.add_argument(
         "--folder", default=argparse.SUPPRESS if is_sub else "runs", help="where the runs are (default: runs)"
     )
-    lists = not is_sub or parser.prog.endswith(" list")
+    lists = not is_sub or parser.prog.endswith((" list", " ui"))
     if lists:
         parser.add_argument(
-            "--project", default=argparse.SUPPRESS if is_sub else None, help="list only the runs of this project"
+            "--project", default=argparse.SUPPRESS if is_sub else None, help="only the runs of this project"
         )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run one of the subcommands."""
-    commands = {None: _list, "list": _list, "show": _show, "report": _report, "replay": _replay}
+    commands = {None: _list, "list": _list, "show": _show, "report": _report, "replay": _replay, "ui": _ui}
     return commands[options.runs_command](options)
 
 
@@ -112,3 +119,17 @@ def _replay(options: argparse.Namespace) -> int:
         f" {sent.num_artifacts} artifacts{left_out}"
     )
     return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from polyaccel.tracking.dashboard import serve
+    from polyaccel.tracking.runs import find_run, list_runs
+
+    if options.run:
+        runs = [find_run(name, options.folder) for name in options.run]
+    else:
+        runs = list_runs(options.folder, options.project)
+    if not runs:
+        print(f"no runs below {options.folder!r}")
+        return 1
+    return serve(runs, host=options.host, port=options.port, opens_browser=not options.no_browser)

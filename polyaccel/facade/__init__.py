@@ -1,8 +1,9 @@
 """What `Accelerator` can do, one file per topic; `polyaccel/accelerator.py` puts the topics together."""
 
 from polyaccel.facade.collectives import Collectives
+from polyaccel.facade.looking import Looking
 from polyaccel.facade.places import Places
 from polyaccel.facade.steps import Steps
 from polyaccel.facade.tracking import Tracking
 
-__all__ = ["Collectives", "Places", "Steps", "Tracking"]
+__all__ = ["Collectives", "Looking", "Places", "Steps", "Tracking"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from polyaccel.accumulation import GradientState
 from polyaccel.config import Config
+from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.gathering import Gathering
 from polyaccel.plan import Plan
@@ -28,3 +29,5 @@ class Parts:
     _observer: Observer | None
     _preemption: Preemption | None
     _differentiates_values: bool
+    _features: frozenset[str]
+    _profile_handler: ProfileKwargs

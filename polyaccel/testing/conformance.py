@@ -8,6 +8,8 @@ All references are computed here in numpy float64, so agreement is with the math
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 
 from polyaccel import Accelerator
+from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS
@@ -478,6 +481,54 @@ class Conformance:
         steps, losses = zip(*run.series("loss"), strict=True)
         assert steps == tuple(range(len(steps)))
         np.testing.assert_allclose(losses, reference()[0], rtol=TOLERANCE, atol=TOLERANCE)
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    def test_a_bar_counts_the_steps_and_samples_of_a_loader_and_leaves_the_loop_as_it_was(self, tmp_path: Path) -> None:
+        accelerator = self.accelerator(project_dir=tmp_path)
+        prepared = self.prepared(accelerator)
+        step = accelerator.train_step(self.case.loss, *prepared[:2])
+        accelerator.init_trackers("conformance")
+        ends, losses = [], []
+        for batch in accelerator.progress(prepared[2], description="train"):
+            losses.append(number(step(batch)))
+            ends.append(accelerator.gradient_state.end_of_dataloader)
+        accelerator.tracking.finish()
+        assert ends == [False, False, False, True]
+        self.assert_equals(accelerator, prepared[0], losses, reference())
+        (run,) = list_runs(tmp_path / "runs")
+        (noted,) = run.events("progress")
+        assert (noted["description"], noted["num_steps"], noted["is_over"]) == ("train", 4, True)
+        assert noted["samples_per_s"] == pytest.approx(GLOBAL_BATCH * noted["steps_per_s"])
+        assert 0 <= noted["data_share"] <= 1
+
+    def test_a_profile_has_the_steps_that_its_schedule_records(self, tmp_path: Path) -> None:
+        accelerator = self.accelerator()
+        settings = ProfileKwargs(
+            schedule_option={"skip_first": 1, "wait": 1, "warmup": 1, "active": 1, "repeat": 1},
+            output_trace_dir=tmp_path,
+        )
+        if "profile" not in load_backend(self.case.backend).capabilities.features:
+            with pytest.raises(UnsupportedError, match="profile"):
+                accelerator.profile(settings)
+            return
+        model, optimizer, loader = self.prepared(accelerator)
+        step = accelerator.train_step(self.case.loss, model, optimizer)
+        with accelerator.profile(settings) as profile:
+            for batch in [batch for _ in range(2) for batch in loader]:
+                with profile.span("my span"):
+                    step(batch)
+                profile.step()
+        assert profile.files
+        assert all(file.stat().st_size for file in profile.files)
+        for file in profile.files:  # XLA's own format holds texts as they are
+            content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+            if ".json" in file.name:
+                names = {event.get("name") for event in json.loads(content)["traceEvents"]}
+                assert {"ProfilerStep#3", "my span"} <= names
+                assert "ProfilerStep#2" not in names
+            elif file.name.endswith(".xplane.pb"):
+                assert b"my span" in content
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

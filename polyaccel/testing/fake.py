@@ -6,9 +6,12 @@ torch, xla and jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +36,7 @@ from polyaccel.topology import Topology
 if TYPE_CHECKING:
     from polyaccel.accumulation import GradientState
     from polyaccel.config import Config
+    from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
 
@@ -187,6 +191,36 @@ class _Collectives:
         return MemoryStore()
 
 
+class FakeTracer:
+    """Writes the spans that the core names, and nothing else, since nothing else happens here."""
+
+    native = None
+
+    def __init__(self) -> None:
+        self._spans: list[dict[str, Any]] = []
+
+    def warm_up(self) -> None:
+        return None
+
+    def start(self, folder: Path, name: str) -> None:
+        self._file = folder / f"{name}.trace.json"
+        self._spans = []
+
+    def stop(self) -> list[Path]:
+        self._file.write_text(json.dumps({"traceEvents": self._spans}), "utf-8")
+        return [self._file]
+
+    def discard(self) -> None:
+        return None
+
+    @contextmanager
+    def span(self, name: str, step: int | None) -> Iterator[None]:
+        began = time.perf_counter_ns()
+        yield
+        microseconds = (time.perf_counter_ns() - began) / 1000
+        self._spans.append({"name": name, "ph": "X", "ts": began / 1000, "dur": microseconds, "pid": 0, "tid": 0})
+
+
 class FakeEngine:
     """One process, one device."""
 
@@ -212,6 +246,9 @@ class FakeEngine:
 
     def synchronize(self) -> None:
         return None
+
+    def tracer(self, settings: ProfileKwargs) -> FakeTracer:
+        return FakeTracer()
 
     def close(self) -> None:
         return None
@@ -339,7 +376,7 @@ class FakeBackend:
         mesh_axes=frozenset({"data"}),
         mixed_precision=frozenset({"no"}),
         accepts_bridges=False,
-        features=frozenset({"backward_value"}),
+        features=frozenset({"backward_value", "profile"}),
         kinds={
             ("polyaccel", "FakeModel"): ("fake", "model"),
             ("polyaccel", "FakeSGD"): ("fake", "optimizer"),

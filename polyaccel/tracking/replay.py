@@ -56,7 +56,7 @@ def replay(run: Run | str | Path, to: str, **options: Any) -> Replayed:
 
 def _send(source: Run, tracker: Any, to: str) -> Replayed:
     counts = {"metrics": 0, "image": 0, "table": 0, "artifact": 0, "left out": 0}
-    for kind, line in _in_order(source):
+    for kind, line in in_order(source):
         if line.get("only") not in (None, to):
             continue
         try:
@@ -67,7 +67,8 @@ def _send(source: Run, tracker: Any, to: str) -> Replayed:
     return Replayed(counts["metrics"], counts["image"], counts["table"], counts["artifact"], counts["left out"])
 
 
-def _in_order(source: Run) -> list[tuple[str, dict[str, Any]]]:
+def in_order(source: Run) -> list[tuple[str, dict[str, Any]]]:
+    """Everything of a run that a tracker can be sent, by time: ("metrics", "image", "table" or "artifact", its line)."""
     lines: list[tuple[str, dict[str, Any]]] = [
         ("metrics", {"time": entry.time, "step": entry.step, "values": entry.values, "only": entry.only})
         for entry in source.metrics()

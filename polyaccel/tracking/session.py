@@ -79,6 +79,11 @@ class Session:
         """The run folder, once there is one."""
         return None if self._record is None else self._record.folder
 
+    @property
+    def latest(self) -> Mapping[str, tuple[int, float]]:
+        """By name the number of the log call and the last number logged, as far as they have come from the devices."""
+        return {} if self._writer is None else self._writer.latest
+
     # -- start -----------------------------------------------------------------------------------------------------------------
 
     def start(

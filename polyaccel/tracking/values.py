@@ -121,6 +121,17 @@ def start(waiting: list[Late]) -> None:
             late.finish, late.start = late.start(), None
 
 
+def fetch(values: Mapping[str, Any]) -> dict[str, Any] | Callable[[], dict[str, Any]]:
+    """The numbers of values; where some are on a device still, a function that waits for them and gives all of them."""
+    waiting: list[Late] = []
+    taken = take(values, waiting)
+    start(waiting)
+    if any(isinstance(value, Late) for value in taken.values()):
+        return partial(settle, taken)
+    settled: dict[str, Any] = settle(taken)
+    return settled
+
+
 def settle(value: Any) -> Any:
     """Numbers, text, lists and dicts, with every late value fetched; objects of other kinds (a vendor's own) stay as they are."""
     if type(value) in _PLAIN:

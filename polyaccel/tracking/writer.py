@@ -29,7 +29,7 @@ from polyaccel.tracking.files import Lines, encode
 from polyaccel.tracking.png import to_png
 from polyaccel.redaction import Redaction
 from polyaccel.tracking.tracker import GeneralTracker
-from polyaccel.tracking.values import settle
+from polyaccel.tracking.values import flatten, settle
 from polyaccel.tracking.worker import Worker
 
 FLUSH_S = 0.1
@@ -113,6 +113,8 @@ class RunWriter(threading.Thread):
         self.folder = folder
         self.workers = {worker.tracker_name: worker for worker in workers}
         self.num_dropped = 0
+        self.latest: Mapping[str, tuple[int, float]] = {}  # by name (number of the log call, the number logged last)
+        self._num_logs = 0
         suffix = "" if process_index == 0 else f"-{process_index}"
         self._metrics = Lines(folder / f"metrics{suffix}.jsonl")
         self._events = Lines(folder / f"events{suffix}.jsonl")
@@ -237,6 +239,9 @@ class RunWriter(threading.Thread):
 
     def _write_metrics(self, record: Metrics) -> None:
         values = settle(record.values)
+        self._num_logs += 1
+        numbers = {n: (self._num_logs, v) for n, v in flatten(values, "/").items() if type(v) in (int, float)}
+        self.latest = {**self.latest, **numbers}  # a new one: other threads read it
         line = {"time": record.time, "step": record.step, "values": self._redaction.values(values)}
         if record.only is not None:
             line["only"] = record.only

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, final
 
 from polyaccel.protocols import CompileEvent
+from polyaccel_jax.flops import FlopMeter
 
 _log = logging.getLogger("polyaccel.jax")
 _MANY = 8  # programs of one kind from which on each is a warning: buckets of a batch are fewer
@@ -26,6 +27,7 @@ class CompileLog:
         self.events: list[CompileEvent] = []
         self.count = 0  # programs traced, one that failed to compile included
         self.num_updates = 0  # optimizer updates that were taken
+        self.meter: FlopMeter | None = None  # counts operations, once somebody asks for them
         self._pending: tuple[str, Facts] | None = None
         self._capture_s = 0.0
         self._seen: dict[str, list[Facts]] = {}
@@ -51,6 +53,8 @@ class CompileLog:
         result = function(*args)
         if self._pending is not None:
             self._note(*self._pending, time.perf_counter() - start)
+        if self.meter is not None:
+            self.meter.ran(function, args)
         return result
 
     def _note(self, program: str, facts: Facts, compile_s: float) -> None:

@@ -17,10 +17,11 @@ from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
 from polyaccel.topology import Topology
-from polyaccel_jax import dialect, state
+from polyaccel_jax import dialect, looking, state
 from polyaccel_jax.collectives import JaxCollectives
 from polyaccel_jax.compiles import CompileLog
 from polyaccel_jax.dialect import compilation_cache
+from polyaccel_jax.flops import FlopMeter
 from polyaccel_jax.fused import FusedStep
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.mesh import DeviceMesh
@@ -29,6 +30,7 @@ from polyaccel_jax.random_stream import RandomStream
 from polyaccel_jax.step import Steps
 
 if TYPE_CHECKING:
+    from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
 
@@ -106,6 +108,25 @@ class JaxEngine:
     def compile_events(self) -> list[CompileEvent]:
         """Every program that was compiled, with its cause."""
         return self.compiles.events
+
+    @property
+    def device_name(self) -> str:
+        """What the driver calls the devices."""
+        return self.topology.device_kind
+
+    def device_memory(self) -> tuple[int, int | None] | None:
+        """The most bytes that were in use on one of this process's devices, and its limit; None on the CPU."""
+        return looking.device_memory(self._local_devices)
+
+    def count_flops(self) -> Callable[[], float | None]:
+        """Operations of the programs that are started from now on."""
+        meter = self.compiles.meter = self.compiles.meter or FlopMeter()
+        before = meter.total
+        return lambda: None if meter.total is None or before is None else meter.total - before
+
+    def tracer(self, settings: ProfileKwargs) -> looking.JaxTracer:
+        """jax.profiler."""
+        return looking.JaxTracer(settings, self._local_devices)
 
     def seed(self, value: int) -> None:
         """Restart the random stream. In a job of several processes the seed of process 0 counts for all."""

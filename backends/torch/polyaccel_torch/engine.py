@@ -13,8 +13,8 @@ from torch import nn
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import PrepareError
-from polyaccel.protocols import LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import parallel, state
+from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
+from polyaccel_torch import looking, parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers
 from polyaccel_torch.dialect.modules import Autocast
 from polyaccel_torch.placement import StreamFeeder
@@ -22,6 +22,7 @@ from polyaccel_torch.precision import LossScaler, autocast_of
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
+    from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
 
@@ -67,6 +68,19 @@ class TorchEngine:
         """Wait for the GPU; the CPU has finished already."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
+
+    @property
+    def device_name(self) -> str:
+        """What the driver calls this process's device."""
+        return looking.device_name(self.device)
+
+    def device_memory(self) -> tuple[int, int | None] | None:
+        """The most bytes that were in use on it, and its size; None on the CPU."""
+        return looking.device_memory(self.device)
+
+    def tracer(self, settings: ProfileKwargs) -> looking.TorchTracer:
+        """torch.profiler."""
+        return looking.TorchTracer(settings)
 
     def close(self) -> None:
         """Leave the job."""

@@ -28,7 +28,7 @@ class XlaBackend:
         mesh_axes=frozenset({"replica", "data"}),
         mixed_precision=frozenset({"no", "bf16"}),
         accepts_bridges=False,
-        features=frozenset({"backward_value"}),
+        features=frozenset({"backward_value", "profile"}),
     )
 
     def probe(self) -> Probe:

@@ -31,6 +31,7 @@ from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_paramete
 from polyaccel_xla import state
 from polyaccel_xla.batch_norm import correct_running_variance
 from polyaccel_xla.collectives import SpmdCollectives, join, leave
+from polyaccel_xla.looking import XlaTracer
 from polyaccel_xla.spmd import Placement
 from polyaccel_xla.step import (
     Update,
@@ -44,6 +45,7 @@ from polyaccel_xla.step import (
 if TYPE_CHECKING:
     from polyaccel.accumulation import GradientState
     from polyaccel.config import Config
+    from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
 
@@ -160,6 +162,10 @@ class XlaEngine:
         """Start all traced work and return when the devices are done."""
         torch_xla.sync(wait=True)
         xm.wait_device_ops()
+
+    def tracer(self, settings: ProfileKwargs) -> XlaTracer:
+        """torch_xla's recorder."""
+        return XlaTracer(settings)
 
     def close(self) -> None:
         """Leave the group of hosts; the runtime itself lives as long as the process."""
