@@ -1,4 +1,4 @@
-"""Finds backends, bridges and trackers by entry point, ours and third parties' alike. Nothing is imported until it is asked for."""
+"""Finds backends, bridges, trackers and readers of files by entry point, ours and third parties' alike; imports none until asked for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 from polyaccel.dialects import Dialect
 from polyaccel.errors import BackendNotFoundError, BackendUnavailableError, UnsupportedError, nearest
 from polyaccel.protocols import Backend, Bridge
+from polyaccel.stored import TreeFiles
 
 BACKENDS = "polyaccel.backends"
 BRIDGES = "polyaccel.bridges"
 TRACKERS = "polyaccel.trackers"
+TREE_FILES = "polyaccel.tree_files"
 # For "auto". torch_xla is only imported by who means it, and a jax that is loaded beside torch is often some library's.
 _PREFERENCE = ("torch", "jax", "xla")
 _PREFERENCE_LOADED = ("xla", "torch", "jax")
@@ -79,6 +81,17 @@ def _in_order(preference: tuple[str, ...]) -> list[str]:
 def tracker_entries() -> dict[str, EntryPoint]:
     """Installed trackers by name; `polyaccel.tracking` loads and checks them."""
     return _entries(TRACKERS)
+
+
+def load_tree_files(name: str) -> TreeFiles:
+    """Whoever reads and writes another library's files: "torch", "dcp", "orbax". Raises UnsupportedError when nobody is installed."""
+    entry = _entries(TREE_FILES).get(name)
+    if entry is None:
+        raise UnsupportedError(
+            f"nothing that is installed reads or writes the files of {name}", nearest(name, _entries(TREE_FILES))
+        )
+    files: TreeFiles = entry.load()()
+    return files
 
 
 def load_bridge(source: Dialect, target: Dialect, *, backend: str) -> Bridge:

@@ -1,0 +1,1 @@
+"""Files of torch and of its distributed checkpoints, read without running what they hold."""
