@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
+from polyaccel.case import Case as Case
 from polyaccel.config import Config
 from polyaccel.dialects import Dialect, Role
 from polyaccel.store import Store
@@ -89,16 +90,6 @@ class AgentJob:
     join_timeout_s: int = 600
 
 
-@dataclass(frozen=True, slots=True)
-class TinyTraining:
-    """A model, its optimizer, its batches and its loss in a backend's own dialect, to see whether an engine works at all."""
-
-    model: Any
-    optimizer: Any
-    loader: Any
-    loss_fn: Callable[[Any, Any], Any]
-
-
 class Backend(Protocol):
     """An adapter before its framework is imported. Touching it is cheap and never raises."""
 
@@ -117,8 +108,9 @@ class Backend(Protocol):
         Raises LaunchError for more processes than devices can serve."""
         ...
 
-    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
-        """A training on a (rows, columns) numpy array whose loss falls in the first step. Imports the framework."""
+    def case(self) -> Case:
+        """The smallest training in the backend's own dialect, to see whether an engine computes what it should. Imports the
+        framework."""
         ...
 
     def holds_devices(self) -> str | None:

@@ -148,6 +148,11 @@ def inherited_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def environment_without_settings() -> dict[str, str]:
+    """This process's environment for a process to which none of the settings applies, those of the user's file included."""
+    return {**{name: text for name, text in os.environ.items() if not name.startswith(PREFIX)}, _FILE: "off"}
+
+
 @contextmanager
 def adopt_environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Let this process be a worker with these variables, as if the launcher had started it with them."""

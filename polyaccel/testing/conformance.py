@@ -3,120 +3,30 @@
     class TestMine(Conformance):
         case = MyCase()     # how the backend's own dialect writes a model, an optimizer, a loader and a loss
 
-All references are computed here in numpy float64, so agreement is with the mathematics and not with another engine.
+All references are computed in numpy float64 (`reference.py`), so agreement is with the mathematics and not with another engine.
+Needs pytest; `polyaccel test --conformance` runs it.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytest
 
 from polyaccel import Accelerator
+from polyaccel.case import Case
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS
 from polyaccel.registry import load_backend
+from polyaccel.testing.reference import BIAS, GLOBAL_BATCH, LR, TOLERANCE, WEIGHT, X, Y, number, on_host, reference
 from polyaccel.tracking import list_runs
-
-GLOBAL_BATCH = 8
-_rows = np.random.default_rng(7)
-X = _rows.normal(size=(32, 3)).astype(np.float32)  # (rows, in)
-Y = _rows.normal(size=(32, 2)).astype(np.float32)  # (rows, out)
-WEIGHT = _rows.normal(size=(3, 2)).astype(np.float32)  # (in, out)
-BIAS = np.zeros(2, np.float32)
-LR = 0.1
-# float32 accumulates about 1e-7 per operation; some hundred operations lead to the numbers compared here.
-TOLERANCE = 2e-5
-
-
-class Case(Protocol):
-    """A dialect's way to write the suite's model; every method returns the framework's own objects."""
-
-    backend: str
-
-    def model(self, weight: Any, bias: Any) -> Any:
-        """x @ weight + bias."""
-        ...
-
-    def optimizer(self, model: Any, lr: float) -> Any:
-        """Plain SGD."""
-        ...
-
-    def scheduler(self, optimizer: Any, gamma: float) -> Any | None:
-        """lr *= gamma at each step; None where schedules live inside the optimizer."""
-        ...
-
-    def loader(self, x: Any, y: Any, batch_size: int) -> Any:
-        """Rows of {"x": ..., "y": ...} in order."""
-        ...
-
-    def loss(self, model: Any, batch: Any) -> Any:
-        """mean((model(x) - y) ** 2), as user code of the dialect."""
-        ...
-
-    def parameters(self, model: Any) -> Any:
-        """What clip_grad_norm_ takes for a prepared model."""
-        ...
-
-    def array(self, values: Any) -> Any:
-        """An array of the dialect."""
-        ...
-
-    def weights(self, model: Any) -> dict[str, Any]:
-        """{"weight": (in, out), "bias": (out,)} of an unwrapped model, as numpy."""
-        ...
-
-
-def reference(
-    *,
-    epochs: int = 1,
-    accumulate: int = 1,
-    max_norm: float | None = None,
-    gamma: float = 1.0,
-    skipped: Sequence[int] = (),
-    x: Any = X,
-    y: Any = Y,
-) -> tuple[list[float], Any, Any]:
-    """(losses, weight, bias) of SGD on global batches, in float64; the updates numbered in `skipped` do not happen."""
-    weight, bias, lr = WEIGHT.astype(np.float64), BIAS.astype(np.float64), LR
-    losses, grads, count = [], [np.zeros_like(weight), np.zeros_like(bias)], 0
-    for _ in range(epochs):
-        for start in range(0, len(x), GLOBAL_BATCH):
-            rows, target = (
-                x[start : start + GLOBAL_BATCH].astype(np.float64),
-                y[start : start + GLOBAL_BATCH].astype(np.float64),
-            )
-            error = rows @ weight + bias - target
-            losses.append(float((error**2).mean()))
-            slope = 2 * error / error.size / accumulate
-            grads = [grads[0] + rows.T @ slope, grads[1] + slope.sum(0)]
-            count += 1
-            if count % accumulate and start + GLOBAL_BATCH < len(x):
-                continue
-            count = 0
-            norm = np.sqrt(sum(float((g**2).sum()) for g in grads))
-            factor = min(1.0, max_norm / (norm + 1e-6)) if max_norm is not None else 1.0
-            if len(losses) - 1 not in skipped:
-                weight, bias = weight - lr * factor * grads[0], bias - lr * factor * grads[1]
-            grads, lr = [np.zeros_like(weight), np.zeros_like(bias)], lr * gamma
-    return losses, weight, bias
-
-
-def number(value: Any) -> float:
-    """A scalar of any framework as a float; torch warns when a value with gradients is converted by float() itself."""
-    return float(value.item() if hasattr(value, "item") else value)
-
-
-def on_host(value: Any) -> Any:
-    """An array of any framework, on any device, as numpy."""
-    return np.asarray(value.cpu() if hasattr(value, "cpu") else value)
 
 
 class Conformance:
@@ -270,7 +180,7 @@ class Conformance:
         assert moved.max() > 0
 
     def test_a_scheduler_moves_with_real_updates_only(self) -> None:
-        if self.case.scheduler(None, 0.5) is None:
+        if not self.case.has_schedulers:
             pytest.skip("the dialect's schedules live inside its optimizers")
         for form in self.forms():
             accelerator = self.accelerator(gradient_accumulation_steps=2, split_batches=True)
@@ -283,7 +193,7 @@ class Conformance:
             self.assert_equals(accelerator, prepared[0], losses, reference(epochs=2, accumulate=2, gamma=0.5))
 
     def test_without_split_batches_a_scheduler_takes_one_step_per_data_shard(self) -> None:
-        if self.case.scheduler(None, 0.5) is None:
+        if not self.case.has_schedulers:
             pytest.skip("the dialect's schedules live inside its optimizers")
         accelerator = self.accelerator()
         prepared = self.prepared(accelerator, gamma=0.5)

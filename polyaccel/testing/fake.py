@@ -27,7 +27,6 @@ from polyaccel.protocols import (
     RetainedLoss,
     Shard,
     StepSpec,
-    TinyTraining,
     WorkerSlot,
 )
 from polyaccel.store import MemoryStore
@@ -367,6 +366,38 @@ class _Rows:
         return iter(self._loader.batches())
 
 
+class FakeCase:
+    """The smallest training of the dialect (`polyaccel.case.Case`)."""
+
+    backend = "fake"
+    dialect = "fake"
+    has_schedulers = True
+
+    def model(self, weight: Any, bias: Any) -> FakeModel:
+        return FakeModel(weight, bias)
+
+    def optimizer(self, model: FakeModel, lr: float) -> FakeSGD:
+        return FakeSGD(model, lr)
+
+    def scheduler(self, optimizer: FakeSGD, gamma: float) -> FakeScheduler:
+        return FakeScheduler(optimizer, gamma)
+
+    def loader(self, x: Any, y: Any, batch_size: int) -> FakeLoader:
+        return FakeLoader({"x": x, "y": y}, batch_size)
+
+    def loss(self, model: FakeModel, batch: Any) -> FakeLoss:
+        return model.squared_error(batch["x"], batch["y"])
+
+    def parameters(self, model: FakeModel) -> FakeModel:
+        return model
+
+    def array(self, values: Any) -> Any:
+        return np.asarray(values)
+
+    def weights(self, model: FakeModel) -> dict[str, Any]:
+        return model.params
+
+
 class FakeBackend:
     """The declaration: what exists before anything is imported."""
 
@@ -397,10 +428,8 @@ class FakeBackend:
             )
         return (WorkerSlot(),)
 
-    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
-        model = FakeModel(np.zeros((data.shape[1], 1)), np.zeros(1))
-        loader = FakeLoader({"x": data, "y": np.full((len(data), 1), 3.0)}, batch_size)
-        return TinyTraining(model, FakeSGD(model, 0.01), loader, lambda model, b: model.squared_error(b["x"], b["y"]))
+    def case(self) -> FakeCase:
+        return FakeCase()
 
     def holds_devices(self) -> str | None:
         return None

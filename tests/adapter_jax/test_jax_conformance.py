@@ -1,9 +1,9 @@
 """The conformance suite on the jax engine, in both dialects."""
 
 from conformance.flax_case import FlaxCase
-from conformance.torch_case import TorchCase
 
 from polyaccel.testing.conformance import Conformance
+from polyaccel_torch.dialect.case import TorchCase
 
 
 class TestFlaxOnJax(Conformance):

@@ -1,8 +1,7 @@
 """The conformance suite on the torch engine, in the torch dialect."""
 
-from conformance.torch_case import TorchCase
-
 from polyaccel.testing.conformance import Conformance
+from polyaccel_torch.dialect.case import TorchCase
 
 
 class TestTorch(Conformance):

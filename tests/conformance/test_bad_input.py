@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conformance.torch_case import TorchCase
 
 from polyaccel import Accelerator, PolyaccelError
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel_torch.dialect.case import TorchCase
 
 torch = pytest.importorskip("torch", reason="every environment of scripts/test has torch")
 HAS_JAX = importlib.util.find_spec("flax") is not None

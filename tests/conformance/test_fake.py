@@ -1,41 +1,12 @@
 """The conformance suite on the backend without a framework: it proves the suite, and the page that shows how to write a backend."""
 
-import numpy as np
 import pytest
 
 from polyaccel.registry import register_backend
 from polyaccel.testing.conformance import Conformance
-from polyaccel.testing.fake import FakeBackend, FakeLoader, FakeModel, FakeScheduler, FakeSGD
+from polyaccel.testing.fake import FakeBackend, FakeCase, FakeSGD
 
 register_backend(FakeBackend())
-
-
-class FakeCase:
-    backend = "fake"
-
-    def model(self, weight, bias):
-        return FakeModel(weight, bias)
-
-    def optimizer(self, model, lr):
-        return FakeSGD(model, lr)
-
-    def scheduler(self, optimizer, gamma):
-        return FakeScheduler(optimizer, gamma)
-
-    def loader(self, x, y, batch_size):
-        return FakeLoader({"x": x, "y": y}, batch_size)
-
-    def loss(self, model, batch):
-        return model.squared_error(batch["x"], batch["y"])
-
-    def parameters(self, model):
-        return model
-
-    def array(self, values):
-        return np.asarray(values)
-
-    def weights(self, model):
-        return model.params
 
 
 class TestFake(Conformance):

@@ -12,7 +12,8 @@ from polyaccel.testing.conformance import Conformance
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from byte_gpt import CONTEXT, GPT, next_byte_loss
 from conformance.flax_case import FlaxCase
-from conformance.torch_case import TorchCase
+
+from polyaccel_torch.dialect.case import TorchCase
 
 
 class OnDevice(Conformance):

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polyaccel.config import Config
 from polyaccel.errors import BackendUnavailableError, LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Engine, Probe, TinyTraining, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Case, Engine, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.launch.rendezvous import Rendezvous
@@ -53,7 +53,7 @@ class JaxBackend:
     ) -> tuple[WorkerSlot, ...]:
         """One process drives all devices of a machine. More processes share them in equal parts.
 
-        Raises LaunchError where the devices cannot be shared: GPUs whose number does not divide, or TPUs.
+        Raises LaunchError where the devices cannot be shared: GPUs whose number does not divide, or that are not there.
         """
         if num_processes is None or num_processes == 1:
             return (WorkerSlot(),)
@@ -76,11 +76,11 @@ class JaxBackend:
         parts = [names[start : start + each] for start in range(0, len(names), each)]
         return tuple(WorkerSlot({"CUDA_VISIBLE_DEVICES": ",".join(part)}) for part in parts)
 
-    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
-        """A linear model under SGD."""
-        from polyaccel_jax.dialect.tiny import tiny_training
+    def case(self) -> Case:
+        """The smallest training of the flax dialect."""
+        from polyaccel_jax.dialect.case import FlaxCase
 
-        return tiny_training(data, batch_size)
+        return FlaxCase(self.name)
 
     def holds_devices(self) -> str | None:
         """A jax that has opened its devices runs threads, which a fork does not copy."""

@@ -6,10 +6,10 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Probe, TinyTraining, WorkerSlot
+from polyaccel.protocols import AgentJob, Capabilities, Case, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -56,11 +56,11 @@ class TorchBackend:
             )
         return (WorkerSlot(),) * (num_processes or num_gpus or 1)
 
-    def tiny_training(self, data: Any, batch_size: int) -> TinyTraining:
-        """A linear model under SGD."""
-        from polyaccel_torch.dialect.tiny import tiny_training
+    def case(self) -> Case:
+        """The smallest training of the torch dialect."""
+        from polyaccel_torch.dialect.case import TorchCase
 
-        return tiny_training(data, batch_size)
+        return TorchCase(self.name)
 
     def holds_devices(self) -> str | None:
         """CUDA, once it was used, and a process group do not survive a fork."""
