@@ -9,6 +9,8 @@ PolyaccelError
 ├── PrepareError            an object cannot be prepared or captured as it is
 ├── CheckpointError         a checkpoint cannot be written or read
 ├── LaunchError             processes could not be started or could not find each other
+├── NoBatchSizeError        not even one sample fits into memory
+├── NotStartedError         something that needs an Accelerator was used before there was one
 └── TrackerError            a tracker cannot be used
 
 Each says the user's own name and value, why it cannot be, and after `hint:` the way out. Exceptions of the frameworks pass
@@ -65,6 +67,14 @@ class CheckpointError(PolyaccelError):
 
 class LaunchError(PolyaccelError):
     """Processes could not be started or could not find each other."""
+
+
+class NoBatchSizeError(PolyaccelError, RuntimeError):
+    """Not even one sample fits into memory."""
+
+
+class NotStartedError(PolyaccelError, RuntimeError):
+    """Something that needs an Accelerator was used before there was one."""
 
 
 class TrackerError(PolyaccelError):

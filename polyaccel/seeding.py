@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
-import weakref
-from typing import Any
 
+from polyaccel import jobs
 from polyaccel.errors import ConfigError
 from polyaccel.protocols import Engine
 from polyaccel.registry import backend_names, load_backend
 
-_engines: weakref.WeakSet[Any] = weakref.WeakSet()
 _last_seed: int | None = None
 
 
@@ -29,7 +27,7 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     global _last_seed
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} is not a seed", "use an integer from 0 to 2**32 - 1")
-    engines = list(_engines)
+    engines = jobs.engines()
     if device_specific:
         seed += engines[0].topology.process_index if engines else 0
     _last_seed = seed
@@ -52,5 +50,5 @@ def seed_if_unset(seed: int) -> None:
 
 def adopt(engine: Engine, default: int) -> None:
     """Start an engine's stream from the last `set_seed`, or from `default`, and let later ones reach it."""
-    _engines.add(engine)
+    jobs.adopt(engine)
     engine.seed(default if _last_seed is None else _last_seed)
