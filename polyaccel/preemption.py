@@ -222,7 +222,9 @@ class Preemption:
     def _agree(self, store: Store) -> None:
         deadline = time.monotonic() + _ANSWER_TIMEOUT_S
         counts: dict[int, int] = {}
-        while len(counts) < self._num_processes and not self._is_closed:
+        while len(counts) < self._num_processes:
+            if self._is_closed:
+                return  # past the last step
             for index in range(self._num_processes):
                 text = None if index in counts else store.get(self._count_key(index))
                 if text is not None:
@@ -235,8 +237,7 @@ class Preemption:
                 )
                 return
             time.sleep(_ANSWER_POLL_S)
-        else:
-            self._stop = max(counts.values()) + 1
+        self._stop = max(counts.values()) + 1
 
     def _say_goodbye(self, store: Store) -> None:
         """Give the others the time to see that the job has ended, before the store may go with this process."""
