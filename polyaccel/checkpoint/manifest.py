@@ -102,7 +102,7 @@ def decode_manifest(data: bytes) -> Manifest:
     fields = documents.decode(data)
     if fields.get("format") != FORMAT:
         raise Malformed(f"its format is {fields.get('format')!r:.60}, not {FORMAT!r}")
-    if fields.get("version") != VERSION:
+    if whole(fields.get("version"), "version") != VERSION:
         raise Malformed(f"its version is {fields.get('version')!r:.40}; this polyaccel reads version {VERSION}")
     wanted = {
         "checksum",
@@ -122,7 +122,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if type(created) not in (int, float) or not 0 <= created < 2**62:
         raise Malformed(f"created is {created!r:.40}, no time")
     own = tuple(_values_in(item, f"own[{index}]") for index, item in enumerate(sequence(fields["own"], "own")))
-    if not own or len(own) != fields["num_processes"]:
+    if not own or len(own) != whole(fields["num_processes"], "num_processes"):
         raise Malformed(f"num_processes is {fields['num_processes']!r:.40}, and the values of {len(own)} are there")
     manifest = Manifest(
         attempt=_attempt_in(fields["attempt"]),

@@ -6,7 +6,7 @@ import errno
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace as changed
 from typing import Any
@@ -36,6 +36,7 @@ from polyaccel.checkpoint.tensor_file import METADATA, Tensor, layout
 from polyaccel.checkpoint.values import pack
 from polyaccel.config.resolve import inherited_environment
 from polyaccel.errors import CheckpointError
+from polyaccel.protocols import Shard
 from polyaccel.redaction import Redaction
 
 PATIENCE_S = 300.0  # without any file having grown
@@ -127,34 +128,37 @@ def _write_part(work: Folder, contents: Contents, attempt: str, process_index: i
     pack(contents.own, "own")  # refused before gigabytes are written
     if process_index == 0:
         pack(contents.shared, "shared")
-    files: dict[str, FileFacts] = {}
     groups: Groups = {}
-    prepared = []
+    stored: list[tuple[str, str, list[Tensor]]] = []
     for group, shards in contents.groups.items():
         file = names.data_file(group, process_index, num_processes)
-        tensors: dict[str, Tensor] = {}
-        groups[group] = {}
-        for shard in shards:
-            data = to_bytes(shard, group)
-            shape, offset, whole = (
-                tuple(map(int, shard.data.shape)),
-                tuple(map(int, shard.offset)),
-                tuple(shard.global_shape),
-            )
-            key = _key(shard.name, offset, whole == shape, tensors)
-            tensors[key] = Tensor(key, shard.dtype, shape, data)
-            piece = Piece(file, key, offset, shape)
-            found = groups[group].setdefault(shard.name, ArrayFacts(shard.dtype, tuple(map(int, whole)), ()))
-            groups[group][shard.name] = _joined(
-                group, shard.name, found, ArrayFacts(shard.dtype, found.shape, (piece,))
-            )
+        groups[group], tensors = _planned(group, file, shards)
         if tensors:
-            prepared.append((group, file, list(tensors.values())))
+            stored.append((group, file, tensors))
     if num_processes == 1:
         _require_whole(groups)
-    for group, file, stored in prepared:
-        files[file] = work.write(file, layout(stored, {"format": "polyaccel", "group": group}))
+    files = {
+        file: work.write(file, layout(tensors, {"format": "polyaccel", "group": group}))
+        for group, file, tensors in stored
+    }
     return Part(attempt, files, groups, contents.own)
+
+
+def _planned(group: str, file: str, shards: Iterable[Shard]) -> tuple[dict[str, ArrayFacts], list[Tensor]]:
+    """The arrays of a group as far as this process has them, and what goes into its file for them."""
+    arrays: dict[str, ArrayFacts] = {}
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        data = to_bytes(shard, group)
+        whole, offset, shape = (
+            tuple(map(int, place)) for place in (shard.global_shape, shard.offset, shard.data.shape)
+        )
+        key = _key(shard.name, offset, whole == shape, tensors)
+        tensors[key] = Tensor(key, shard.dtype, shape, data)
+        array = ArrayFacts(shard.dtype, whole, (Piece(file, key, offset, shape),))
+        known = arrays.get(shard.name)
+        arrays[shard.name] = array if known is None else _joined(group, shard.name, known, array)
+    return arrays, list(tensors.values())
 
 
 def _key(name: str, offset: tuple[int, ...], is_whole: bool, taken: Mapping[str, Tensor]) -> str:
@@ -274,6 +278,7 @@ def _complete(
     for index in range(1, len(parts)):
         work.remove_file(names.part_file(index))
     if work.can_rename:
+        _name_plainly(work, files, groups)
         for name, kind in work.files().items():
             if name not in files:
                 files[name] = _adopted(work, name, kind)
@@ -287,6 +292,20 @@ def _complete(
     if work.can_rename:
         aside = target.sibling(names.leftover_name(target.name, manifest.attempt, "replaced"))
         work.publish(target, aside if replace else None)
+
+
+def _name_plainly(work: Folder, files: dict[str, FileFacts], groups: Groups) -> None:
+    """`model.00001-of-00004.safetensors` becomes `model.safetensors` where no other process holds anything of the model."""
+    for group, arrays in groups.items():
+        used = {piece.file for array in arrays.values() for piece in array.pieces}
+        plain = names.data_file(group, 0, 1)
+        if len(used) != 1 or plain in used:
+            continue
+        (old,) = used
+        work.rename_file(old, plain)
+        files[plain] = files.pop(old)
+        for name, array in arrays.items():
+            arrays[name] = changed(array, pieces=tuple(changed(piece, file=plain) for piece in array.pieces))
 
 
 def _adopted(work: Folder, name: str, kind: str) -> FileFacts:
