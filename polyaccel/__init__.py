@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyaccel.accelerator import Accelerator as Accelerator
     from polyaccel.config import Config as Config
+    from polyaccel.data import skip_first_batches as skip_first_batches
     from polyaccel.errors import PolyaccelError as PolyaccelError
     from polyaccel.launch.notebook import debug_launcher as debug_launcher
     from polyaccel.launch.notebook import notebook_launcher as notebook_launcher
@@ -29,6 +30,7 @@ _HOME = {
     "debug_launcher": "polyaccel.launch.notebook",
     "notebook_launcher": "polyaccel.launch.notebook",
     "set_seed": "polyaccel.seeding",
+    "skip_first_batches": "polyaccel.data",
 }
 __all__ = [
     "Accelerator",
@@ -40,6 +42,7 @@ __all__ = [
     "debug_launcher",
     "notebook_launcher",
     "set_seed",
+    "skip_first_batches",
 ]
 
 

@@ -14,7 +14,7 @@ from polyaccel.config.profile import ProfileKwargs, profile_handler
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.config.resolve import resolve
 from polyaccel.dialects import of_script
-from polyaccel.facade import Collectives, Looking, Places, Steps, Tracking
+from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
@@ -28,7 +28,7 @@ from polyaccel.tracking import Observer, Session, describe_job
 SETTINGS = frozenset(field.name for field in fields(Config))
 
 
-class Accelerator(Places, Steps, Collectives, Tracking, Looking):
+class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
     """One training script, on the engine that the configuration names.
 
     Args:
@@ -118,11 +118,13 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking):
         self._differentiates_values = "backward_value" in capabilities.features
         self._features = capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
+        self._checkpoints = self._checkpointing()
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
 
     def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)
+        engine: Any = self._engine  # what it declares beside the seam
         observer = Observer(
             self.config.record,
             self.config.record_steps,
@@ -131,6 +133,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking):
             handles=self._prepared.handles,
             closes_window=lambda: self.gradient_state.sync_gradients,
             compile_events=lambda: self.compile_events if self._lists_compiles else None,
+            device_memory=engine.device_memory if "device_stats" in self._features else None,
         )
         self._prepared.on_prepared.append(observer.prepared)
         return observer
@@ -143,7 +146,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking):
             num_processes=topology.num_processes,
             is_in_loader=lambda: state.active_dataloader is not None,
             closes_window=lambda: state.sync_gradients,
-            save=lambda: self.save_state(blocking=True),  # type: ignore[attr-defined]
+            save=lambda: self.save_state(blocking=True),
             leave=self._leave_preempted,
         )
         self._prepared.on_prepared.append(lambda: preemption.prepared(self._prepared.handles("loader")))
@@ -229,14 +232,20 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def end_training(self) -> None:
-        """Wait for the device, finish the trackers within their deadline, and leave the job. Every process should call it; idempotent."""
+        """Wait for the device and the last checkpoint, finish the trackers within their deadline, and leave the job.
+
+        Every process should call it; idempotent. Raises CheckpointError where a checkpoint could not be written, after all the rest.
+        """
         self._engine.synchronize()
         if self._preemption is not None:
             self._preemption.close()
         if self._observer is not None:
             self._observer.finish()
-        self.tracking.finish()
-        self._engine.close()
+        try:
+            self._checkpoints.close()
+        finally:
+            self.tracking.finish()
+            self._engine.close()
 
     def _leave_preempted(self) -> None:
         self._engine.collectives.barrier("polyaccel.preemption")  # a launcher ends the others when the first leaves

@@ -6,7 +6,8 @@ backend against this page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 from polyaccel.case import Case as Case
 from polyaccel.config import Config
 from polyaccel.dialects import Dialect, Role
+from polyaccel.shards import ArraySpec as ArraySpec
+from polyaccel.shards import Shard as Shard
+from polyaccel.shards import StatefulEngine as StatefulEngine
 from polyaccel.store import Store
 from polyaccel.topology import Topology
 
@@ -135,17 +139,6 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """A named piece of a global array: `data` is a host (numpy) array that starts at `offset` within `global_shape`."""
-
-    name: str
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    dtype: str
-    data: Any
-
-
-@dataclass(frozen=True, slots=True)
 class CompileEvent:
     """One program that the engine compiled (or fetched from the persistent cache).
 
@@ -192,7 +185,8 @@ class StepSpec:
 
     `model` and `optimizer` are engine handles, `public_model` is what `loss_fn` takes in user code; the scheduler is stepped by
     the core, after the update. `scale` is one over the micro batches per update. With a `bridge`, each batch becomes a
-    ProgramCall by `bridge.lower(LossCall(loss_fn, (public_model, batch), {}), "loss")`.
+    ProgramCall by `bridge.lower(LossCall(loss_fn, (public_model, batch), {}), "loss")`. `on_grad_norm` takes the L2 norm of each
+    update's gradients before the clip, on the device; where it is None nobody asks, and no norm is computed for it.
     """
 
     loss_fn: Callable[..., Any]
@@ -202,6 +196,14 @@ class StepSpec:
     max_grad_norm: float | None = None
     scale: float = 1.0
     bridge: Bridge | None = None
+    on_grad_norm: Callable[[Any], None] | None = None
+
+    @property
+    def norm_limit(self) -> float | None:
+        """The norm to clip to, infinite where the norm is only asked for; None where neither."""
+        if self.max_grad_norm is None and self.on_grad_norm is not None:
+            return math.inf
+        return self.max_grad_norm
 
 
 class Tracer(Protocol):
@@ -261,8 +263,8 @@ class Collectives(Protocol):
         ...
 
 
-class Engine(Protocol):
-    """One per process. Handles that it returns are opaque to the core."""
+class Engine(StatefulEngine, Protocol):
+    """One per process. Handles that it returns are opaque to the core. What it remembers is read and written as `shards` says."""
 
     topology: Topology
     collectives: Collectives
@@ -341,24 +343,8 @@ class Engine(Protocol):
         of backward, clip and optimizer.step is used."""
         ...
 
-    def read_state(self, handle: Any) -> Iterator[Shard]:
-        """Every global element of a handle's state exactly once over all processes."""
-        ...
-
-    def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
-        """Load shards of any mesh; every process gives all shards it needs."""
-        ...
-
 
 # -- bridges and the programs they make ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ArraySpec:
-    """Shape and numpy dtype name (`bfloat16` included) of one array."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(slots=True)
@@ -448,6 +434,11 @@ class ModelSource(Protocol):
     """What a bridge lowers a model to: named host arrays and its mode. Programs come from ProgramCalls that name the model."""
 
     wants_64bit: bool  # its arrays, and its optimizer's update, keep 64-bit types
+    transient: frozenset[str]  # buffers that the dialect does not save with the model
+
+    def settle(self, *, for_writing: bool) -> None:
+        """Give the handle everything that user code wrote or recorded: its arrays are about to be read, or replaced."""
+        ...
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
@@ -501,6 +492,18 @@ class OptimizerSource(Protocol):
 
     def attach(self, handle: Any) -> None:
         """Called by prepare_optimizer with the handle that now owns the state."""
+        ...
+
+    def saved(self, state: Any) -> dict[str, Array]:
+        """What of a state is saved, by the names that it has on every engine (see `shards.StatefulEngine`)."""
+        ...
+
+    def check(self, specs: Mapping[str, ArraySpec], state: Any) -> None:
+        """Raises CheckpointError where arrays of these names, shapes and dtypes are not what `saved` gives of such a state."""
+        ...
+
+    def restored(self, arrays: Mapping[str, Any], state: Any) -> Any:
+        """The state, in the structure of `state`, of host arrays by the names of `saved`."""
         ...
 
 

@@ -1,7 +1,14 @@
 """Which sample goes where, how ragged samples become few shapes, and the loader that every engine gives to user code."""
 
 from polyaccel.data.bucketing import Bucketing, counted, masked_mean, multiples, powers
-from polyaccel.data.loader import HostBatches, LoaderObserver, LoaderState, PreparedLoader, refuse_prepared
+from polyaccel.data.loader import (
+    HostBatches,
+    LoaderObserver,
+    LoaderState,
+    PreparedLoader,
+    refuse_prepared,
+    skip_first_batches,
+)
 from polyaccel.data.sharding import DataSharding, IterableShard, ShardedBatchSampler
 
 __all__ = [
@@ -18,4 +25,5 @@ __all__ = [
     "multiples",
     "powers",
     "refuse_prepared",
+    "skip_first_batches",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from polyaccel.errors import PrepareError
+from polyaccel import generators
+from polyaccel.errors import CheckpointError, PrepareError
 
 
 class HostBatches(Protocol):
@@ -15,12 +16,15 @@ class HostBatches(Protocol):
 
     `loader` is the user's own loader; a `PreparedLoader` shows its attributes. `batch_size` is the loader's, `total_batch_size`
     that of a full global batch; None where they are unknown. `seed`: what the order of the current pass was drawn from, None
-    where the order has no single seed.
+    where the order has no single seed. A loader with random generators of its own has `read_generators() -> tuple[bytes, ...]`
+    and `write_generators(states)` beside these.
     """
 
     loader: Any
     batch_size: int | None
-    total_batch_size: int | None
+
+    @property
+    def total_batch_size(self) -> int | None: ...
 
     @property
     def seed(self) -> int | None: ...
@@ -51,11 +55,30 @@ class LoaderObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoaderState:
-    """Where a loader stands: `batch` batches of pass `epoch` were handed out; `seed` is that of its order, None without one."""
+    """Where a loader stands: `batch` batches of pass `epoch` were handed out; `seed` is that of its order, None without one.
+
+    `start` holds the host's generators, and the loader's own, as they were when the pass began: an order without a seed is drawn
+    again from them. `own` holds the loader's own as they are now.
+    """
 
     seed: int | None
     epoch: int
     batch: int
+    batch_size: int | None = field(default=None, compare=False)
+    total_batch_size: int | None = field(default=None, compare=False)
+    start: Mapping[str, Any] | None = field(default=None, compare=False)
+    own: tuple[bytes, ...] = field(default=(), compare=False)
+
+
+@dataclass(slots=True)
+class _Position:
+    """What a loader and the loaders made of it by `skipping` share."""
+
+    epoch: int = 0
+    batch: int = 0
+    resume: LoaderState | None = None  # of the next pass only
+    start: Mapping[str, Any] | None = None  # generators at the start of the running pass
+    running: object = None  # the latest pass
 
 
 class PreparedLoader:
@@ -89,9 +112,7 @@ class PreparedLoader:
         self._observer = observer
         self._prefetch = prefetch
         self._skip = skip  # of every pass
-        self._resume: LoaderState | None = None  # of the next pass only
-        self._epoch = 0
-        self._batch = 0
+        self._position = _Position()
 
     @property
     def total_batch_size(self) -> int | None:
@@ -99,21 +120,82 @@ class PreparedLoader:
         return self._host.total_batch_size
 
     @property
+    def epoch(self) -> int:
+        """The number of the pass that runs, or of the next one: where a training loop goes on after `load_state`."""
+        return self._position.epoch
+
+    @property
     def state(self) -> LoaderState:
         """The position, with all batches handed out so far counted as done."""
-        return LoaderState(seed=self._host.seed, epoch=self._epoch, batch=self._batch)
+        position = self._position
+        if position.resume is not None:
+            return position.resume
+        return LoaderState(
+            seed=self._host.seed if position.batch else None,
+            epoch=position.epoch,
+            batch=position.batch,
+            batch_size=self._host.batch_size,
+            total_batch_size=self.total_batch_size,
+            start=position.start if position.batch else None,
+            own=self._own_generators(),
+        )
 
     def load_state(self, state: LoaderState) -> None:
-        """Continue at this position: the next pass is pass `epoch`, in the order of `seed`, and begins with batch number `batch`."""
-        self._epoch, self._batch, self._resume = state.epoch, state.batch, state
+        """Continue at this position: the next pass is pass `epoch`, in the order of `seed`, and begins with batch number `batch`.
+
+        With another global batch size the position is that of the same sample. Raises CheckpointError where no batch begins there.
+        """
+        batch = self.batch_of(state)
+        position = self._position
+        position.epoch, position.batch, position.start = state.epoch, batch, None
+        position.resume = LoaderState(state.seed, state.epoch, batch, start=state.start) if batch else None
+        write = getattr(self._host, "write_generators", None)
+        if write is not None and state.own:
+            write(state.own)
+
+    def check_state(self, state: LoaderState) -> None:
+        """Raises CheckpointError where `load_state` would. Changes nothing."""
+        self.batch_of(state)
+        if len(state.own) != len(self._own_generators()):
+            raise CheckpointError(
+                f"a loader was saved with {len(state.own)} random generators of its own and has {len(self._own_generators())}",
+                "build the loader and its sampler with the generators that they were saved with",
+            )
+
+    def batch_of(self, state: LoaderState) -> int:
+        """The number of this loader's batch that begins where a saved position is. Raises CheckpointError where none does."""
+        if self._host.batch_size is None and state.batch_size is not None:
+            self._host.batch_size = state.batch_size  # a loader that learns it from its first batch
+        before, now = state.total_batch_size, self.total_batch_size
+        if before is None or now is None or before == now:
+            return state.batch
+        if state.batch * before % now:
+            raise CheckpointError(
+                f"the loader stood at sample {state.batch * before}, after {state.batch} global batches of {before}, and global batches"
+                f" of {now} do not begin there",
+                f"continue with a global batch size that divides {state.batch * before} (batch_size times the data shards), or with"
+                " split_batches=True and the same batch_size",
+            )
+        return state.batch * before // now
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the number of the next pass; it reaches batch sampler, sampler and dataset. Full passes count it up themselves."""
-        self._epoch = epoch
+        """Set the number of the next pass; it reaches batch sampler, sampler and dataset. Full passes count it up themselves.
+
+        A position to continue at is dropped where it is in another pass.
+        """
+        position = self._position
+        if position.resume is not None and position.resume.epoch != epoch:
+            position.resume, position.batch = None, 0
+        position.epoch = epoch
         self._host.set_epoch(epoch)
 
     def skipping(self, num_batches: int) -> PreparedLoader:
-        """A loader over the same data whose passes leave out the first `num_batches` global batches."""
+        """A loader over the same data whose passes leave out the first `num_batches` global batches; passes of both count as one's.
+
+        Before a pass that `load_state` continues, `num_batches` counts from that pass's start and takes the place of the saved
+        position: what was skipped already is not skipped twice. A saved position at the very end of a pass, with `num_batches`
+        0, means the next pass.
+        """
         loader = PreparedLoader(
             self._host,
             place=self._place,
@@ -122,8 +204,33 @@ class PreparedLoader:
             prefetch=self._prefetch,
             skip=self._skip + num_batches,
         )
-        loader._epoch, loader.before_batch = self._epoch, self.before_batch
+        position, resume = self._position, self._position.resume
+        if resume is not None:
+            if not num_batches and self._is_at_end(resume.batch):
+                position.resume, position.epoch, position.batch = None, resume.epoch + 1, 0
+            else:
+                position.batch = loader._skip
+                position.resume = LoaderState(resume.seed, resume.epoch, loader._skip, start=resume.start)
+        loader._position, loader.before_batch = position, self.before_batch
         return loader
+
+    def _is_at_end(self, batch: int) -> bool:
+        try:
+            return batch >= len(self._host)
+        except TypeError:
+            return False
+
+    def _own_generators(self) -> tuple[bytes, ...]:
+        read = getattr(self._host, "read_generators", None)
+        return () if read is None else read()
+
+    def _generators(self) -> Mapping[str, Any]:
+        return {"host": generators.read(), "own": self._own_generators()}
+
+    def _write_generators(self, state: Mapping[str, Any]) -> None:
+        generators.write(state["host"])
+        if state["own"]:
+            self._host.write_generators(tuple(state["own"]))  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return max(len(self._host) - self._skip, 0)
@@ -138,21 +245,22 @@ class PreparedLoader:
         return f"PreparedLoader({self._host.loader!r}, total_batch_size={self.total_batch_size})"
 
     def __iter__(self) -> Iterator[Any]:
-        resume, self._resume = self._resume, None
-        start, seed = (self._skip, None) if resume is None else (resume.batch, resume.seed)
-        self._batch = start
+        position, running = self._position, object()
         self.end_of_dataloader, self.remainder = False, -1
         place, lift, ahead = self._place, self._lift, self._prefetch
         ready: deque[tuple[Any, Any, int]] = deque()
-        self._host.set_epoch(self._epoch)
-        source = self._host.read(start, seed)
+        source: Iterator[tuple[Any, int]] | None = None
+        present: Mapping[str, Any] | None = None
         if self._observer is not None:
             self._observer.loader_started(self)
         try:
             is_exhausted = False
             while True:
-                for call in self.before_batch:
+                for call in self.before_batch:  # may save: nothing of this pass has begun then
                     call()
+                if source is None:
+                    source, present = self._begin()
+                    position.running = running
                 while not is_exhausted and len(ready) <= ahead:
                     item = next(source, None)
                     if item is None:
@@ -160,18 +268,49 @@ class PreparedLoader:
                     else:
                         host, remainder = item
                         ready.append((host, host if place is None else place(host), remainder))
+                if present is not None:
+                    self._write_generators(present)
+                    present = None
                 if not ready:
                     break
                 host, placed, self.remainder = ready.popleft()
                 self.end_of_dataloader = is_exhausted and not ready
-                self._batch += 1
+                position.batch += 1
                 yield placed if lift is None else lift(host, placed)
                 host = placed = None  # the consumer owns the batch: do not keep its memory while the next one is made
-            self._epoch += 1
-            self._batch = 0
+            position.epoch += 1
         finally:  # also when the body breaks, raises or the generator is dropped
+            if position.running is running:
+                position.batch, position.start = 0, None  # a pass that was left begins again
             if self._observer is not None:
                 self._observer.loader_finished(self)
+
+    def _begin(self) -> tuple[Iterator[tuple[Any, int]], Mapping[str, Any] | None]:
+        """The host batches of the next pass. A pass that is continued draws its order as it did before; the generators' present
+        states, to be written back before its first batch is used, come second."""
+        position = self._position
+        resume, position.resume = position.resume, None
+        start, seed = (self._skip, None) if resume is None else (resume.batch, resume.seed)
+        present, to_restore = self._generators(), None
+        position.batch, position.start = start, present
+        if resume is not None and resume.start is not None:
+            self._write_generators(resume.start)
+            position.start, to_restore = resume.start, present
+        self._host.set_epoch(position.epoch)
+        return self._host.read(start, seed), to_restore
+
+
+def skip_first_batches(dataloader: Any, num_batches: int = 0) -> PreparedLoader:
+    """A prepared loader without the first `num_batches` batches of its passes (see `PreparedLoader.skipping`).
+
+    Accelerate's name. Raises PrepareError for a loader that is not prepared.
+    """
+    if not isinstance(dataloader, PreparedLoader):
+        raise PrepareError(
+            f"skip_first_batches got a {type(dataloader).__name__} that is not prepared",
+            "pass the loader that accelerator.prepare returned",
+        )
+    return dataloader.skipping(num_batches)
 
 
 def refuse_prepared(loader: Any) -> None:

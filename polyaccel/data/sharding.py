@@ -112,11 +112,12 @@ class ShardedBatchSampler:
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator itself: whoever called iter() finds the queue of exactly this pass in `remainders`.
-        skip, self._skip = self._skip, 0
         self.remainders = deque()
-        return self._pass(skip, self.remainders)
+        return self._pass(self.remainders)
 
-    def _pass(self, skip: int, remainders: deque[int]) -> Iterator[Any]:
+    def _pass(self, remainders: deque[int]) -> Iterator[Any]:
+        # Taken when the pass really starts: a DataLoader with workers calls iter() twice and uses the second.
+        skip, self._skip = self._skip, 0
         if self._on_start is not None:
             self._on_start()
         cut = self.sharding

@@ -1,9 +1,10 @@
 """What `Accelerator` can do, one file per topic; `polyaccel/accelerator.py` puts the topics together."""
 
+from polyaccel.facade.checkpoints import Checkpoints
 from polyaccel.facade.collectives import Collectives
 from polyaccel.facade.looking import Looking
 from polyaccel.facade.places import Places
 from polyaccel.facade.steps import Steps
 from polyaccel.facade.tracking import Tracking
 
-__all__ = ["Collectives", "Looking", "Places", "Steps", "Tracking"]
+__all__ = ["Checkpoints", "Collectives", "Looking", "Places", "Steps", "Tracking"]

@@ -20,6 +20,7 @@ from polyaccel.data import DataSharding, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import (
     AgentJob,
+    ArraySpec,
     Capabilities,
     LoaderSpec,
     LossCall,
@@ -309,21 +310,52 @@ class FakeEngine:
         return None  # the core composes one from the methods above
 
     def read_state(self, handle: Any) -> Iterator[Shard]:
+        if isinstance(handle, _Optimizer):
+            return  # plain descent remembers nothing
         for name, array in handle.params.items():
             yield Shard(name, array.shape, (0,) * array.ndim, array.dtype.name, array.copy())
 
+    def check_state(self, handle: Any, specs: Mapping[str, ArraySpec]) -> None:
+        params = {} if isinstance(handle, _Optimizer) else handle.params
+        wanted = {name: ArraySpec(array.shape, array.dtype.name) for name, array in params.items()}
+        if wanted != dict(specs):
+            names = sorted(name for name in {*wanted, *specs} if wanted.get(name) != specs.get(name))
+            raise CheckpointError(
+                f"the checkpoint does not fit the {type(handle).__name__}: {', '.join(names)}",
+                "load its own checkpoint",
+            )
+
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
         shards = list(shards)
+        self.check_state(handle, {shard.name: ArraySpec(shard.global_shape, shard.dtype) for shard in shards})
         for shard in shards:
-            if shard.name not in handle.params or shard.global_shape != handle.params[shard.name].shape:
-                raise CheckpointError(
-                    f"{shard.name} of shape {shard.global_shape} is not in the model", "load its own checkpoint"
-                )
+            _write(handle.params[shard.name], shard)
+
+    def read_gradients(self, handle: FakeModel) -> Iterator[Shard]:
+        for name, grad in handle.grads.items():
+            yield Shard(name, (1, *grad.shape), (0,) * (grad.ndim + 1), grad.dtype.name, grad.copy()[None])
+
+    def write_gradients(self, handle: FakeModel, shards: Iterable[Shard]) -> None:
+        handle.grads.clear()
         for shard in shards:
-            where = tuple(
-                slice(start, start + size) for start, size in zip(shard.offset, shard.data.shape, strict=True)
-            )
-            handle.params[shard.name][where] = shard.data
+            _write(handle.grads.setdefault(shard.name, np.zeros(shard.global_shape, np.float32)), shard)
+
+    def read_scaler(self) -> None:
+        return None
+
+    def write_scaler(self, state: Mapping[str, float | int]) -> None:
+        return None
+
+    def read_random(self) -> dict[str, Any]:
+        return {"fake": self.generator.bit_generator.state}
+
+    def write_random(self, state: Mapping[str, Any]) -> None:
+        self.generator.bit_generator.state = state["fake"]
+
+
+def _write(array: Any, shard: Shard) -> None:
+    ends = zip(shard.offset, shard.data.shape, strict=True)
+    array[tuple(slice(start, start + size) for start, size in ends)] = shard.data
 
 
 class _HostBatches:

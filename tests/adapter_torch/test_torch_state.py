@@ -74,7 +74,7 @@ def test_bfloat16_and_tied_parameters_survive():
         (lambda shards: [*shards, Shard("extra", (1,), (0,), "float32", np.zeros(1, np.float32))], "unknown: extra"),
         (
             lambda shards: [Shard("0.weight", (2,), (0,), "float32", np.zeros(2, np.float32)), *shards[1:]],
-            r"\(2,\) in the checkpoint and \(8, 4\) in the model",
+            r"\(2,\) in the checkpoint and \(8, 4\) in Sequential",
         ),
     ],
     ids=["missing", "unknown", "shape"],

@@ -89,9 +89,9 @@ def test_model_and_optimizer_continue_exactly_from_their_shards(make, data):
 def test_optimizer_state_is_named_by_parameter():
     accelerator, _, optimizer, _ = trained()
     shards = {shard.name: shard for shard in accelerator._engine.read_state(optimizer)}
-    assert shards["0.weight/exp_avg"].global_shape == (16, 8)
+    assert shards["0.weight.exp_avg"].global_shape == (16, 8)
     assert shards["0.weight/step"].data == 2
-    assert {name.rpartition("/")[2] for name in shards} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.rpartition(".")[2] for name in shards} == {"step", "exp_avg", "exp_avg_sq"}
 
 
 def test_shards_cut_in_pieces_are_put_together():

@@ -50,6 +50,7 @@ class ManagedModel:
             self.names[id(tensor)] = name
             self._slots.setdefault(name, (place.holder, place.key))
             (self._params if isinstance(tensor, nn.Parameter) else self._buffers)[name] = tensor
+        self.transient = _not_saved(module) & {*self._params, *self._buffers}
         self._refuse_unreadable()
         everything = (*self._params.values(), *self._buffers.values())
         self.wants_64bit = any(tensor.dtype in (torch.int64, torch.float64, torch.complex128) for tensor in everything)
@@ -98,6 +99,14 @@ class ManagedModel:
         self._params.clear()
         self._buffers.clear()
         self.recorder.adopt(self)
+
+    def settle(self, *, for_writing: bool) -> None:
+        """Give the handle what user code wrote on the host, and run what was recorded before the values change."""
+        if for_writing:
+            self.recorder.settle()
+        else:
+            self.recorder.settle_effects(self, "buffers")
+        self.push_writes()
 
     def _cut_off_results(self) -> None:
         """Tensors that the model computed from its parameters and keeps (the weight of an old weight_norm) hold these in use.
@@ -270,3 +279,12 @@ class PreparedModule(nn.Module):
 
 def _same(module: nn.Module) -> nn.Module:
     return module
+
+
+def _not_saved(module: nn.Module) -> frozenset[str]:
+    """Names of buffers that are no part of the module's state_dict."""
+    return frozenset(
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name in part._non_persistent_buffers_set
+    )

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import ArraySpec
 
 from .torch_optimizers import lower_optimizer
 
@@ -38,6 +39,41 @@ class TorchOptimizerSource:
         if len(self.managed) == 1:
             return self.managed[0].names
         return {key: f"{model.handle.name}.{name}" for model in self.managed for key, name in model.names.items()}
+
+    def saved(self, state: Any) -> dict[str, Any]:
+        """What torch would hold of the state, as `<parameter>.<slot>`: nothing of a parameter that never stepped."""
+        names = self._saved_names()
+        kept = self.rule.exported(state)
+        return {f"{names[name]}.{slot}": value for name, entries in kept.items() for slot, value in entries.items()}
+
+    def check(self, specs: Mapping[str, ArraySpec], state: Any) -> None:
+        """Raises CheckpointError for state of unknown parameters, of other slots, or of other shapes."""
+        shapes = {name: {k: tuple(s.shape) for k, s in slots.items()} for name, slots in self._by_name(specs).items()}
+        self.rule.check_state(shapes, self.handle.model.params)
+
+    def restored(self, arrays: Mapping[str, Any], state: Any) -> Any:
+        """The engine's state of host arrays as `saved` names them."""
+        return self.rule.import_state(self._by_name(arrays), self.handle.model.params)
+
+    def _by_name(self, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        own = {saved: name for name, saved in self._saved_names().items()}
+        found: dict[str, dict[str, Any]] = {}
+        for full_name, value in values.items():
+            saved, _, slot = full_name.rpartition(".")
+            found.setdefault(own.get(saved, saved), {})[slot] = value
+        return found
+
+    def _saved_names(self) -> dict[str, str]:
+        """The name in a checkpoint of each parameter: with several models, the model's position among the optimizer's."""
+        if len(self.managed) == 1:
+            return {name: name for name in self.rule.names}
+        found = {}
+        for index, model in enumerate(self.managed):
+            prefix = f"{model.handle.name}."
+            for name in self.rule.names:
+                if name.startswith(prefix):
+                    found[name] = f"model_{index}.{name.removeprefix(prefix)}"
+        return found
 
     def push_writes(self) -> None:
         """Give the engine what user code wrote to parameters and gradients."""

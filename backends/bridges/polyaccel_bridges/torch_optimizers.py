@@ -178,19 +178,23 @@ class OptimizerRule:
 
     # -- state to and from torch ---------------------------------------------------------------------------------------
 
-    def export_state(self, state: Mapping[str, Mapping[str, Any]]) -> HostArrays:
-        """The state on the host as torch would hold it: its keys and dtypes, and no entry for a parameter that never stepped.
-
-        The arrays must be addressable as a whole from this process.
-        """
-        exported: HostArrays = {}
+    def exported(self, state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Of the state what torch would hold, with its keys and dtypes: no entry for a parameter that never stepped."""
+        exported: dict[str, dict[str, Any]] = {}
         for name in self.names:
-            entries = {key: np.asarray(value) for key, value in state.get(name, {}).items()}
-            if entries and entries.get("step", np.float32(1)) > 0:
+            entries = dict(state.get(name, {}))
+            if entries and np.asarray(entries.get("step", np.float32(1))) > 0:
                 if self._base is torch.optim.SGD:
                     del entries["step"]  # see init: torch has none
                 exported[name] = entries
         return exported
+
+    def export_state(self, state: Mapping[str, Mapping[str, Any]]) -> HostArrays:
+        """`exported`, on the host. The arrays must be addressable as a whole from this process."""
+        return {
+            name: {key: np.asarray(value) for key, value in entries.items()}
+            for name, entries in self.exported(state).items()
+        }
 
     def import_state(self, exported: Mapping[str, Mapping[str, Any]], params: Mapping[str, Any]) -> HostArrays:
         """The inverse of `export_state`: host arrays with the keys, shapes and dtypes of `init(params)`; values are numpy arrays,
@@ -198,41 +202,55 @@ class OptimizerRule:
 
         Raises: CheckpointError for an unknown parameter, a missing or foreign key, or another shape.
         """
-        unknown = sorted(set(exported) - set(self.names))
-        if unknown:
-            raise CheckpointError(
-                f"the state holds {unknown[0]!r}, which this {self._class_name} does not update",
-                "load the state into an optimizer over the same parameters",
-            )
+        self._check_names(exported)
         result: HostArrays = {}
         for name, _, flags in self._entries():
             if name in params:
                 result[name] = self._import_one(name, exported.get(name) or {}, params[name], flags)
         return result
 
-    def _import_one(self, name: str, given: Mapping[str, Any], param: Any, flags: Flags) -> dict[str, NDArray[Any]]:
-        wanted = self._layout(param, flags)
-        values = {key: value for key, value in given.items() if value is not None}
-        if self._base is torch.optim.SGD and "momentum_buffer" in values:
-            values.setdefault("step", 1.0)  # any count that is not 0: the buffer exists
-        if not values:
-            return {key: np.full(entry.shape, entry.fill, self._dtype(entry, param)) for key, entry in wanted.items()}
-        known = self._rule.layout(tuple(param.shape), _ANY_FLAGS)
-        missing, foreign = sorted(set(wanted) - set(values)), sorted(set(values) - set(known))
+    def check_state(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], params: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where `import_state` of arrays with these shapes would."""
+        self._check_names(shapes)
+        for name, _, flags in self._entries():
+            if name in params and shapes.get(name):
+                self._check_one(name, shapes[name], params[name], flags)
+
+    def _check_names(self, given: Mapping[str, Any]) -> None:
+        unknown = sorted(set(given) - set(self.names))
+        if unknown:
+            raise CheckpointError(
+                f"the state holds {unknown[0]!r}, which this {self._class_name} does not update",
+                "load the state into an optimizer over the same parameters",
+            )
+
+    def _check_one(self, name: str, shapes: Mapping[str, tuple[int, ...]], param: Any, flags: Flags) -> None:
+        wanted, known = self._layout(param, flags), self._rule.layout(tuple(param.shape), _ANY_FLAGS)
+        given = {*shapes, *(("step",) if self._base is torch.optim.SGD and "momentum_buffer" in shapes else ())}
+        missing, foreign = sorted(set(wanted) - given), sorted(given - set(known))
         if missing or foreign:
             reason = f"has no {missing[0]!r}" if missing else f"has {foreign[0]!r}"
             raise CheckpointError(
                 f"the state of {name!r} {reason}, which {self._class_name} {'needs' if missing else 'does not know'}",
                 "load the state of the same optimizer class, made with the same options",
             )
-        arrays = {key: _host_array(value, self._dtype(known[key], param)) for key, value in values.items()}
-        for key, array in arrays.items():
-            if array.shape != known[key].shape:
+        for key, shape in shapes.items():
+            if tuple(shape) != known[key].shape:
                 raise CheckpointError(
-                    f"{key!r} of {name!r} has shape {array.shape} in the state; the parameter needs {known[key].shape}",
+                    f"{key!r} of {name!r} has shape {tuple(shape)} in the state; the parameter needs {known[key].shape}",
                     "load the state of a model of the same sizes",
                 )
-        return arrays
+
+    def _import_one(self, name: str, given: Mapping[str, Any], param: Any, flags: Flags) -> dict[str, NDArray[Any]]:
+        wanted = self._layout(param, flags)
+        values = {key: value for key, value in given.items() if value is not None}
+        if not values:
+            return {key: np.full(entry.shape, entry.fill, self._dtype(entry, param)) for key, entry in wanted.items()}
+        self._check_one(name, {key: tuple(np.shape(value)) for key, value in values.items()}, param, flags)
+        if self._base is torch.optim.SGD and "momentum_buffer" in values:
+            values.setdefault("step", 1.0)  # any count that is not 0: the buffer exists
+        known = self._rule.layout(tuple(param.shape), _ANY_FLAGS)
+        return {key: _host_array(value, self._dtype(known[key], param)) for key, value in values.items()}
 
     def live_state(self) -> HostArrays:
         """The state that the live torch optimizer holds itself (one that was stepped or loaded before prepare), for `import_state`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from jax import lax
 
 from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.protocols import ArraySpec, Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_jax import dialect, looking, state
 from polyaccel_jax.collectives import JaxCollectives
@@ -255,9 +255,43 @@ class JaxEngine:
         """Every global element of a handle's state exactly once over all processes."""
         return state.read(_engine_handle(handle))
 
+    def check_state(self, handle: Any, specs: Mapping[str, ArraySpec]) -> None:
+        """Raises CheckpointError where `write_state` would."""
+        state.check(_engine_handle(handle), specs)
+
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
         """Load shards of any mesh."""
         state.write(_engine_handle(handle), shards)
+
+    def read_gradients(self, handle: Any) -> Iterator[Shard]:
+        """Those of the global batch."""
+        return state.read_gradients(_model(handle))
+
+    def write_gradients(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Replace them."""
+        state.write_gradients(_model(handle), shards)
+
+    def read_scaler(self) -> dict[str, float | int] | None:
+        """The loss scale of fp16; waits for the device."""
+        if self.scaler is None:
+            return None
+        scale, good_steps = map(self.mesh.to_host, self.scaler)
+        return {"scale": float(scale), "growth_tracker": int(good_steps)}
+
+    def write_scaler(self, state: Mapping[str, float | int]) -> None:
+        """Continue with this loss scale."""
+        if self.scaler is not None:
+            values = [np.float32(state["scale"]), np.int32(state["growth_tracker"])]
+            scale, good_steps = self.mesh.replicate(values)
+            self.scaler = (scale, good_steps)
+
+    def read_random(self) -> dict[str, Any]:
+        """The base key and how many draws were made from it. Every process must call it before the first step."""
+        return {"jax": self.stream.read()}
+
+    def write_random(self, state: Mapping[str, Any]) -> None:
+        """Continue with this key and count. Every process must call it before the first step."""
+        self.stream.write(state["jax"])
 
     # -- ProgramEngine ---------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from polyaccel.errors import CheckpointError
 
 
 class RandomStream:
@@ -37,6 +40,23 @@ class RandomStream:
             # The used one stays: a backward pass that belongs to a forward pass draws it again.
             self._counters = {used: self._counters[used], used + 1: following}
             self.count = used + 1
+
+    def read(self) -> dict[str, int | bytes]:
+        """The words of the base key, and the number of the next draw."""
+        return {"base": np.asarray(self.base.addressable_data(0)).astype("<u4").tobytes(), "count": self.count}
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Continue with what `read` gave. Raises CheckpointError for a key of another kind."""
+        words = np.frombuffer(state["base"], "<u4").astype(np.uint32)
+        if words.shape != self.base.shape:
+            raise CheckpointError(
+                f"the random key was saved with {words.size} words, and jax's keys have {self.base.size} here",
+                "set jax_default_prng_impl to what it was when the checkpoint was written",
+            )
+        self.base = self._place([words])[0]
+        self.key = jax.random.wrap_key_data(self.base)
+        self.count = int(state["count"])
+        self._counters = {}
 
 
 def draw_key(base: jax.Array, counter: jax.Array) -> jax.Array:

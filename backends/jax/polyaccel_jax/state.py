@@ -2,76 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from polyaccel.errors import CheckpointError
-from polyaccel.protocols import Shard
+from polyaccel.protocols import ArraySpec, Shard
+from polyaccel_jax.dialect.host_arrays import assemble, check_arrays, copied, spec_of, with_keys, words
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
+from polyaccel_jax.precision import all_finite
 
 
 def read(handle: JaxModel | JaxOptimizer) -> Iterator[Shard]:
     """Every global element exactly once over all processes; waits for the device."""
-    for name, array in _arrays(handle).items():
-        if _is_key(array):
-            array = jax.random.key_data(array)
-        for piece in array.addressable_shards:
-            if piece.replica_id == 0:
-                offset = tuple(index.start or 0 for index in piece.index)
-                yield Shard(name, tuple(array.shape), offset, array.dtype.name, np.asarray(piece.data))
+    if isinstance(handle, JaxModel):
+        handle.source.settle(for_writing=False)
+        return _shards(_saved_of_model(handle))
+    return _shards(handle.source.saved(handle.state))
+
+
+def check(handle: JaxModel | JaxOptimizer, specs: Mapping[str, ArraySpec]) -> None:
+    """Raises CheckpointError for missing, unknown or misshapen values."""
+    if isinstance(handle, JaxModel):
+        wanted = {name: spec_of(array) for name, array in _saved_of_model(handle).items()}
+        check_arrays(type(handle.source.module).__name__, wanted, specs)
+    else:
+        handle.source.check(specs, handle.state)
 
 
 def write(handle: JaxModel | JaxOptimizer, shards: Iterable[Shard]) -> None:
     """Replace a handle's arrays by the shards of any mesh. Raises CheckpointError for missing, unknown or misshapen values."""
-    current = _arrays(handle)
-    values: dict[str, np.ndarray[Any, Any]] = {}
-    filled: dict[str, int] = {}
-    for shard in shards:
-        if shard.name not in current:
-            raise CheckpointError(
-                f"the saved state has {shard.name!r}, which is not here",
-                "load it into the model or optimizer that it was saved from",
-            )
-        like = jax.random.key_data(current[shard.name]) if _is_key(current[shard.name]) else current[shard.name]
-        if tuple(shard.global_shape) != like.shape:
-            raise CheckpointError(
-                f"{shard.name!r} was saved with shape {tuple(shard.global_shape)} and has shape {like.shape} here",
-                "load it into the model or optimizer that it was saved from",
-            )
-        whole = values.setdefault(shard.name, np.empty(like.shape, like.dtype))
-        data = np.asarray(shard.data)
-        if shard.dtype == "bfloat16" and data.dtype == np.uint16:  # as torch hands it out: numpy alone has no such type
-            data = data.view(jnp.bfloat16)
-        whole[tuple(slice(start, start + size) for start, size in zip(shard.offset, data.shape, strict=True))] = data
-        filled[shard.name] = filled.get(shard.name, 0) + data.size
-    missing = [name for name in current if name not in values or filled[name] < values[name].size]
-    if missing:
-        raise CheckpointError(f"the saved state lacks {', '.join(missing)}", "give every shard of the state")
-    restored = {
-        name: jax.random.wrap_key_data(jnp.asarray(value), impl=jax.random.key_impl(current[name]))
-        if _is_key(current[name])
-        else value
-        for name, value in values.items()
-    }
+    arrays = assemble(shards)
+    check(handle, {name: spec_of(array) for name, array in arrays.items()})
     if isinstance(handle, JaxModel):
-        handle.assign(restored)
+        handle.source.settle(for_writing=True)
+        current = _saved_of_model(handle)
+        handle.assign({name: with_keys(array, current[name]) for name, array in arrays.items()})
     else:
-        handle.state = jax.tree.unflatten(handle.treedef, [restored[name] for name in current])
+        handle.state = handle.source.restored(arrays, handle.state)
 
 
-def _is_key(array: jax.Array) -> bool:
-    return bool(jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key))
+def read_gradients(model: JaxModel) -> Iterator[Shard]:
+    """Accumulated gradients of the global batch: one entry along an added dim 0."""
+    model.source.settle(for_writing=False)
+    for shard in _shards(model.gradients):
+        shape, offset = (1, *shard.global_shape), (0, *shard.offset)
+        yield Shard(shard.name, shape, offset, shard.dtype, shard.data[None])
 
 
-def _arrays(handle: JaxModel | JaxOptimizer) -> dict[str, jax.Array]:
-    if isinstance(handle, JaxModel):
-        return {**handle.params, **handle.buffer_arrays}
-    state = handle.state
-    if hasattr(handle.source, "state_names"):
-        return dict(zip(handle.source.state_names(state), jax.tree.leaves(state), strict=True))
-    paths = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+def write_gradients(model: JaxModel, shards: Iterable[Shard]) -> None:
+    """Replace the gradients. Raises CheckpointError for those of no parameter."""
+    arrays = assemble(shards)
+    for name, array in arrays.items():
+        held = model.params.get(name)
+        if held is None or held.shape != array.shape:
+            raise CheckpointError(
+                f"the checkpoint has a gradient of {name!r}, of shape {array.shape}, and the model no such parameter",
+                "build the model with the settings that it was saved with",
+            )
+    source: Any = model.source
+    source.settle(for_writing=True)
+    if hasattr(source, "forget_grads"):
+        source.forget_grads()
+    model.zero_grad(None)
+    if not arrays:
+        return
+    engine = model.engine
+    with engine.dtypes(model.wants_64bit):
+        dtypes = [np.promote_types(model.params[name].dtype, np.float32) for name in arrays]
+        cast = [array.astype(dtype) for array, dtype in zip(arrays.values(), dtypes, strict=True)]
+        model.gradients = dict(zip(arrays, engine.mesh.replicate(cast), strict=True))
+        if engine.scaler is not None:
+            model.overflow = jax.jit(all_finite)(model.gradients)
+
+
+def _shards(arrays: Mapping[str, jax.Array]) -> Iterator[Shard]:
+    plain = {name: words(array) for name, array in arrays.items()}
+    for array in plain.values():  # all transfers run while the first is waited for
+        array.copy_to_host_async()
+    for name, array in plain.items():
+        for piece in array.addressable_shards:
+            if piece.replica_id == 0:
+                offset = tuple(index.start or 0 for index in piece.index)
+                yield Shard(name, tuple(array.shape), offset, array.dtype.name, copied(piece.data))
+
+
+def _saved_of_model(model: JaxModel) -> dict[str, jax.Array]:
+    left_out = model.source.transient
+    arrays = {**model.params, **model.buffer_arrays}
+    return {name: array for name, array in arrays.items() if name not in left_out}

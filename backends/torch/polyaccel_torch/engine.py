@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +254,7 @@ class TorchEngine:
             return None if make is None else make(spec)
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
         part = parallel.parallel_part(spec.model)
-        max_norm, scale = spec.max_grad_norm, spec.scale
+        max_norm, scale, on_grad_norm = spec.norm_limit, spec.scale, spec.on_grad_norm
         is_alone = self.topology.num_processes == 1
 
         def forward_and_backward(batch: Any) -> Any:
@@ -270,7 +270,9 @@ class TorchEngine:
                     result = forward_and_backward(batch)
             if sync:
                 if max_norm is not None:
-                    self.clip_grad_norm(model, max_norm, 2.0)
+                    norm = self.clip_grad_norm(model, max_norm, 2.0)
+                    if on_grad_norm is not None:
+                        on_grad_norm(norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if is_alone and isinstance(result, torch.Tensor):
@@ -296,10 +298,48 @@ class TorchEngine:
         else:
             state.write_model(self.unwrap(handle), shards)
 
+    def check_state(self, handle: Any, specs: Mapping[str, ArraySpec]) -> None:
+        """Raises CheckpointError where `write_state` would."""
+        if isinstance(handle, optimizers.PreparedOptimizer):
+            state.check_optimizer(handle.optimizer, self._parameters_of(handle), specs)
+        else:
+            state.check_model(self.unwrap(handle), specs)
+
     def _parameters_of(self, handle: optimizers.PreparedOptimizer) -> dict[str, nn.Parameter]:
         updated = {id(parameter) for group in handle.param_groups for parameter in group["params"]}
         owners = [m for m in self._handles if any(id(parameter) in updated for parameter in m.parameters())]
         return optimizers.named_parameters(handle.optimizer, owners)
+
+    def read_gradients(self, handle: nn.Module) -> Iterator[Shard]:
+        """What every process has accumulated: between updates they differ."""
+        place = (self.topology.process_index, self.topology.num_processes)
+        return state.read_gradients(
+            self.unwrap(handle), process=place, scale=1.0 if self._scaler is None else self._scaler.factor
+        )
+
+    def write_gradients(self, handle: nn.Module, shards: Iterable[Shard]) -> None:
+        """Replace this process's gradients."""
+        state.write_gradients(self.unwrap(handle), shards, scale=1.0 if self._scaler is None else self._scaler.factor)
+
+    def read_scaler(self) -> dict[str, float | int] | None:
+        """The loss scale of fp16."""
+        return None if self._scaler is None else self._scaler.read()
+
+    def write_scaler(self, state: Mapping[str, float | int]) -> None:
+        """Continue with this loss scale."""
+        if self._scaler is not None:
+            self._scaler.write(state)
+
+    def read_random(self) -> dict[str, Any]:
+        """The generator of this process's GPU; on the CPU the script's own is all there is."""
+        if self.device.type != "cuda":
+            return {}
+        return {"cuda": torch.cuda.get_rng_state(self.device).numpy().tobytes()}
+
+    def write_random(self, state: Mapping[str, Any]) -> None:
+        """Continue with this generator."""
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["cuda"]), dtype=torch.uint8), self.device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

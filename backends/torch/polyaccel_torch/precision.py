@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 from polyaccel.errors import UnsupportedError
 from polyaccel.precision import LossScaling, PrecisionPolicy
 from polyaccel_torch.dialect.modules import Autocast
+
+_LARGEST = torch.finfo(torch.float32).max  # a scale that would overflow stays
 
 
 def autocast_of(policy: PrecisionPolicy, device: torch.device) -> Autocast | None:
@@ -69,6 +72,35 @@ class LossScaler:
     def was_skipped(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer's last step left the parameters alone. Waits for the device."""
         return any(flag.item() for flag in self._overflow.get(id(optimizer), ()))
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> float:
+        """What gradients that wait for their optimizer were multiplied by. Waits for the device."""
+        return float(self.scaler.get_scale())
+
+    def read(self) -> dict[str, float | int]:
+        """Scale and number of good updates in a row, as they will be at the next backward pass. Changes nothing."""
+        scaler = self.scaler
+        scale, good = float(scaler.get_scale()), int(scaler._get_growth_tracker())
+        if self._stepped:
+            if any(flag.item() for key in self._stepped for flag in self._overflow[key]):
+                return {"scale": scale * scaler.get_backoff_factor(), "growth_tracker": 0}
+            good += 1
+            if good == scaler.get_growth_interval():
+                grown = scale * scaler.get_growth_factor()
+                return {"scale": grown if grown <= _LARGEST else scale, "growth_tracker": 0}
+        return {"scale": scale, "growth_tracker": good}
+
+    def write(self, state: Mapping[str, float | int]) -> None:
+        """Continue from what `read` gave, with no update begun."""
+        own = {"scale": float(state["scale"]), "_growth_tracker": int(state["growth_tracker"])}
+        self.scaler.load_state_dict({**self.scaler.state_dict(), **own})
+        self.scaler._per_optimizer_states.clear()
+        self._stepped.clear()
+        self._unscaled.clear()
+        self._overflow.clear()
 
     def finish_update(self) -> None:
         """Adapt the scale to what the last steps found; nothing without a step since."""

@@ -1,8 +1,7 @@
-"""Model and optimizer state as named shards, and back. Parameters are the same on all processes, so process 0 gives all of them.
+"""Model, optimizer, gradients and generators as named shards and values, and back.
 
-Optimizer state is named `<parameter>.<slot>` (`layer.weight.exp_avg`). numpy has no bfloat16: such data travels as its bits in
-uint16, under the dtype name "bfloat16". A module or optimizer that a bridge made may keep arrays that are no tensors of torch's: it
-gives them with `read_arrays()` (numpy arrays by name) and takes them with `write_arrays(tensors)`.
+Parameters are the same on all processes, so process 0 gives all of them. A module or optimizer that a bridge made may keep arrays that
+are no tensors of torch's: it gives them with `read_arrays()` (numpy arrays by name) and takes them with `write_arrays(tensors)`.
 """
 
 from __future__ import annotations
@@ -10,139 +9,122 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from polyaccel.errors import CheckpointError
-from polyaccel.protocols import Shard
+from polyaccel.protocols import ArraySpec, Shard
 from polyaccel_torch.dialect.modules import named_tensors
+from polyaccel_torch.dialect.states import (
+    array_shard,
+    assemble,
+    by_parameter,
+    check_arrays,
+    check_slots,
+    shard_of,
+    slots,
+    spec_of,
+)
+
+# -- models ----------------------------------------------------------------------------------------------------------------
 
 
 def read_model(module: nn.Module) -> Iterator[Shard]:
     """Parameters and persistent buffers under their names in `state_dict`, tied ones once."""
     for name, tensor in named_tensors(module):
-        yield _shard(name, tensor)
+        yield shard_of(name, tensor)
     for name, array in _arrays_beside(module).items():
-        yield _array_shard(name, array)
+        yield array_shard(name, array)
+
+
+def check_model(module: nn.Module, given: Mapping[str, ArraySpec]) -> None:
+    """Raises CheckpointError where arrays of these names, shapes and dtypes are not this model's."""
+    wanted = {name: spec_of(value) for name, value in (*named_tensors(module), *_arrays_beside(module).items())}
+    check_arrays(type(module).__name__, wanted, given)
 
 
 def write_model(module: nn.Module, shards: Iterable[Shard]) -> None:
-    """Copy values into the module's own tensors. Raises CheckpointError, before anything changes, if names or shapes differ."""
+    """Copy values into the module's own tensors. Raises CheckpointError, before anything changes, if they do not fit."""
     arrays = assemble(shards)
-    tensors = dict(named_tensors(module))
+    check_model(module, {name: spec_of(tensor) for name, tensor in arrays.items()})
     beside = _arrays_beside(module)
-    _check_names(type(module).__name__, {*tensors, *beside}, set(arrays))
-    _check_shapes("model", {**tensors, **beside}, arrays)
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in named_tensors(module):
             tensor.copy_(arrays[name])
     if beside:
         module.write_arrays({name: arrays[name] for name in beside})  # type: ignore[operator]
-
-
-def read_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Iterator[Shard]:
-    """The state of every parameter that has one."""
-    if hasattr(optimizer, "read_arrays"):
-        for name, array in optimizer.read_arrays().items():
-            yield _array_shard(name, array)
-        return
-    for name, parameter in parameters.items():
-        for slot, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, (torch.Tensor, int, float)):
-                raise CheckpointError(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {slot!r} of {name}: no array",
-                    "save this optimizer with its own state_dict",
-                )
-            yield _shard(f"{name}.{slot}", torch.as_tensor(value))
-
-
-def write_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], shards: Iterable[Shard]) -> None:
-    """Replace the state; hyperparameters stay. Raises CheckpointError for state of an unknown parameter."""
-    if hasattr(optimizer, "write_arrays"):
-        given = assemble(shards)
-        held = optimizer.read_arrays()  # type: ignore[attr-defined]
-        _check_names(type(optimizer).__name__, set(held), set(given))
-        _check_shapes("optimizer", held, given)
-        optimizer.write_arrays(given)
-        return
-    positions = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    state: dict[int, dict[str, Any]] = {}
-    for full_name, tensor in assemble(shards).items():
-        name, _, slot = full_name.rpartition(".")
-        if name not in parameters:
-            raise CheckpointError(
-                f"the checkpoint has {slot!r} of {name!r}, which {type(optimizer).__name__} does not update",
-                "build the optimizer over the parameters that it was saved with",
-            )
-        state.setdefault(positions[id(parameters[name])], {})[slot] = tensor
-    # torch's own rules place each slot: on the parameter's device and in its dtype, step counters where the kernels want them.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def assemble(shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
-    """Whole tensors from pieces of any mesh, by name. Raises CheckpointError if elements are missing."""
-    whole: dict[str, torch.Tensor] = {}
-    filled: dict[str, int] = {}
-    for shard in shards:
-        piece = _from_host(shard.data, shard.dtype)
-        if shard.name not in whole:
-            whole[shard.name] = torch.empty(shard.global_shape, dtype=piece.dtype)
-            filled[shard.name] = 0
-        where = tuple(slice(start, start + size) for start, size in zip(shard.offset, piece.shape, strict=True))
-        whole[shard.name][where] = piece
-        filled[shard.name] += piece.numel()
-    for name, tensor in whole.items():
-        if filled[name] < tensor.numel():
-            raise CheckpointError(
-                f"{name}: {filled[name]} of {tensor.numel()} elements are there", "give the shards of all processes"
-            )
-    return whole
-
-
-def _shard(name: str, tensor: torch.Tensor) -> Shard:
-    host = tensor.detach().cpu().contiguous()
-    data = host.view(torch.uint16).numpy() if host.dtype == torch.bfloat16 else host.numpy()
-    dtype = str(host.dtype).removeprefix("torch.")
-    # A copy: training goes on while the shard is written.
-    return Shard(name, tuple(host.shape), (0,) * host.dim(), dtype, data.copy())
-
-
-def _array_shard(name: str, array: Any) -> Shard:
-    dtype = array.dtype.name
-    data = array.view(np.uint16) if dtype == "bfloat16" else array
-    return Shard(name, tuple(array.shape), (0,) * array.ndim, dtype, data.copy())
 
 
 def _arrays_beside(module: nn.Module) -> dict[str, Any]:
     return module.read_arrays() if hasattr(module, "read_arrays") else {}  # type: ignore[operator]
 
 
-def _from_host(data: Any, dtype: str) -> torch.Tensor:
-    array = np.ascontiguousarray(data).reshape(np.shape(data))
-    if dtype == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+# -- optimizers ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(what: str, wanted: Mapping[str, Any], given: Mapping[str, torch.Tensor]) -> None:
-    for name, value in wanted.items():
-        if tuple(value.shape) != tuple(given[name].shape):
-            raise CheckpointError(
-                f"{name} has shape {tuple(given[name].shape)} in the checkpoint and {tuple(value.shape)} in the {what}",
-                "build the model with the settings that it was saved with",
-            )
+def read_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Iterator[Shard]:
+    """The state of every parameter that has one."""
+    if hasattr(optimizer, "read_arrays"):
+        for name, array in optimizer.read_arrays().items():
+            yield array_shard(name, array)
+        return
+    for name, value in slots(optimizer, parameters):
+        yield shard_of(name, value)
 
 
-def _check_names(model: str, wanted: set[str], given: set[str]) -> None:
-    problems = [
-        f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
-        for what, names in (("missing", wanted - given), ("unknown", given - wanted))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the checkpoint does not fit {model} ({'; '.join(problems)})",
-            "build the model with the settings that it was saved with",
-        )
+def check_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], given: Mapping[str, ArraySpec]) -> None:
+    """Raises CheckpointError for state of unknown parameters, or of other shapes."""
+    if hasattr(optimizer, "read_arrays"):
+        held = {name: spec_of(array) for name, array in optimizer.read_arrays().items()}
+        check_arrays(type(optimizer).__name__, held, given)
+    else:
+        check_slots(optimizer, parameters, given)
+
+
+def write_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], shards: Iterable[Shard]) -> None:
+    """Replace the state; hyperparameters stay. Raises CheckpointError for state of an unknown parameter."""
+    arrays = assemble(shards)
+    check_optimizer(optimizer, parameters, {name: spec_of(tensor) for name, tensor in arrays.items()})
+    if hasattr(optimizer, "write_arrays"):
+        optimizer.write_arrays(arrays)
+        return
+    positions = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    found = by_parameter(arrays, parameters)
+    state = {positions[id(parameters[name])]: entries for name, entries in found.items() if entries}
+    # torch's own rules place each slot: on the parameter's device, step counters where the kernels want them.
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, entries in found.items():
+        for slot, value in entries.items():
+            placed = optimizer.state[parameters[name]][slot]
+            if isinstance(value, torch.Tensor) and placed.dtype != value.dtype:
+                # Those rules also cast every slot to the parameter's dtype, which rounds float32 numbers beside bfloat16 parameters.
+                optimizer.state[parameters[name]][slot] = value.to(placed.device)
+
+
+# -- gradients -------------------------------------------------------------------------------------------------------------
+
+
+def read_gradients(module: nn.Module, *, process: tuple[int, int], scale: float) -> Iterator[Shard]:
+    """What this process has accumulated, divided by `scale`, as entry [0] of [1] along a new dim 0."""
+    for name, tensor in named_tensors(module):
+        if tensor.grad is not None:
+            grad = tensor.grad
+            if grad.is_sparse:
+                raise CheckpointError(
+                    f"the gradient of {name} is sparse and cannot be saved in the middle of an accumulation window",
+                    "save after the update that closes the window, or use dense gradients",
+                )
+            yield shard_of(name, grad if scale == 1.0 else grad / scale, leading=process)
+
+
+def write_gradients(module: nn.Module, shards: Iterable[Shard], *, scale: float) -> None:
+    """Replace the gradients, times `scale`; parameters without one get None."""
+    arrays = assemble(shards)
+    for name, tensor in named_tensors(module):
+        given = arrays.get(name)
+        if given is None:
+            tensor.grad = None
+        else:
+            value = given.to(tensor.device, tensor.dtype)
+            tensor.grad = value if scale == 1.0 else value * scale

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch_xla.core import xla_model as xm
 from polyaccel.config.resolve import user_cache_folder
 from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
+from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel.topology import Topology
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
@@ -293,13 +293,50 @@ class XlaEngine:
 
     def read_state(self, handle: Any) -> Iterator[Shard]:
         """Everything is repeated on every device, so process 0 gives all of it."""
-        self.synchronize()
+        with self._same_random_stream():
+            self.synchronize()
         if self.topology.is_main_process:
             yield from state.read(handle, self._prepared_models())
+
+    def check_state(self, handle: Any, specs: Mapping[str, ArraySpec]) -> None:
+        """Raises CheckpointError where `write_state` would."""
+        state.check(handle, specs, self._prepared_models())
 
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
         """Load shards of any mesh onto every device."""
         state.write(handle, shards, self._prepared_models(), self._placement)
+
+    def read_gradients(self, handle: Any) -> Iterator[Shard]:
+        """Those of the global batch, given by process 0."""
+        with self._same_random_stream():
+            self.synchronize()
+        if self.topology.is_main_process:
+            yield from state.read_gradients(handle)
+
+    def write_gradients(self, handle: Any, shards: Iterable[Shard]) -> None:
+        """Replace them on every device."""
+        state.write_gradients(handle, shards, self._placement)
+
+    def read_scaler(self) -> None:
+        """None: fp16 is not offered here."""
+
+    def write_scaler(self, state: Mapping[str, float | int]) -> None:
+        """Nothing: there is no loss scale here."""
+
+    def read_random(self) -> dict[str, Any]:
+        """The number that the next random operation on the devices starts from."""
+        return {"xla": int(xm.get_rng_state())}
+
+    def write_random(self, state: Mapping[str, Any]) -> None:
+        """Continue from this number."""
+        xm.set_rng_state(int(state["xla"]))
+
+    @contextmanager
+    def _same_random_stream(self) -> Iterator[None]:
+        # Every graph that is started moves the stream on, also one that nobody but a checkpoint asked for.
+        seed = xm.get_rng_state()
+        yield
+        xm.set_rng_state(seed)
 
     def _prepared_models(self) -> list[torch.nn.Module]:
         return [model for reference in self._models if (model := reference()) is not None]

@@ -19,6 +19,7 @@ class LinenSource:
     """A module and its variables. Params are the collection `params` by dotted path, all other collections are buffers."""
 
     wants_64bit = False
+    transient: frozenset[str] = frozenset()
     draws_from_key = True
 
     def __init__(self, module: linen.Module) -> None:
@@ -51,6 +52,9 @@ class LinenSource:
         """Take the handle that owns the values from now on."""
         self.model = model
         self._initial = {}
+
+    def settle(self, *, for_writing: bool) -> None:
+        """Nothing: what user code gets are copies."""
 
     # -- programs --------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ class NnxSource:
     """A module's graph and variables. Params are `nnx.Param` variables (and what an optimizer's `wrt` adds), all others buffers."""
 
     wants_64bit = False
+    transient: frozenset[str] = frozenset()
     draws_from_key = False  # modules draw from their own nnx.Rngs
 
     def __init__(self, module: nnx.Module) -> None:
@@ -46,6 +47,11 @@ class NnxSource:
         """Take the handle that owns the values from now on."""
         self.model = model
         self._version = model.version
+
+    def settle(self, *, for_writing: bool) -> None:
+        """Take over what user code wrote to its module."""
+        if self._is_touched:
+            self._absorb()
 
     # -- programs --------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,9 @@ import optax
 from flax import nnx
 
 from polyaccel.errors import CheckpointError, PrepareError
+from polyaccel.protocols import ArraySpec
 from polyaccel_jax.dialect.functional import Named
+from polyaccel_jax.dialect.host_arrays import check_arrays, spec_of, with_keys
 from polyaccel_jax.dialect.nnx_modules import NnxSource
 
 
@@ -97,6 +99,20 @@ class OptaxSource:
                 "name the parts of the transformation's state without dots and slashes",
             )
         return names
+
+    def saved(self, state: Any) -> dict[str, jax.Array]:
+        """All of it, by `state_names`."""
+        return dict(zip(self.state_names(state), jax.tree.leaves(state), strict=True))
+
+    def check(self, specs: Mapping[str, ArraySpec], state: Any) -> None:
+        """Raises CheckpointError for the state of another transformation or model."""
+        wanted = {name: spec_of(leaf) for name, leaf in self.saved(state).items()}
+        check_arrays("this optax transformation", wanted, specs)
+
+    def restored(self, arrays: Mapping[str, Any], state: Any) -> Any:
+        """The state of host arrays by `state_names`."""
+        leaves = [with_keys(arrays[name], leaf) for name, leaf in self.saved(state).items()]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     def attach(self, handle: Any) -> None:
         """Take the handle that owns the state from now on."""

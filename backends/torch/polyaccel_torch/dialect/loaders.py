@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 
 from polyaccel import trees
 from polyaccel.data import DataSharding, IterableShard, ShardedBatchSampler, refuse_prepared
-from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
 from polyaccel_torch.dialect.worker_signals import outliving
 
 Synchronize = Callable[[Any], Any]  # this process's value in, process 0's value out; every process calls it
@@ -81,6 +81,25 @@ class TorchHostBatches:
     def seed(self) -> int | None:
         """The seed of the current pass's order, if the default random sampler drew one."""
         return self._order.seed
+
+    def read_generators(self) -> tuple[bytes, ...]:
+        """The states of the generators that the user gave to the loader, its sampler or its dataset."""
+        return tuple([generator.get_state().numpy().tobytes() for generator in self._generators()])
+
+    def write_generators(self, states: tuple[bytes, ...]) -> None:
+        """Continue from states that `read_generators` gave. Raises CheckpointError for another number of generators."""
+        held = self._generators()
+        if len(held) != len(states):
+            raise CheckpointError(
+                f"the loader was saved with {len(states)} random generators of its own and has {len(held)}",
+                "build the DataLoader and its sampler with the generators that it was saved with",
+            )
+        for generator, state in zip(held, states, strict=True):
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+    def _generators(self) -> list[torch.Generator]:
+        given = (self._order.own, self.loader.generator)
+        return list({id(one): one for one in given if isinstance(one, torch.Generator)}.values())
 
     def __len__(self) -> int:
         if self._length is None:
@@ -276,7 +295,7 @@ class _RandomOrder:
         self.replay: int | None = None
         self._synchronize = synchronize
         self._private: torch.Generator | None = None
-        self._own: torch.Generator | None = None
+        self.own: torch.Generator | None = None
         self._globals = tuple(name for name in rng_types if name != "generator")
         self._is_shared = synchronize is not None and "generator" in rng_types
         for name in rng_types:
@@ -290,7 +309,7 @@ class _RandomOrder:
         """The batch sampler, with its random sampler drawing from here; the user's own object where nothing has to change."""
         sampler: Any = getattr(batch_sampler, "sampler", None)
         if isinstance(getattr(sampler, "generator", None), torch.Generator):
-            self._own = sampler.generator
+            self.own = sampler.generator
             return batch_sampler
         has_no_state = type(sampler) is RandomSampler and type(batch_sampler) in (BatchSampler, _Keys)
         if not has_no_state and not (self._is_shared and hasattr(sampler, "generator")):
@@ -306,7 +325,7 @@ class _RandomOrder:
         """An iterable dataset may shuffle with a generator of its own."""
         generator = getattr(dataset, "generator", None)
         if isinstance(generator, torch.Generator):
-            self._own = generator
+            self.own = generator
 
     def draw(self) -> None:
         """Called when a pass starts, right before its first index is drawn."""
@@ -320,8 +339,8 @@ class _RandomOrder:
             self._private.manual_seed(drawn)
         if self._synchronize is None:
             return
-        if self._own is not None and self._is_shared:
-            self._own.set_state(self._shared_tensor(self._own.get_state()))
+        if self.own is not None and self._is_shared:
+            self.own.set_state(self._shared_tensor(self.own.get_state()))
         for name in self._globals:
             self._share_global(name)
 

@@ -150,13 +150,14 @@ def check_parameters(optimizer: Optimizer, modules: Sequence[nn.Module]) -> None
 def named_parameters(optimizer: Optimizer, modules: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
     """The optimizer's parameters by their names in `modules`, in the optimizer's order.
 
-    With several modules, names of all but the first begin with `model_<index>.`. Raises PrepareError as `check_parameters`.
+    With several modules all names begin with `model_<index>.`. Raises PrepareError as `check_parameters`.
     """
     check_parameters(optimizer, modules)
     names: dict[int, str] = {}
     for index, module in enumerate(modules):
+        prefix = f"model_{index}." if len(modules) > 1 else ""
         for name, parameter in module.named_parameters():
-            names.setdefault(id(parameter), name if index == 0 else f"model_{index}.{name}")
+            names.setdefault(id(parameter), prefix + name)
     return {names[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 

@@ -1,0 +1,135 @@
+"""Checkpoints under Accelerate's names: everything that a run remembers, saved and continued, on any engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+from polyaccel.checkpoint.manager import Job, Manager, RemovableHandle
+from polyaccel.checkpoint.run import Run, parts_of, settings_of
+from polyaccel.checkpoint.weights import state_dict_of
+from polyaccel.data import PreparedLoader, skip_first_batches
+from polyaccel.errors import CheckpointError
+from polyaccel.facade.parts import Parts
+from polyaccel.tracking import describe_job
+
+
+class Checkpoints(Parts):
+    """Saving and continuing a run."""
+
+    _checkpoints: Manager
+
+    def save_state(
+        self,
+        output_dir: str | PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        blocking: bool | None = None,
+    ) -> str:
+        """Save models, optimizers, schedulers, loaders' positions, loss scale, random states, gradients of an open accumulation window,
+        and registered objects.
+
+        Args:
+            output_dir: the checkpoint's folder, or a URL that fsspec understands; a checkpoint that is there is replaced once this one is
+                complete. None: `project_dir/checkpoints/checkpoint_<iteration>`.
+            safe_serialization: only True: nothing in a checkpoint is pickled.
+            blocking: True returns when the checkpoint is complete on the disk. Otherwise training goes on as soon as everything is copied
+                to host memory, and a failure to write is raised by the next call about checkpoints, or by `end_training`.
+
+        Returns the folder. Every process must call it, outside of `is_main_process`. Raises CheckpointError, before anything is written,
+        where the folder cannot be used, and naming what cannot be saved.
+        """
+        if not safe_serialization:
+            raise CheckpointError(
+                "safe_serialization=False asks for pickled files, which run code when they are loaded",
+                "leave it out: checkpoints are safetensors and JSON",
+            )
+        return self._checkpoints.save(output_dir, blocking=bool(blocking))
+
+    def load_state(self, input_dir: str | PathLike[str] | None = None) -> str:
+        """Continue exactly where a checkpoint was saved; prepare and register everything first, as the script that saved it did.
+
+        Without `input_dir` the newest whole checkpoint of the project, and the log says which ones were passed over and why. The
+        next pass over a loader goes on after the last batch that was used; `skip_first_batches` does not skip twice. The engine, the
+        number of processes and the devices may be others than before.
+
+        Returns the folder. Every process must call it. Raises CheckpointError, before anything is changed, where the checkpoint is
+        damaged or does not fit.
+        """
+        return self._checkpoints.load(input_dir)
+
+    def wait_for_checkpoint(self) -> None:
+        """Return when the last `save_state` is complete on the disk. Raises CheckpointError where it failed."""
+        self._checkpoints.wait()
+
+    def register_for_checkpointing(self, *objects: Any) -> None:
+        """Save these objects with the rest: what `state_dict()` gives (plain values, arrays, nested), which `load_state_dict` gets back.
+
+        Raises CheckpointError naming those without the two methods.
+        """
+        self._checkpoints.register(objects)
+
+    def register_save_state_pre_hook(self, hook: Callable[[list[Any], list[Any], str], Any]) -> RemovableHandle:
+        """Call `hook(models, weights, folder)` before every save. What it writes into `folder` becomes part of the checkpoint; a model
+        whose weights it takes out of the list is left to it. Returns a handle with `remove()`."""
+        return self._checkpoints.add_save_hook(hook)
+
+    def register_load_state_pre_hook(self, hook: Callable[[list[Any], str], Any]) -> RemovableHandle:
+        """Call `hook(models, folder)` before every load; a model that it takes out of the list is left to it. Returns a handle with
+        `remove()`."""
+        return self._checkpoints.add_load_hook(hook)
+
+    @property
+    def save_iteration(self) -> int:
+        """The number of the next automatically named checkpoint; `load_state` sets it behind those that are there."""
+        return self.project_configuration.iteration
+
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
+        """A model's parameters and buffers by its own names, with present values, as the script's framework has them.
+
+        torch scripts get what `model.state_dict()` gives, flax scripts numpy arrays. `unwrap` is Accelerate's, and names have no wrapper's
+        prefix in any case.
+        """
+        handle = self._prepared.handle_of(model, "model", argument="model")
+        bridge = self._prepared.bridge
+        own = self._engine.unwrap(handle)
+        own = own if bridge is None else bridge.unwrap(own)
+        return state_dict_of(self._engine, handle, own, self._engine.collectives.all_gather_object)
+
+    def skip_first_batches(self, dataloader: PreparedLoader, num_batches: int = 0) -> PreparedLoader:
+        """The same loader without the first `num_batches` batches of its passes; after `load_state` they count from the start of the pass
+        that is continued, so that what was skipped is not skipped twice."""
+        return skip_first_batches(dataloader, num_batches)
+
+    def _checkpointing(self) -> Manager:
+        topology, collectives = self._engine.topology, self._engine.collectives
+        job = Job(
+            run=self._live_run,
+            share=lambda value: collectives.all_gather_object(value)[0],
+            gather=collectives.all_gather_object,
+            facts=lambda: describe_job(self.backend, topology, self.plan) | {"config": settings_of(self.config)},
+            weights=lambda part: self.get_state_dict(part.public),
+            completed=lambda path: self.tracking.event("checkpoint", path=path),
+        )
+        return Manager(
+            self.project_configuration,
+            job,
+            process_index=topology.process_index,
+            num_processes=topology.num_processes,
+        )
+
+    def _live_run(self, registered: tuple[Any, ...]) -> Run:
+        entries = self._prepared.entries
+        return Run(
+            engine=self._engine,
+            models=parts_of(entries, "model"),
+            optimizers=parts_of(entries, "optimizer"),
+            schedulers=parts_of(entries, "scheduler"),
+            loaders=parts_of(entries, "loader"),
+            registered=registered,
+            window=self.gradient_state,
+            backend=self.backend,
+            seed=self.config.seed,
+            has_own_gradients="gradient_sync" in self._features,
+        )
