@@ -1,4 +1,4 @@
-"""`polyaccel checkpoint`: shows what is in a checkpoint, and says whether every byte of it is what was written."""
+"""`polyaccel checkpoint`: shows what is in a checkpoint, says whether every byte of it is what was written, and converts it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
+
+from polyaccel.cli import checkpoint_convert
 
 if TYPE_CHECKING:
     from polyaccel.checkpoint.read import Saved
@@ -30,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verifying.add_argument(
         "folder", help="a checkpoint, or a folder of checkpoint_<n> (then all of them): a path or a URL"
     )
+    converting = commands.add_parser(
+        "convert", help="write a checkpoint anew in another library's format, or theirs in ours"
+    )
+    checkpoint_convert.add_arguments(converting)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run one of the subcommands."""
-    commands = {"show": _show, "verify": _verify}
+    commands = {"show": _show, "verify": _verify, "convert": checkpoint_convert.run}
     return commands[options.checkpoint_command](options)
 
 

@@ -27,8 +27,7 @@ class OrbaxFiles:
         """The saved PyTree: dicts, and lists for sequences; numbers and strings as plain values."""
         ocp = _import_orbax()
         folder = _item_folder(path).absolute()
-        with ocp.PyTreeCheckpointHandler() as handler:
-            described = handler.metadata(folder)
+        described = ocp.PyTreeCheckpointHandler().metadata(folder)
         reader = _Reader(folder, uses_zarr3=bool(described.use_zarr3))
         tree = reader.tree(described.tree, ())
         if described.custom_metadata:
@@ -38,6 +37,7 @@ class OrbaxFiles:
     def write(self, path: Path, tree: Any) -> None:
         """Write the tree as `StandardCheckpointer().save` would; arrays come from files and are not copied."""
         ocp = _import_orbax()
+        import jax
         import numpy as np
 
         handlers = ocp.type_handlers
@@ -46,6 +46,7 @@ class OrbaxFiles:
             (float, handlers.ScalarHandler()),
             (str, handlers.StringHandler()),
             (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+            (jax.Array, handlers.ArrayHandler()),  # none is here; Orbax warns of a registry without it
         )
         item = {key: value for key, value in tree.items() if key != EXTRA}
         with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -76,16 +77,22 @@ def from_torch(value: Any, where: str) -> Any:
 
 def to_torch(value: Any, where: str) -> Any:
     """Stored arrays as tensors, numpy numbers as Python's; containers stay. Raises CheckpointError for anything else."""
+    import numpy as np
+
     from polyaccel_torch.files.host_arrays import load
 
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     if isinstance(value, StoredArray):
         return load(value, where)
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:  # numpy's own generator is kept in one
+        return value
     return _mapped(value, where, to_torch)
 
 
 def _mapped(value: Any, where: str, one: Callable[[Any, str], Any]) -> Any:
+    if type(value) is Counter:  # milestones of a scheduler
+        return Counter(value)
     if isinstance(value, Mapping):
         return {_key(key, where): one(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
