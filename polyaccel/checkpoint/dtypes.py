@@ -72,7 +72,7 @@ def to_bytes(shard: Shard, group: str) -> memoryview:
         )
     if array.dtype.byteorder == ">":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def empty(dtype: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

@@ -111,7 +111,7 @@ class Saved:
                     data = empty(array.dtype, piece.shape)
                     bits = data.reshape(-1).view("u1")
                     if span.end > span.start:
-                        files[piece.file].read_into(span.start, memoryview(bits))
+                        files[piece.file].read_into(span.start, bits.data)
                     if array.dtype == "bool" and bits.max(initial=0) > 1:
                         raise self._broken(piece.file, f"has a truth value other than 0 and 1 in {name!r:.200}")
                     yield Shard(name, array.shape, piece.offset, array.dtype, data)
