@@ -228,7 +228,8 @@ class Tracer(Protocol):
         ...
 
     def span(self, name: str, step: int | None) -> AbstractContextManager[Any]:
-        """A named span of the trace; with a number, that of a step."""
+        """A named span of the trace; with a number, that of a step, which is part of its name: `ProfilerStep#3`, or after a space
+        where the framework gives # a meaning."""
         ...
 
 
@@ -492,6 +493,10 @@ class OptimizerSource(Protocol):
 
     def attach(self, handle: Any) -> None:
         """Called by prepare_optimizer with the handle that now owns the state."""
+        ...
+
+    def parameter_names(self) -> list[str] | None:
+        """As `StatefulEngine.parameter_names`."""
         ...
 
     def saved(self, state: Any) -> dict[str, Array]:

@@ -50,6 +50,11 @@ class StatefulEngine(Protocol):
         """Load shards of any mesh; every process gives all shards it needs. Raises CheckpointError before anything is changed."""
         ...
 
+    def parameter_names(self, handle: Any) -> list[str] | None:
+        """What an optimizer updates, by the names that its state is named with, in the order in which it was given them over all its
+        parameter groups; None for one that knows no such order (optax)."""
+        ...
+
     def read_gradients(self, handle: Any) -> Iterator[Shard]:
         """A model's accumulated gradients, free of any loss scale, every element once over all processes.
 

@@ -46,6 +46,7 @@ def _shared(run: Run, iteration: int) -> dict[str, Any]:
         "schedulers": [part.kind for part in run.schedulers],
         "registered": [type(value).__name__ for value in run.registered],
         "loaders": [asdict(part.handle.state) for part in run.loaders],
+        "parameter_names": [run.engine.parameter_names(part.handle) for part in run.optimizers],
         "group_sizes": [None if part.hyperparameters is None else part.group_sizes for part in run.optimizers],
         "window": {
             "step": window.step,

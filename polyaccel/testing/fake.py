@@ -218,7 +218,8 @@ class FakeTracer:
         began = time.perf_counter_ns()
         yield
         microseconds = (time.perf_counter_ns() - began) / 1000
-        self._spans.append({"name": name, "ph": "X", "ts": began / 1000, "dur": microseconds, "pid": 0, "tid": 0})
+        label = name if step is None else f"{name}#{step}"
+        self._spans.append({"name": label, "ph": "X", "ts": began / 1000, "dur": microseconds, "pid": 0, "tid": 0})
 
 
 class FakeEngine:
@@ -339,6 +340,9 @@ class FakeEngine:
         handle.grads.clear()
         for shard in shards:
             _write(handle.grads.setdefault(shard.name, np.zeros(shard.global_shape, np.float32)), shard)
+
+    def parameter_names(self, handle: Any) -> None:
+        return None
 
     def read_scaler(self) -> None:
         return None

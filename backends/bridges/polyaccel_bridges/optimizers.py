@@ -46,6 +46,11 @@ class TorchOptimizerSource:
         kept = self.rule.exported(state)
         return {f"{names[name]}.{slot}": value for name, entries in kept.items() for slot, value in entries.items()}
 
+    def parameter_names(self) -> list[str]:
+        """The parameters in the order of the user's optimizer, as `saved` names them."""
+        names = self._saved_names()
+        return [names[name] for name in self.rule.names]
+
     def check(self, specs: Mapping[str, ArraySpec], state: Any) -> None:
         """Raises CheckpointError for state of unknown parameters, of other slots, or of other shapes."""
         shapes = {name: {k: tuple(s.shape) for k, s in slots.items()} for name, slots in self._by_name(specs).items()}

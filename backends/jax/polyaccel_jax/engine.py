@@ -263,6 +263,10 @@ class JaxEngine:
         """Load shards of any mesh."""
         state.write(_engine_handle(handle), shards)
 
+    def parameter_names(self, handle: Any) -> list[str] | None:
+        """In the order of a torch optimizer; None for optax."""
+        return _engine_handle(handle).source.parameter_names()
+
     def read_gradients(self, handle: Any) -> Iterator[Shard]:
         """Those of the global batch."""
         return state.read_gradients(_model(handle))

@@ -305,6 +305,10 @@ class TorchEngine:
         else:
             state.check_model(self.unwrap(handle), specs)
 
+    def parameter_names(self, handle: optimizers.PreparedOptimizer) -> list[str] | None:
+        """In the order of the user's optimizer; None for one that a bridge made of another dialect's."""
+        return None if hasattr(handle.optimizer, "read_arrays") else list(self._parameters_of(handle))
+
     def _parameters_of(self, handle: optimizers.PreparedOptimizer) -> dict[str, nn.Parameter]:
         updated = {id(parameter) for group in handle.param_groups for parameter in group["params"]}
         owners = [m for m in self._handles if any(id(parameter) in updated for parameter in m.parameters())]

@@ -306,6 +306,10 @@ class XlaEngine:
         """Load shards of any mesh onto every device."""
         state.write(handle, shards, self._prepared_models(), self._placement)
 
+    def parameter_names(self, handle: Any) -> list[str]:
+        """In the order of the user's optimizer."""
+        return state.parameter_names(handle, self._prepared_models())
+
     def read_gradients(self, handle: Any) -> Iterator[Shard]:
         """Those of the global batch, given by process 0."""
         with self._same_random_stream():

@@ -65,6 +65,11 @@ def write(handle: Any, shards: Iterable[Shard], models: Sequence[torch.nn.Module
             }
 
 
+def parameter_names(handle: Any, models: Sequence[torch.nn.Module]) -> list[str]:
+    """What an optimizer updates, in the order in which it was given them."""
+    return list(_parameters(handle.optimizer, models))
+
+
 def read_gradients(module: torch.nn.Module) -> Iterator[Shard]:
     """Accumulated gradients: global values, so one entry along the added dim 0."""
     for name, tensor in named_tensors(module):

@@ -6,6 +6,7 @@ Where a foreign checkpoint does not say something, the entry is None: `restore` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from polyaccel.checkpoint.formats.bundle import Arrays, Bundle, models_of, numbered, position
@@ -26,11 +27,12 @@ def is_optimizer(group: str) -> bool:
 def parameters_of(bundle: Bundle) -> frozenset[str]:
     """Every name that an optimizer's arrays may begin with: those of the models, and with `model_<i>.` in front."""
     found: set[str] = set()
-    for index, arrays in enumerate(models_of(bundle).values()):
+    models = models_of(bundle).values()
+    for arrays in models:
         found.update(arrays)
-        found.update(f"model_{index}.{name}" for name in arrays)
-    for groups in bundle.shared.get("parameter_names") or ():
-        found.update(name for names in groups or () for name in names)
+        found.update(f"model_{index}.{name}" for index in range(len(models)) for name in arrays)
+    for names in bundle.shared.get("parameter_names") or ():
+        found.update(names or ())
     return frozenset(found)
 
 
@@ -85,7 +87,9 @@ def param_groups(bundle: Bundle, group: str) -> list[dict[str, Any]] | None:
     names = bundle.shared.get("parameter_names") or []
     if values is None or index >= len(names) or names[index] is None:
         return None
-    return [{**given, "params": list(params)} for given, params in zip(values, names[index], strict=True)]
+    rest = iter(names[index])
+    sizes = bundle.shared["group_sizes"][index]
+    return [{**given, "params": list(islice(rest, size))} for given, size in zip(values, sizes, strict=True)]
 
 
 def set_param_groups(bundle: Bundle, group: str, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -96,7 +100,7 @@ def set_param_groups(bundle: Bundle, group: str, groups: Sequence[Mapping[str, A
     ]
     set_values(bundle, values_group(group), plain)
     for key, value in (
-        ("parameter_names", [list(one["params"]) for one in groups]),
+        ("parameter_names", [name for one in groups for name in one["params"]]),
         ("group_sizes", [len(one["params"]) for one in groups]),
     ):
         entries = bundle.shared.setdefault(key, [])

@@ -104,6 +104,9 @@ class OptaxSource:
         """All of it, by `state_names`."""
         return dict(zip(self.state_names(state), jax.tree.leaves(state), strict=True))
 
+    def parameter_names(self) -> None:
+        """None: optax keeps trees, which have no order of their own."""
+
     def check(self, specs: Mapping[str, ArraySpec], state: Any) -> None:
         """Raises CheckpointError for the state of another transformation or model."""
         wanted = {name: spec_of(leaf) for name, leaf in self.saved(state).items()}
