@@ -21,8 +21,8 @@ _RECORDING = ("record", "record and save")
 class Profile(AbstractContextManager["Profile"]):
     """What `with accelerator.profile() as prof` gives. Call `step` after every step where there is a schedule.
 
-    Every step is a span `ProfilerStep#<n>` of the trace. What the engine's own profiler can do (`key_averages` on torch) can be asked
-    here too, after a trace was recorded. `files`: what has been saved so far.
+    Every step is a span `ProfilerStep#<n>` of the trace (`ProfilerStep <n>` where XLA writes it). What the engine's own profiler can
+    do (`key_averages` on torch) can be asked here too, after a trace was recorded. `files`: what has been saved so far.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Profile(AbstractContextManager["Profile"]):
 
     def _name_step(self) -> None:
         if self._phase != "idle":
-            self._span.enter_context(self._tracer.span(f"ProfilerStep#{self.step_num}", self.step_num))
+            self._span.enter_context(self._tracer.span("ProfilerStep", self.step_num))
 
     def _save(self) -> None:
         self._synchronize()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polyaccel.errors import TrackerError
+from polyaccel.tracking import speed
 from polyaccel.tracking.charts import Series, svg
 from polyaccel.tracking.runs import Run
 from polyaccel.tracking.values import flatten
@@ -57,8 +58,11 @@ def write_page(file: Path, text: str) -> Path:
 def summary(run: Run) -> dict[str, str]:
     """What is worth a line of its own: throughput, compilations, checkpoints, the error. Only what the run has."""
     lines = {}
+    noted = speed.in_words(run)
     series = run.throughput()
-    if series:
+    if noted is not None:
+        lines["throughput"] = noted
+    elif series:
         rates = sorted(rate for _, rate in series)
         lines["throughput"] = f"{rates[len(rates) // 2]:.4g} steps/s (median)"
     compiled = list(run.events("compile"))
@@ -80,7 +84,6 @@ def report(run: Run) -> str:
     series = {name: run.series(name) for name in run.names()}
     charts = "".join(svg({name: line}, name) for name, line in series.items() if len(line) > 1)
     latest = ([name, *_extremes(line)] for name, line in series.items())
-    rates = run.throughput()
     return page(
         f"{run.project} / {run.id}",
         f"{run.status}, started {started}, {duration(run.duration_s)}",
@@ -88,7 +91,7 @@ def report(run: Run) -> str:
             "Summary": table(summary(run).items()),
             "Metrics": f'<div class="charts">{charts}</div>' if charts else "<p>No metric has two values.</p>",
             "Values": table(latest, ("metric", "last", "at step", "least", "greatest")),
-            "Throughput": f'<div class="charts">{svg({"": rates}, "steps per second")}</div>' if rates else "",
+            "Throughput": _throughput(run),
             "Compilations": table(
                 (
                     [e["step"], e["program"], e["cause"], f"{e['capture_s']:.2f}", f"{e['compile_s']:.2f}"]
@@ -108,6 +111,26 @@ def report(run: Run) -> str:
             ),
         },
     )
+
+
+def _throughput(run: Run) -> str:
+    """What progress bars noted, by the second; for a run without bars the steps of its log calls."""
+    noted = {
+        "samples per second": speed.over_time(run, "samples_per_s"),
+        "steps per second": speed.over_time(run, "steps_per_s"),
+        "share of the time that waited for data": speed.over_time(run, "data_share"),
+        "memory (MiB)": [(at, used / 2**20) for at, used in speed.over_time(run, "memory_bytes")],
+        "MFU": speed.over_time(run, "mfu"),
+    }
+    loops = table(map(speed.row, speed.loops(run)), speed.HEAD)
+    if not loops:
+        noted = {"steps per second": [(float(step), rate) for step, rate in run.throughput()]}
+    charts = "".join(
+        svg({"": line}, f"{title}{'' if not loops else ', by seconds'}")
+        for title, line in noted.items()
+        if len(line) > 1
+    )
+    return (f'<div class="charts">{charts}</div>' if charts else "") + loops
 
 
 def duration(seconds: float) -> str:

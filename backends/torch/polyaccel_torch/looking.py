@@ -55,7 +55,7 @@ class TorchTracer:
 
     def span(self, name: str, step: int | None) -> AbstractContextManager[Any]:
         """A torch.profiler.record_function."""
-        return record_function(name)
+        return record_function(name if step is None else f"{name}#{step}")
 
 
 def _activity(name: str) -> ProfilerActivity:

@@ -51,5 +51,7 @@ class XlaTracer:
 
     def span(self, name: str, step: int | None) -> AbstractContextManager[Any]:
         """A span of the host. torch_xla's own `Trace` would also name every operation inside, and compile each step anew."""
-        numbered: dict[str, Any] = {} if step is None else {"step_num": step, "_r": 1}
-        return torch_xla._XLAC.profiler.TraceMe(name, **numbered)
+        plain = name.replace("#", " ")  # which begins the arguments of a span
+        if step is None:
+            return torch_xla._XLAC.profiler.TraceMe(plain)
+        return torch_xla._XLAC.profiler.TraceMe(f"{plain} {step}", step_num=step, _r=1)
