@@ -62,8 +62,10 @@ def _composed(engine: Engine, spec: StepSpec) -> Callable[[Any, bool], Any]:
         with engine.gradient_sync(spec.model, enabled=sync):
             result = engine.backward(call, scale=spec.scale)
         if sync:
-            if spec.max_grad_norm is not None:
-                engine.clip_grad_norm(_parameters(spec), spec.max_grad_norm, 2.0)
+            if spec.norm_limit is not None:
+                norm = engine.clip_grad_norm(_parameters(spec), spec.norm_limit, 2.0)
+                if spec.on_grad_norm is not None:
+                    spec.on_grad_norm(norm)
             spec.optimizer.step()
             spec.optimizer.zero_grad()
         return named_result(result)

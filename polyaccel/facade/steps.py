@@ -75,6 +75,7 @@ class Steps(Parts):
             max_grad_norm=max_grad_norm,
             scale=1 / self.gradient_state.num_steps,
             bridge=bridge,
+            on_grad_norm=None if self._observer is None else self._observer.updated,
         )
         if scheduler is not None:
             prepared.handle_of(scheduler, "scheduler", argument="scheduler")

@@ -27,6 +27,7 @@ from polyaccel.precision import MIXED_PRECISIONS
 from polyaccel.registry import load_backend
 from polyaccel.testing.reference import BIAS, GLOBAL_BATCH, LR, TOLERANCE, WEIGHT, X, Y, number, on_host, reference
 from polyaccel.tracking import list_runs
+from polyaccel.tracking.comparison import Recording
 
 
 class Conformance:
@@ -440,6 +441,27 @@ class Conformance:
                 assert not {"ProfilerStep#2", "ProfilerStep 2"} & names
             elif file.name.endswith(".xplane.pb"):
                 assert b"my span" in content
+
+    def test_a_recorded_fused_step_tells_the_norms_of_its_updates_and_changes_none(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for accumulate in (1, 2):
+            for max_norm in (None, 0.3):
+                folder = tmp_path / f"{accumulate}-{max_norm}"
+                monkeypatch.setenv("POLYACCEL_RECORD", str(folder))
+                accelerator = self.accelerator(gradient_accumulation_steps=accumulate)
+                prepared = self.prepared(accelerator)
+                losses = self.train("train_step", accelerator, prepared, max_norm=max_norm)
+                expected = reference(accumulate=accumulate, max_norm=max_norm)
+                self.assert_equals(accelerator, prepared[0], losses, expected)
+                accelerator.end_training()
+                norms = Recording("this", folder).grad_norms
+                assert [step for step, _ in norms] == list(range(4 // accumulate))
+                rows = slice(0, accumulate * GLOBAL_BATCH)
+                error = X[rows].astype(np.float64) @ WEIGHT + BIAS - Y[rows]
+                slope = 2 * error / error.size
+                first = np.sqrt(((X[rows].T @ slope) ** 2).sum() + (slope.sum(0) ** 2).sum())
+                assert norms[0][1] == pytest.approx(first, rel=TOLERANCE)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 from polyaccel.errors import TrackerError
 from polyaccel.tracking.values import from_json
 
+_PEAKS = ("peak_memory_bytes", "peak_device_memory_bytes")
 Numbers = list[tuple[int, float]]  # (updates before, value), in the order of the calls
 
 
@@ -25,11 +26,12 @@ class Recording:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """Those of process 0, with the highest peak memory of a process. Raises TrackerError where the run did not end well."""
+        """Those of process 0, with the highest peak memories of all. Raises TrackerError where the run did not end well."""
         found = [json.loads(file.read_text("utf-8")) for file in sorted(self.folder.glob("facts-*.json"))]
         if not found:
             raise TrackerError(f"{str(self.folder)!r} has no complete recording", "see what the script printed")
-        return {**found[0], "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found)}
+        peaks = {name: [one[name] for one in found if one[name] is not None] for name in _PEAKS}
+        return {**found[0], **{name: max(values, default=None) for name, values in peaks.items()}}
 
     @cached_property
     def losses(self) -> Numbers:
@@ -38,7 +40,7 @@ class Recording:
 
     @cached_property
     def grad_norms(self) -> Numbers:
-        """Every norm that clip_grad_norm_ returned; empty for a script that does not call it."""
+        """Every norm that clip_grad_norm_ returned, and of every update of train_step; empty for a script that has neither."""
         return self._numbers("grad_norm")
 
     def parameters(self, when: str) -> dict[str, Any]:
@@ -221,7 +223,8 @@ def rows(recordings: Sequence[Recording], comparisons: Sequence[Comparison]) -> 
     yield line("most different at the end", lambda r, c: _worst(c and c.end))
     yield line("step time", lambda r, c: _time(r.facts["step_s"]))
     yield line("compile time", lambda r, c: _compile(r.facts))
-    yield line("peak memory of a process (host)", lambda r, c: f"{r.facts['peak_memory_bytes'] / 2**20:.0f} MiB")
+    yield line("peak memory of a process (host)", lambda r, c: _bytes(r.facts["peak_memory_bytes"]))
+    yield line("peak memory of a device", lambda r, c: _bytes(r.facts["peak_device_memory_bytes"]))
 
 
 def _share(value: float | None) -> str:
@@ -242,6 +245,10 @@ def _worst(found: ParameterDifference | None) -> str:
     if found.reason is not None:
         return found.reason
     return f"{found.worst_name} (by up to {_share(found.worst_difference)})"
+
+
+def _bytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.0f} MiB"
 
 
 def _time(seconds: float | None) -> str:

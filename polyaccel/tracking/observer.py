@@ -30,7 +30,8 @@ class Observer:
     """Records one process of a run, and ends the script after `num_steps` updates (0: where it ends by itself).
 
     An update is a backward that closes an accumulation window. `handles(role)` gives what was prepared so far; `closes_window` whether
-    the current backward closes its window. Raises ConfigError where the folder has a recording already.
+    the current backward closes its window; `device_memory` gives (the most bytes in use on a device so far, its size), or None where
+    that is the host's. Raises ConfigError where the folder has a recording already.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Observer:
         handles: Callable[[Any], Iterable[Any]],
         closes_window: Callable[[], bool],
         compile_events: Callable[[], Sequence[Any] | None],
+        device_memory: Callable[[], tuple[int, int | None] | None] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.num_steps = num_steps
@@ -52,6 +54,7 @@ class Observer:
         self._handles = handles
         self._closes_window = closes_window
         self._compile_events = compile_events
+        self._device_memory = device_memory
         self._suffix = f"-{engine.topology.process_index}"
         self._held: list[tuple[int, str, Any]] = []
         self._waiting: list[Late] = []
@@ -103,6 +106,10 @@ class Observer:
         """Take the norm that gradients had before they were clipped; the step of its backward."""
         self._take("grad_norm", norm, step=self.num_updates - 1)
 
+    def updated(self, norm: Any) -> None:
+        """Take the norm of the gradients of a fused step's update, which is under way."""
+        self._take("grad_norm", norm)
+
     def around(self, lift: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """`lift` of a fused step's result, with the loss taken; the update of the last step is done when it is called."""
 
@@ -124,6 +131,7 @@ class Observer:
         self._write(len(self._held))
         self._save("end", self._handles("model"))
         events = self._compile_events()
+        used = self._device_memory() if self._device_memory is not None else None
         facts = {
             **self._facts,
             "num_updates": self.num_updates,
@@ -131,6 +139,7 @@ class Observer:
             "compile_s": None if events is None else sum(event.capture_s + event.compile_s for event in events),
             "num_programs": None if events is None else len(events),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT,
+            "peak_device_memory_bytes": None if used is None else used[0],
         }
         (self.folder / f"facts{self._suffix}.json").write_text(json.dumps(facts, indent=1), "utf-8")
 

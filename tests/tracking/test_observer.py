@@ -29,7 +29,8 @@ def train(
     def loss_fn(model, batch):
         return model.squared_error(batch["x"], batch["y"])
 
-    step = one.train_step(loss_fn, model, optimizer) if form == "fused" else None
+    max_norm = 0.1 if clip else None
+    step = one.train_step(loss_fn, model, optimizer, max_grad_norm=max_norm) if form == "fused" else None
     seen = []
     try:
         for _ in range(2):
@@ -60,7 +61,7 @@ def test_every_loss_and_the_parameters_of_a_whole_script_are_recorded(tmp_path, 
     recording, seen, model = train(tmp_path, monkeypatch, form=form)
     assert [value for _, value in recording.losses] == pytest.approx(seen)
     assert [step for step, _ in recording.losses] == list(range(12))
-    assert recording.grad_norms == []
+    assert len(recording.grad_norms) == (12 if form == "fused" else 0)  # nobody computes norms in the other form
     assert recording.facts["num_updates"] == 12
     assert recording.facts["backend"] == "fake"
     assert recording.facts["compile_s"] is None
@@ -84,6 +85,42 @@ def test_gradient_norms_are_those_before_the_clip_at_their_step(tmp_path, monkey
     recording, _, _ = train(tmp_path, monkeypatch, steps=3, form="call", clip=True)
     assert [step for step, _ in recording.grad_norms] == [0, 1, 2]
     assert recording.grad_norms[0][1] > 0.1
+
+
+def test_a_fused_step_tells_the_norms_of_its_updates_and_takes_the_same_updates(tmp_path, monkeypatch):
+    clipped, _, model = train(tmp_path, monkeypatch, "clipped", form="call", clip=True)
+    fused, _, same = train(tmp_path, monkeypatch, "fused", form="fused", clip=True)
+    assert fused.grad_norms == clipped.grad_norms
+    assert fused.losses == clipped.losses
+    np.testing.assert_array_equal(same.params["weight"], model.params["weight"])
+    asked, _, _ = train(tmp_path, monkeypatch, "asked", form="fused")
+    alone, _, _ = train(tmp_path, monkeypatch, "alone", form="call")
+    assert asked.losses == alone.losses  # a norm that is only asked for clips nothing
+    assert asked.grad_norms[0] == clipped.grad_norms[0]
+
+
+def test_nobody_is_asked_for_norms_where_nothing_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.delenv("POLYACCEL_RECORD", raising=False)
+    calls = []
+    monkeypatch.setattr("polyaccel.testing.fake.FakeEngine.clip_grad_norm", lambda *args: calls.append(args))
+    one = accelerator(tmp_path / "runs")
+    model = FakeModel(np.ones((2, 1)), np.zeros(1))
+    model, optimizer = one.prepare(model, FakeSGD(model, 0.1))
+    step = one.train_step(lambda model, batch: model.squared_error(*batch), model, optimizer)
+    step((np.ones((4, 2), np.float32), np.ones((4, 1), np.float32)))
+    assert calls == []
+
+
+def test_the_peak_of_a_device_is_that_of_the_fullest_and_none_is_none(tmp_path, monkeypatch):
+    recording, _, _ = train(tmp_path, monkeypatch)
+    assert recording.facts["peak_device_memory_bytes"] is None
+    cells = {line[0]: line[1:] for line in rows([recording], [])}
+    assert cells["peak memory of a device"] == ["-"]
+    for index, used in enumerate((3 * 2**20, 7 * 2**20)):
+        file = tmp_path / "a" / f"facts-{index}.json"
+        file.write_text(json.dumps({**recording.facts, "peak_device_memory_bytes": used}))
+    two = Recording("a", tmp_path / "a")
+    assert {line[0]: line[1:] for line in rows([two], [])}["peak memory of a device"] == ["7 MiB"]
 
 
 def test_nothing_is_recorded_and_nothing_is_wrapped_where_nobody_asks(tmp_path, monkeypatch):

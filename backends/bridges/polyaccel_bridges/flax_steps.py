@@ -68,16 +68,18 @@ class _FusedStep:
     def _make(self, call: Any, specs: Any) -> _Program | None:
         if len(call.models) != 1 or call.models[0] is not self._held:
             return None
-        program = _Program(self._runtime, call, specs, self._optimizer, self._spec.max_grad_norm)
+        program = _Program(self._runtime, call, specs, self._optimizer, self._spec)
         return program if program.updates_all_gradients else None
 
     def _in_pieces(self, call: Any, sync: bool) -> Any:
         spec, engine = self._spec, self._runtime.engine
         result = engine.backward(torch_call(self._runtime, call), scale=spec.scale)
         if sync:
-            if spec.max_grad_norm is not None:
+            if spec.norm_limit is not None:
                 parameters = [tensor for tensor in self._held.tensors.values() if tensor.grad is not None]
-                engine.clip_grad_norm(parameters, spec.max_grad_norm, 2.0)
+                norm = engine.clip_grad_norm(parameters, spec.norm_limit, 2.0)
+                if spec.on_grad_norm is not None:
+                    spec.on_grad_norm(norm)
             spec.optimizer.step()
             spec.optimizer.zero_grad()
         return _named(result) if isinstance(result, tuple) else result
@@ -87,13 +89,14 @@ class _Program(Compiled):
     """Loss and gradients of a call as in Compiled, with the update behind them."""
 
     def __init__(
-        self, runtime: FlaxRuntime, call: Any, specs: Any, optimizer: OptaxOptimizer, max_norm: float | None
+        self, runtime: FlaxRuntime, call: Any, specs: Any, optimizer: OptaxOptimizer, spec: StepSpec
     ) -> None:
         super().__init__(runtime, call, specs, with_grads=True)
         self._prefix = f"{optimizer.held.name}."
         self._update = optimizer.traced_update
         self._names_of_update = optimizer.names
-        self._max_norm = max_norm
+        self._max_norm = spec.max_grad_norm
+        self._on_grad_norm = spec.on_grad_norm
         mine = {f"{self._prefix}{name}" for name in optimizer.names}
         self.updates_all_gradients = mine.issuperset(self._program.grad_names)
         self._fused = jax.jit(self._run_fused, donate_argnums=4)
@@ -103,9 +106,11 @@ class _Program(Compiled):
     ) -> tuple[Any, list[jax.Array]]:
         params, buffers = held.leaves(held.names), held.leaves(held.buffer_names)
         fence(self._runtime.engine.device)
-        loss, outputs, new, leaves, changed = finish(
+        loss, outputs, new, leaves, changed, norm = finish(
             self._fused(params, buffers, self._draw(), inputs, optimizer.leaves)
         )
+        if self._on_grad_norm is not None:
+            self._on_grad_norm(norm)
         optimizer.leaves = leaves
         written = dict(zip(self._names_of_update, new, strict=True))
         written.update((name.removeprefix(self._prefix), value) for name, value in changed.items())
@@ -115,16 +120,20 @@ class _Program(Compiled):
     def _run_fused(self, params: Any, buffers: Any, seed: Any, inputs: Any, leaves: Any) -> Any:
         loss, outputs, grads, changed = self._run(params, buffers, seed, inputs, None)
         found = {name.removeprefix(self._prefix): grad for name, grad in grads.items()}
+        norm = None if self._max_norm is None and self._on_grad_norm is None else _norm(found)
         if self._max_norm is not None:
-            found = _clipped(found, self._max_norm)
+            found = _clipped(found, norm, self._max_norm)
         named = dict(zip((name.removeprefix(self._prefix) for name in self._names), params, strict=True))
         new, leaves = self._update([named[name] for name in self._names_of_update], found, leaves)
-        return loss, outputs, new, leaves, changed
+        return loss, outputs, new, leaves, changed, None if self._on_grad_norm is None else norm
 
 
-def _clipped(grads: dict[str, jax.Array], max_norm: float) -> dict[str, jax.Array]:
+def _norm(grads: dict[str, jax.Array]) -> jax.Array:
+    return jnp.linalg.norm(jnp.stack([jnp.linalg.norm(grad.ravel()) for grad in grads.values()]))
+
+
+def _clipped(grads: dict[str, jax.Array], total: Any, max_norm: float) -> dict[str, jax.Array]:
     """As torch.nn.utils.clip_grad_norm_ has it."""
-    total = jnp.linalg.norm(jnp.stack([jnp.linalg.norm(grad.ravel()) for grad in grads.values()]))
     factor = jnp.minimum(max_norm / (total + 1e-6), 1.0)
     return {name: grad * factor.astype(grad.dtype) for name, grad in grads.items()}
 

@@ -90,13 +90,13 @@ class FusedStep:
             mine = {f"{self.model.name}.{name}" for name in self.optimizer.names}
             fused = None
             if self.model in work.models and mine.issuperset(program.grad_names):
-                fused = _Fused(self.engine, work, self.optimizer, self._function(work))
+                fused = _Fused(self.engine, work, self.optimizer, self._function(work), self.spec.on_grad_norm)
             self._programs[key] = fused
             return fused
 
     def _function(self, work: Work) -> Callable[..., Any]:
         optimizer, model = self.optimizer, self.model
-        max_norm, scale = self.spec.max_grad_norm, self.spec.scale
+        max_norm, scale, tells_norm = self.spec.max_grad_norm, self.spec.scale, self.spec.on_grad_norm is not None
         prefix = f"{model.name}."
 
         def step(
@@ -127,20 +127,24 @@ class FusedStep:
             named = {name.removeprefix(prefix): grad for name, grad in result.grads.items()}
             grads = unscaled(named, scale, loss_scale)
             is_finite = None if scaler is None else all_finite(grads)
+            norm = total_norm(list(grads.values()), 2.0) if max_norm is not None or tells_norm else None
             if max_norm is not None:
-                factor = clip_factor(total_norm(list(grads.values()), 2.0), max_norm)
+                factor = clip_factor(norm, max_norm)
                 grads = {name: grad * factor.astype(grad.dtype) for name, grad in grads.items()}
             trained, state, scaler, skipped = apply_update(optimizer, owned, grads, hyper, scaler, is_finite)
             changed = work.by_model(result.buffers)
-            return result.loss, result.outputs, trained, state, changed, following, scaler, skipped
+            told = norm if tells_norm else None
+            return result.loss, result.outputs, trained, state, changed, following, scaler, skipped, told
 
         return jax.jit(step, donate_argnums=0)
 
     def _in_pieces(self, call: ProgramCall, sync: bool) -> Any:
         result = self.steps.backward(call, self.spec.scale)
         if sync:
-            if self.spec.max_grad_norm is not None:
-                self.steps.clip_norm([(self.model, None)], self.spec.max_grad_norm, 2.0)
+            if self.spec.norm_limit is not None:
+                norm = self.steps.clip_norm([(self.model, None)], self.spec.norm_limit, 2.0)
+                if self.spec.on_grad_norm is not None:
+                    self.spec.on_grad_norm(norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
         return named_result(result)
@@ -149,12 +153,20 @@ class FusedStep:
 class _Fused:
     """One compiled step. Everything that does not change from step to step is looked up here, once."""
 
-    def __init__(self, engine: JaxEngine, work: Work, optimizer: JaxOptimizer, jitted: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        engine: JaxEngine,
+        work: Work,
+        optimizer: JaxOptimizer,
+        jitted: Callable[..., Any],
+        on_grad_norm: Callable[[Any], None] | None,
+    ) -> None:
         self.engine = engine
         self.work = work
         self.optimizer = optimizer
         self.model = optimizer.model
         self.jitted = jitted
+        self._on_grad_norm = on_grad_norm
         self._compiles = engine.compiles
         self._run = engine.compiles.run
         self._is_whole = optimizer.covers_model
@@ -173,7 +185,7 @@ class _Fused:
             base, counter = engine.stream.base, engine.stream.counter(call.draw)
             self.work.call = call  # a new input signature is built by the latest call
         is_whole = self._is_whole
-        loss, outputs, trained, state, changed, following, scaler, skipped = self._run(
+        loss, outputs, trained, state, changed, following, scaler, skipped, norm = self._run(
             self.jitted,
             (model.leaves if is_whole else optimizer.trained_leaves(), optimizer.leaves),
             {} if is_whole else optimizer.frozen_leaves(),
@@ -198,6 +210,8 @@ class _Fused:
         if scaler is not None:
             optimizer.skipped = skipped
             engine.scaler = scaler
+        if norm is not None and self._on_grad_norm is not None:
+            self._on_grad_norm(norm)
         if any(changed):
             self.work.keep_buffers(changed)
         engine.pace(loss)

@@ -121,8 +121,10 @@ def fused_step(spec: StepSpec, update: Update, flush: Flush) -> Callable[[Any, b
     def step(batch: Any, sync: bool) -> Any:
         result = differentiate(LossCall(spec.loss_fn, (spec.public_model, batch), {}), spec.scale)
         if sync:
-            if spec.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, spec.max_grad_norm)
+            if spec.norm_limit is not None:
+                norm = torch.nn.utils.clip_grad_norm_(parameters, spec.norm_limit)
+                if spec.on_grad_norm is not None:
+                    spec.on_grad_norm(norm)
             update.trace(optimizer)
             optimizer.zero_grad()
         flush()
