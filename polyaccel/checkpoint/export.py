@@ -15,11 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from polyaccel.checkpoint.array_values import take_arrays
 from polyaccel.checkpoint.dtypes import STORED, empty, to_bytes
 from polyaccel.checkpoint.local import LocalFolder
 from polyaccel.checkpoint.pieces import why_not_whole
 from polyaccel.checkpoint.storage import is_url
 from polyaccel.checkpoint.tensor_file import METADATA, Tensor, layout
+from polyaccel.dialects import identify
 from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
 
@@ -28,6 +30,9 @@ INDEX = "model.safetensors.index.json"
 _WEIGHTS_FILE = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+_FRAMEWORKS = {"torch": "pt", "flax": "flax"}
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"})
 
 Gather = Callable[[Any], list[Any]]  # the values of all processes, in process order
 
@@ -38,6 +43,61 @@ class WeightsFile:
 
     name: str
     arrays: tuple[str, ...]
+
+
+def require_safe(safe_serialization: bool) -> None:
+    """Raises CheckpointError where pickled files are asked for."""
+    if not safe_serialization:
+        raise CheckpointError(
+            "safe_serialization=False asks for pickled files, which run code when they are loaded",
+            "leave it out: everything is written as safetensors and JSON",
+        )
+
+
+def metadata_of(model: Any) -> dict[str, str]:
+    """What the header of a weights file says about who can read it, as transformers writes it."""
+    dialect = (identify(model) or ("",))[0]
+    return {"format": _FRAMEWORKS.get(dialect, "np")}
+
+
+def save_arrays(values: Any, file: str | os.PathLike[str]) -> None:
+    """Write arrays of any framework by name as one safetensors file; what stood there before is replaced when it is complete.
+
+    Raises CheckpointError for anything else than a dict of arrays, and for a name that promises a pickle.
+    """
+    path = Path(file)
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{path} is named like a pickled file, and nothing is pickled here",
+            f"call it {path.with_suffix('.safetensors').name}, or call torch.save yourself on the main process",
+        )
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise CheckpointError(
+            f"accelerator.save takes a dict of arrays by name, not a {type(values).__name__}",
+            "save everything that a run remembers with save_state, after register_for_checkpointing for your own objects",
+        )
+    tensors: list[Tensor] = []
+    for name, value in values.items():
+        held: list[Shard] = []
+        take_arrays(value, name, held)
+        if len(held) != 1 or held[0].name != name.removeprefix("."):
+            raise CheckpointError(
+                f"accelerator.save: {name!r} is a {type(value).__name__}, no array", "leave it out, or use save_state"
+            )
+        check_dtype(name, held[0].dtype)
+        tensors.append(Tensor(name, held[0].dtype, tuple(held[0].data.shape), to_bytes(held[0], name)))
+    hidden = _hidden(path.parent, path.name)
+    hidden.unlink(missing_ok=True)
+    try:
+        LocalFolder(path.parent).write(hidden.name, layout(tensors, {"format": "pt"}))
+        hidden.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", "see that its folder is there and has space"
+        ) from error
+    finally:
+        hidden.unlink(missing_ok=True)
 
 
 def parse_size(size: int | str) -> int:

@@ -27,12 +27,12 @@ def check(saved: Saved, run: Run, *, left_out: Collection[str] = ()) -> None:
             run.engine.check_state(part.handle, _specs(saved, part.group))
     for part, sizes in zip(run.optimizers, shared["group_sizes"], strict=True):
         now = None if part.hyperparameters is None else part.group_sizes
-        if now != sizes:
+        if sizes is not None and now != sizes:
             raise CheckpointError(
                 f"{part.group} has parameter groups of {now} parameters, and was saved with groups of {sizes}",
                 "build the optimizer with the parameter groups that it was saved with",
             )
-    for part, state in zip(run.loaders, shared["loaders"], strict=True):
+    for part, state in _loaders(saved, run):
         part.handle.check_state(LoaderState(**state))
     for group, values in shared["values"].items():
         there = saved.arrays(group) if group in saved.groups else {}
@@ -51,7 +51,7 @@ def restore(saved: Saved, run: Run, *, left_out: Collection[str] = ()) -> list[s
             engine.write_state(part.handle, saved.shards(part.group))
     for part in run.optimizers:
         _write_groups(part, _put(saved, values_group(part.group), values))
-    for part in run.schedulers:
+    for part in run.schedulers if saved.shared["schedulers"] is not None else ():
         part.public.load_state_dict(_put(saved, part.group, values))
     if saved.shared["scaler"] is not None:
         engine.write_scaler(saved.shared["scaler"])
@@ -62,7 +62,7 @@ def restore(saved: Saved, run: Run, *, left_out: Collection[str] = ()) -> list[s
         engine.write_gradients(part.handle, gradients_for(saved, group, place) if group in saved.groups else ())
     window = saved.shared["window"]
     run.window.step, run.window.sync_gradients = window["step"], window["sync_gradients"]
-    for part, state in zip(run.loaders, saved.shared["loaders"], strict=True):
+    for part, state in _loaders(saved, run):
         part.handle.load_state(LoaderState(**state))
     return [*_changes(saved, run), *_restore_random(saved, run)]
 
@@ -85,6 +85,8 @@ def _check_parts(saved: Saved, run: Run, left_out: Collection[str]) -> None:
             "load weights alone with model.load_state_dict",
         ) from None
     for role, before, now in pairs:
+        if before is None:
+            continue  # another library has written it, and does not say
         if len(before) != len(now):
             raise CheckpointError(
                 f"{saved.path} holds {len(before)} {_noun(role, len(before))}, and this script has {len(now)}",
@@ -93,7 +95,7 @@ def _check_parts(saved: Saved, run: Run, left_out: Collection[str]) -> None:
         if role in ("models", "loaders"):
             continue  # names and shapes of arrays decide, not the name of a class
         for index, (old, new) in enumerate(zip(before, now, strict=True)):
-            if old != new:
+            if old is not None and old != new:
                 raise CheckpointError(
                     f"{_noun(role, 1)} {index} was saved as a {old} and is a {new} here", _SAME_SCRIPT
                 )
@@ -142,6 +144,11 @@ def _specs(saved: Saved, group: str) -> dict[str, ArraySpec]:
     return {name: ArraySpec(tuple(shape), dtype) for name, (dtype, shape) in saved.arrays(group).items()}
 
 
+def _loaders(saved: Saved, run: Run) -> Iterator[tuple[Part, Any]]:
+    if saved.shared["loaders"] is not None:
+        yield from zip(run.loaders, saved.shared["loaders"], strict=True)
+
+
 # -- values ----------------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +169,8 @@ def _write_groups(part: Part, groups: list[dict[str, Any]] | None) -> None:
 
 def _restore_registered(saved: Saved, run: Run) -> None:
     """First of all, as user code may refuse: what it has taken by then is put back."""
+    if saved.shared["registered"] is None:
+        return
     states = [_put(saved, registered_group(i), saved.shared["values"]) for i in range(len(run.registered))]
     before = [value.state_dict() for value in run.registered]
     undo: list[Callable[[], Any]] = []
@@ -179,6 +188,13 @@ def _restore_registered(saved: Saved, run: Run) -> None:
 
 
 def _changes(saved: Saved, run: Run) -> Iterator[str]:
+    for role, parts in (
+        ("schedulers", run.schedulers),
+        ("loaders", run.loaders),
+        ("registered objects", run.registered),
+    ):
+        if parts and saved.shared[role.partition(" ")[0]] is None:
+            yield f"{role} start anew: the checkpoint comes from another library, which keeps nothing about them"
     scaler = run.engine.read_scaler()
     if scaler is not None and saved.shared["scaler"] is None:
         yield "the loss scale starts anew: there was none when the checkpoint was written"
@@ -189,6 +205,8 @@ def _changes(saved: Saved, run: Run) -> Iterator[str]:
 def _restore_random(saved: Saved, run: Run) -> list[str]:
     index = run.engine.topology.process_index
     owns = [saved.own(i) for i in range(saved.num_processes)]
+    if "generators" not in owns[0]:
+        return ["random numbers go on as they are here: the checkpoint comes from another library, and holds none"]
     fresh = zlib.crc32(f"{run.seed}/{saved.manifest.attempt}/{index}".encode())
     said = []
     mine = owns[min(index, len(owns) - 1)]

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from os import PathLike
 from typing import Any
 
+from polyaccel.checkpoint.export import export_weights, metadata_of, require_safe, save_arrays
 from polyaccel.checkpoint.manager import Job, Manager, RemovableHandle
 from polyaccel.checkpoint.run import Run, parts_of, settings_of
 from polyaccel.checkpoint.weights import state_dict_of
 from polyaccel.data import PreparedLoader, skip_first_batches
-from polyaccel.errors import CheckpointError
 from polyaccel.facade.parts import Parts
 from polyaccel.tracking import describe_job
 
@@ -40,11 +40,7 @@ class Checkpoints(Parts):
         Returns the folder. Every process must call it, outside of `is_main_process`. Raises CheckpointError, before anything is written,
         where the folder cannot be used, and naming what cannot be saved.
         """
-        if not safe_serialization:
-            raise CheckpointError(
-                "safe_serialization=False asks for pickled files, which run code when they are loaded",
-                "leave it out: checkpoints are safetensors and JSON",
-            )
+        require_safe(safe_serialization)
         return self._checkpoints.save(output_dir, blocking=bool(blocking))
 
     def load_state(self, input_dir: str | PathLike[str] | None = None) -> str:
@@ -84,6 +80,43 @@ class Checkpoints(Parts):
     def save_iteration(self) -> int:
         """The number of the next automatically named checkpoint; `load_state` sets it behind those that are there."""
         return self.project_configuration.iteration
+
+    def save_model(
+        self,
+        model: Any,
+        save_directory: str | PathLike[str],
+        max_shard_size: int | str = "10GB",
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a prepared model's weights for other libraries: model.safetensors, or several files and model.safetensors.index.json.
+
+        Args:
+            save_directory: a local folder; weights that it held before are replaced once the new ones are complete.
+            max_shard_size: of one file: "10GB" (powers of 1000), "1GiB" (powers of 1024), or bytes. A larger array has a file of its own.
+            safe_serialization: only True: pickled weights run code when they are loaded.
+
+        Tied parameters are written once, under their first name. Every process must call it; process 0 writes. Raises CheckpointError.
+        """
+        require_safe(safe_serialization)
+        handle = self._prepared.handle_of(model, "model", argument="model")
+        entry = self._prepared.entry_of(model)
+        export_weights(
+            self._engine.read_state(handle),
+            save_directory,
+            max_shard_size=max_shard_size,
+            metadata=metadata_of(entry and entry.original),
+            gather=self._engine.collectives.all_gather_object,
+            process_index=self._engine.topology.process_index,
+        )
+
+    def save(self, obj: Any, f: str | PathLike[str], safe_serialization: bool = True) -> None:
+        """Write a dict of arrays (a state_dict) as one safetensors file, from process 0; other processes do nothing.
+
+        Raises CheckpointError for anything but a dict of arrays by name, and for a file name that promises a pickle (.pt, .bin).
+        """
+        require_safe(safe_serialization)
+        if self._engine.topology.is_main_process:
+            save_arrays(obj, f)
 
     def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
         """A model's parameters and buffers by its own names, with present values, as the script's framework has them.
