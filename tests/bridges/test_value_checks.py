@@ -1,8 +1,10 @@
-"""Code of models that looks at values although a fixed program can do without: CTC targets, checks before a clamp or a loss."""
+"""Code of models that looks at values although a fixed program can do without: CTC targets, checks before a clamp, assertions."""
 
 from __future__ import annotations
 
+import bridge_scripts
 import captured_parity
+import checked_models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,12 +87,65 @@ def test_a_layer_that_clamps_what_is_not_finite_is_captured():
 
 
 def test_the_same_check_of_other_code_is_the_read_of_a_value():
-    class Checked(nn.Linear):
+    class Cleaned(nn.Linear):
         def forward(self, x):
             out = super().forward(x)
             if not torch.isfinite(out).all():
-                raise ValueError
+                out = torch.zeros_like(out)
             return out
 
     with pytest.raises(PrepareError, match="uses the value of a tensor"):
-        captured_parity.train_both(lambda m, x: m["model"](x).mean(), {"model": Checked(2, 2)}, [torch.randn(3, 2)])
+        captured_parity.train_both(lambda m, x: m["model"](x).mean(), {"model": Cleaned(2, 2)}, [torch.randn(3, 2)])
+
+
+def check(x: torch.Tensor, checking, **options):
+    torch.manual_seed(0)
+    model = checked_models.Checked(checking, **options)
+    return captured_parity.train_both(lambda m, x: m["model"](x).square().mean(), {"model": model}, [x])
+
+
+@pytest.mark.parametrize("checking", checked_models.CHECKS)
+def test_a_branch_that_only_raises_is_not_taken(checking):
+    assert check(torch.rand(4, 3) + 0.1, checking).worst < 1e-6
+
+
+def test_where_it_would_have_raised_loss_and_gradients_are_nan():
+    model = checked_models.Checked(checked_models.asserting)
+    x = torch.tensor([[1.0, 2.0, -3.0]])
+    with pytest.raises(AssertionError, match="must be positive"):
+        model(x)
+    accelerator = bridge_scripts.on_jax(1)
+    model = accelerator.prepare(model)
+    assert torch.isfinite(model(x.abs())).all()
+    loss = model(x).square().mean()
+    accelerator.backward(loss)
+    assert loss.isnan()
+    assert model.layer.weight.grad.isnan().all()
+
+
+def test_a_checkpointed_block_may_check_too():
+    assert check(torch.rand(4, 3) + 0.1, checked_models.asserting, is_checkpointed=True).worst < 1e-6
+
+
+@pytest.mark.parametrize("checking", checked_models.REFUSED)
+def test_a_check_that_another_way_leads_on_from_is_refused(checking):
+    with pytest.raises(PrepareError, match=r"uses the value of a tensor.*checked_models\.py"):
+        check(torch.rand(4, 3) + 0.1, checking)
+
+
+def test_a_check_without_a_floating_output_is_refused():
+    model = bridge_scripts.on_jax(1).prepare(Ranks())
+    with pytest.raises(PrepareError, match=r"checked_models\.py:\d+ raises depends on the value"), torch.no_grad():
+        model(torch.rand(4, 3) + 0.1)
+
+
+class Ranks(nn.Module):
+    """Gives integers alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        checked_models.asserting(x)
+        return self.layer(x).argmax(-1)

@@ -96,7 +96,7 @@ def built(case: Case) -> nn.Module:
         probe = copy.deepcopy(model)
         with torch.no_grad():
             losses.append(float(case.loss(probe(**copy.deepcopy(batch)), batch)))
-    if losses[0] != losses[1]:
+    if not math.isclose(*losses, rel_tol=1e-5):  # a random order, of patches say, changes the rounding alone
         raise ValueError(f"{case.name}: two forwards of one batch give {losses}: some dropout is on")
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -23,6 +24,18 @@ def made(model: str, **settings: Any) -> Callable[[], nn.Module]:
         return timm.create_model(model, pretrained=False, num_classes=LABELS, **settings)
 
     return build
+
+
+def run_once(build: Callable[[], nn.Module], size: int) -> Callable[[], nn.Module]:
+    """The same model after one forward, which makes tables in the image's own size."""
+
+    def build_and_run() -> nn.Module:
+        model = build()
+        with torch.no_grad():
+            model.eval()(torch.randn(1, 3, size, size))
+        return model
+
+    return build_and_run
 
 
 def class_in_order(outputs: Any, batch: Batch) -> torch.Tensor:
@@ -69,6 +82,7 @@ def _class_case(name: str, path: str, **settings: Any) -> Case:
 
 TINY_MIXER: dict[str, Any] = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
 TINY_VIT: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8}
+TINY_CONVIT: dict[str, Any] = TINY_VIT | {"depth": 3, "local_up_to_layer": 2}
 ONE_EACH = (1, 1, 1, 1)
 WIDTHS = (8, 16, 24, 32)
 
@@ -142,7 +156,10 @@ CASES = (
     _case("crossvit_tiny_240", size=240, batch=2, embed_dim=(16, 32), num_heads=(2, 2)),
     _case("coatnet_nano_rw_224", size=64, img_size=64, depths=ONE_EACH, embed_dim=(16, 32, 32, 64), stem_width=(8, 16)),
     _case("tnt_s_patch16_224", size=32, img_size=32, embed_dim=32, inner_dim=8, depth=2, num_heads_outer=4, num_heads_inner=2),
-    _case("convit_tiny", size=32, img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, local_up_to_layer=2),
+    replace(
+        _case("convit_tiny", size=32, note="run once before it is prepared: its first forward gives a buffer another shape", **TINY_CONVIT),
+        build=run_once(made("convit_tiny", **TINY_CONVIT), 32),
+    ),
     _case("levit_128s", size=64, img_size=64, embed_dim=(32, 48, 64), num_heads=(2, 3, 4), depth=(1, 1, 1)),
     _case("efficientformer_l1", depths=(1, 1, 1, 2), embed_dims=(16, 16, 32, 32), size=224, batch=2),
     _case("efficientformerv2_s0", size=64, img_size=64, depths=(1, 1, 1, 2), embed_dims=(16, 16, 32, 32)),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 COTANGENT = "polyaccel_cotangent"  # in the meta of a node: the index of the output whose cotangent it stands for
@@ -28,7 +29,7 @@ def gradients(
     heads = [out for _, out in roots]
     nodes = _autograd_nodes(heads)
     if not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in nodes):
-        return list(torch.autograd.grad(heads, wanted, seeds, allow_unused=True))
+        return _run_engine(heads, seeds, wanted)
     # A custom Function may run a backward of its own (reentrant checkpointing), whose gradients reach `.grad` and nothing else.
     leaves = [node.variable for node in nodes if hasattr(node, "variable")]
     before = [(leaf, leaf.grad) for leaf in leaves if not any(leaf is tensor for tensor in wanted)]
@@ -38,6 +39,17 @@ def gradients(
     finally:
         for leaf, grad in before:
             leaf.grad = grad
+
+
+def _run_engine(
+    heads: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor] | None, wanted: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """`torch.autograd.grad`, which would switch off the function modes that a checkpointed forward was first run under."""
+    cotangents = tuple(torch.ones_like(head) for head in heads) if seeds is None else tuple(seeds)
+    found: tuple[torch.Tensor | None, ...] = _engine_run_backward(
+        tuple(heads), cotangents, False, False, tuple(wanted), True, accumulate_grad=False
+    )
+    return list(found)
 
 
 def _autograd_nodes(heads: Sequence[torch.Tensor]) -> list[Any]:

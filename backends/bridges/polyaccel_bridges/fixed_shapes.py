@@ -18,15 +18,23 @@ from torch.overrides import TorchFunctionMode
 
 from . import lowerings  # noqa: F401 - defines torch.ops.polyaccel
 from .ctc_targets import SELECTIONS, SelectedTargets
-from .value_checks import VALUE_CHECKS
+from .raising_branches import Raise
+from .value_checks import READS, VALUE_CHECKS
 
 
 class FixedShapes(TorchFunctionMode):
-    """While active, the functions of this file stand in for torch's."""
+    """While active, the functions of this file stand in for torch's. `raises`: what user code would raise by value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raises: list[Raise] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        read = READS.get(func)
+        if read is not None:
+            return read(self.raises, *args)
         return _FORMS.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -29,6 +29,7 @@ from .fixed_shapes import FixedShapes
 from .graphs import TensorSpec
 from .host_random import host_random_state, refuse_host_random
 from .module_state import ModuleState, collect_state, filled
+from .raising_branches import poisoned
 from .recomputation import hold_back_recomputation
 from .sources import SourceNotes
 
@@ -176,9 +177,9 @@ def _run(
     notes = SourceNotes(proxies.tracer.graph, state.paths)
     gradients_on = torch.no_grad() if kind == "forward" else torch.enable_grad()
     mixed = contextlib.nullcontext() if autocast is None else torch.autocast("cpu", dtype=autocast)
-    with notes, filled(state, held):
-        with gradients_on, mixed, FixedShapes():
-            outputs = _outputs(function(*arguments), kind)
+    with notes, filled(state, held), FixedShapes() as forms:
+        with gradients_on, mixed:
+            outputs = poisoned(_outputs(function(*arguments), kind), forms.raises)
         layout.num_outputs = len(outputs)
         reassigned = _reassigned(state, held)
         grads: list[torch.Tensor | None] = []
@@ -246,7 +247,8 @@ def _reassigned(state: ModuleState, held: Mapping[str, torch.Tensor]) -> dict[st
             if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
                 raise PrepareError(
                     f"the buffer {place.name} changes from {spec.dtype}{list(spec.shape)} to {value.dtype}{list(value.shape)}",
-                    "keep shape and dtype of registered buffers, or use the torch backend",
+                    "keep shape and dtype of registered buffers; where the first forward alone changes them, run the model once on a"
+                    " real batch before it is prepared",
                 )
             found[place.name] = value
     return found
