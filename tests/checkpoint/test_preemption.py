@@ -381,7 +381,7 @@ def test_every_form_of_a_step_leaves_before_the_next_batch(accelerator, form):
     model, optimizer, loader = accelerator.prepare(*tiny())
     step = accelerator.train_step(squared, model, optimizer)
     taken = 0
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit):  # noqa: PT012 - the loop is what a user writes
         for batch in loader:
             taken += 1
             if taken == 2:
