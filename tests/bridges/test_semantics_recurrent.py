@@ -11,7 +11,6 @@ from bridge_scripts import on_jax
 from semantics import assert_trains_as_torch, sgd
 from torch import nn
 
-from polyaccel.errors import PrepareError
 from polyaccel_bridges.capture import capture_training
 from polyaccel_bridges.graphs import TensorSpec
 
@@ -131,18 +130,3 @@ def test_dropout_between_layers_is_drawn_anew_at_every_step():
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(x)[0].clone(), model(x)[0].clone())
-
-
-def test_packed_sequences_are_refused_with_the_way_out():
-    class Packing(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = nn.GRU(3, 4, batch_first=True)
-
-        def forward(self, x, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-            return self.rnn(packed)[1]
-
-    model = on_jax().prepare(Packing())
-    with pytest.raises(PrepareError, match="lengths of the sequences"):
-        model(torch.randn(4, 5, 3), torch.tensor([5, 2, 3, 4]))

@@ -250,7 +250,7 @@ def test_values_that_need_gradients_from_outside_are_refused():
     with pytest.raises(PrepareError, match="requires grad"):
         acc.backward(lambda: F.cross_entropy(out, y))
     with pytest.raises(PrepareError, match="requires grad"):
-        acc.backward(lambda m, extra: F.cross_entropy(m(x), y) + extra, model, torch.zeros((), requires_grad=True))
+        acc.backward(lambda m, extra: F.cross_entropy(m(x), y) + extra, model, nn.Parameter(torch.zeros(())))
     head = nn.Linear(3, 3)
     with pytest.raises(PrepareError, match=r"head\.(weight|bias)"):
         acc.backward(lambda m: F.cross_entropy(head(m(x)), y), model)

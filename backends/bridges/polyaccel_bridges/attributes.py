@@ -7,8 +7,9 @@ for those that depend on sizes alone (a mask that is made once): they are as bef
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
@@ -19,6 +20,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from polyaccel.errors import PrepareError
+
+from .shared_objects import shared_objects
 
 if TYPE_CHECKING:
     from .guards import ModuleGuard
@@ -83,6 +86,7 @@ class Watch:
     def __init__(self, guard: ModuleGuard) -> None:
         self.guard = guard
         self._before = [(path, module.__dict__, dict(module.__dict__)) for path, module in guard.module.named_modules()]
+        self._shared = [(name, own, dict(own)) for name, own in shared_objects(guard.module.named_modules())]
         self._structure = self._parts()
 
     def changes(self) -> list[Change]:
@@ -96,6 +100,13 @@ class Watch:
                 if key in _TORCHS_OWN or old is value or (type(old) is type(value) in _PLAIN and old == value):
                     continue
                 found.append(Change((own, key, f"{path}.{key}" if path else key), old, value))
+        for name, own, before in self._shared:
+            for key, value in own.items():
+                old = before.get(key, _ABSENT)
+                is_same = old is value or (type(old) is type(value) in _PLAIN and old == value)
+                kinds = {type(value), type(value if old is _ABSENT else old)}
+                if not is_same and kinds <= {*_PLAIN, Counted}:
+                    found.append(Change((own, key, f"{name}.{key}"), old, value))
         return found
 
     def _parts(self) -> list[Any]:
@@ -224,7 +235,7 @@ def learn(scope: CaptureScope, again: Callable[[], CaptureScope]) -> Effects:
     candidates = {key: place for key, place in candidates.items() if key not in known}
     counters = _counters(scope, again, candidates)
     for guard in guards:
-        own = {id(module.__dict__) for module in guard.module.modules()}
+        own = guard.owned()
         guard.ignore({key: candidates[key] for key in counters if key[0] in own})
         guard.looked_at |= {key for key in candidates if key not in counters and key[0] in own}
     # What forward makes once from sizes alone, and what it notes beside it, is made anew in every capture: nothing is left behind.
@@ -239,7 +250,45 @@ def learn(scope: CaptureScope, again: Callable[[], CaptureScope]) -> Effects:
         if (id(change.place[0]), change.place[1]) not in counters
         and not (id(change.place[0]) in cached and scope.constants.holds(change.after))
     ]
+    _settle(scope, again, counters, [pair for pair in values if type(pair[1]) in _PLAIN])
     return Effects([(candidates[key], delta) for key, delta in counters.items() if delta], values)
+
+
+def _settle(
+    scope: CaptureScope,
+    again: Callable[[], CaptureScope],
+    counters: Mapping[Key, float],
+    values: Sequence[tuple[Place, Any]],
+) -> None:
+    """What forward fills in for itself (the kind of problem in a configuration): where it does the same afterwards, both states are one."""
+    if not values:
+        return
+    with placed(values):
+        try:
+            second = again()
+        except Exception:  # noqa: BLE001 - the next call is captured for its own state, and says what is wrong with it
+            return
+    further = [change for change in second.changes if (id(change.place[0]), change.place[1]) not in counters]
+    if second.trace.steps == scope.trace.steps and not any(type(change.after) in _PLAIN for change in further):
+        for guard in [watch.guard for watch in scope.watches]:
+            own = guard.owned()
+            guard.also([pair for pair in values if id(pair[0][0]) in own])
+
+
+@contextlib.contextmanager
+def placed(values: Sequence[tuple[Place, Any]]) -> Iterator[None]:
+    """Inside, attributes have these values."""
+    saved = [(own, key, own.get(key, _ABSENT)) for (own, key, _), _ in values]
+    try:
+        for (own, key, _), value in values:
+            own[key] = value
+        yield
+    finally:
+        for own, key, value in saved:
+            if value is _ABSENT:
+                own.pop(key, None)
+            else:
+                own[key] = value
 
 
 def _kept(change: Change) -> KeptInForward:
@@ -268,19 +317,11 @@ def _counters(
 def _tried(
     scope: CaptureScope, again: Callable[[], CaptureScope], candidates: Mapping[Key, Place]
 ) -> dict[Key, float] | None:
-    saved = [(own, key, own.get(key, _ABSENT)) for own, key, _ in candidates.values()]
     try:
-        for own, key, _ in candidates.values():
-            own[key] = Counted()
-        second = again()
+        with placed([(place, Counted()) for place in candidates.values()]):
+            second = again()
     except Exception:  # noqa: BLE001 - whatever a stand-in broke: the run with the real values says what is the user's own
         return None
-    finally:
-        for own, key, value in saved:
-            if value is _ABSENT:
-                own.pop(key, None)
-            else:
-                own[key] = value
     if second.operations != scope.operations:
         return None
     totals: dict[Key, float] = dict.fromkeys(candidates, 0)

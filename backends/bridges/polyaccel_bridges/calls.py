@@ -76,7 +76,11 @@ class TorchCall:
 
 @final
 class TrainingProgram:
-    """A captured step: loss, auxiliary values, gradients, written buffers."""
+    """A captured step: loss, auxiliary values, gradients, written buffers.
+
+    The gradients of inputs follow the auxiliary values among the outputs, times `input_scale` where the input carries the
+    batch; `input_axes` are the batch dims of all inputs.
+    """
 
     def __init__(
         self,
@@ -86,11 +90,16 @@ class TrainingProgram:
         shard_call: Any,
         *,
         is_scaled: bool,
+        input_axes: Sequence[int | None] = (),
+        input_scale: float = 1.0,
     ) -> None:
         refuse_written_parameters(graph)
         self.grad_names = graph.grad_names
-        self.output_axes = tuple(output_axes)
+        self.input_grads = graph.input_grads
+        self.output_axes = (*output_axes, *(input_axes[index] for index in graph.input_grads))
+        self._input_scale = input_scale
         self.draws_randomly = graph.program.draws_randomly
+        self.writes_buffers = bool(graph.buffer_names)
         self._graph = graph
         self._dtypes = tuple(dtypes)
         self._shard_call = shard_call
@@ -106,6 +115,10 @@ class TrainingProgram:
         with shared_by(self._shard_call.sum_over_shards):
             result = run_training(self._graph, params, buffers, values, key)
         loss, *outputs = result.aux
+        for gradient, axis in zip(result.input_grads, self.output_axes[len(outputs) :], strict=True):
+            factor = 1.0 if axis is None else self._input_scale
+            scale = factor if loss_scale is None else factor / loss_scale
+            outputs.append(gradient * jnp.asarray(scale).astype(gradient.dtype))
         return ProgramResult(loss.reshape(()), outputs, result.grads, result.new_buffers)
 
 
@@ -114,6 +127,7 @@ class ForwardProgram:
     """A captured function without gradients."""
 
     grad_names: tuple[str, ...] = ()
+    input_grads: tuple[int, ...] = ()
 
     def __init__(
         self, graph: ForwardGraph, dtypes: Sequence[Any], output_axes: Sequence[int | None], shard_call: Any
@@ -121,6 +135,7 @@ class ForwardProgram:
         refuse_written_parameters(graph)
         self.output_axes = tuple(output_axes)
         self.draws_randomly = graph.program.draws_randomly
+        self.writes_buffers = bool(graph.buffer_names)
         self._graph = graph
         self._dtypes = tuple(dtypes)
         self._shard_call = shard_call

@@ -30,19 +30,23 @@ def capture_training(
         UnsupportedError: operations without lowering, all of them at once.
     """
     traced = trace(function, modules, inputs, autocast, "training")
-    grads = [(name, node) for name, node in zip(traced.wanted, traced.grads, strict=True) if node is not None]
-    nodes = [*traced.outputs, *(node for _, node in grads), *(node for _, node in traced.written)]
+    reached = [(name, node) for name, node in zip(traced.wanted, traced.grads, strict=True) if node is not None]
+    grads = [(name, node) for name, node in reached if isinstance(name, str)]
+    by_input = [(index, node) for index, node in reached if isinstance(index, int)]
+    written = (node for _, node in traced.written)
+    nodes = [*traced.outputs, *(node for _, node in grads), *written, *(node for _, node in by_input)]
     refuse_missing(traced.module.graph, nodes)
     program = compile_program(traced.module, traced.inputs, nodes)
     return TrainingGraph(
         program=program,
         state_names=traced.state.names,
-        grad_names=tuple(str(name) for name, _ in grads),
+        grad_names=tuple(name for name, _ in grads),
         buffer_names=tuple(name for name, _ in traced.written),
         tied=traced.state.tied,
         num_aux=len(traced.outputs) - 1,
         output_specs=_specs(program, len(traced.outputs)),
         mutated_inputs=traced.mutated_inputs,
+        input_grads=tuple(index for index, _ in by_input),
     )
 
 

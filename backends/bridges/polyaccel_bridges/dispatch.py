@@ -236,28 +236,37 @@ def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
 # -- functions with an answer of their own ---------------------------------------------------------------------------------
 
 
-def _refuse_autograd(*args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedError(
-        "torch.autograd on values that a prepared model computed",
-        "compute the gradient inside a loss function: accelerator.backward(loss_fn, model, batch)",
-    )
+def _grad_of(*args: Any, **kwargs: Any) -> Any:
+    from .input_gradients import grad
+
+    return grad(*args, **kwargs)
 
 
 def _backward_of(
     tensors: Any, grad_tensors: Any = None, retain_graph: bool | None = None, create_graph: bool = False, **options: Any
 ) -> None:
+    weighted_sum(tensors, grad_tensors).backward(None, retain_graph, create_graph, **options)
+
+
+def weighted_sum(tensors: Any, grad_tensors: Any) -> torch.Tensor:
+    """The scalar whose gradient is that of `tensors` times `grad_tensors` (None, or for each of them a tensor or None)."""
     losses = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     seeds = [None] * len(losses) if grad_tensors is None else grad_tensors
     seeds = [seeds] if isinstance(seeds, torch.Tensor) else list(seeds)
     with torch.enable_grad():
-        if len(losses) == 1:
-            total, seed = losses[0], seeds[0]
-        else:
-            terms = [loss if seed is None else (loss * seed).sum() for loss, seed in zip(losses, seeds, strict=True)]
-            if any(term.numel() != 1 for term in terms):
-                raise RuntimeError("grad can be implicitly created only for scalar outputs")
-            total, seed = sum(term.reshape(()) for term in terms), None
-    total.backward(seed, retain_graph, create_graph, **options)
+        for loss, seed in zip(losses, seeds, strict=True):
+            if seed is not None and tuple(seed.shape) != tuple(loss.shape):
+                raise RuntimeError(
+                    f"Mismatch in shape: the gradient has a shape of {tuple(seed.shape)} and the output has a shape of"
+                    f" {tuple(loss.shape)}."
+                )
+        terms = [loss if seed is None else (loss * seed).sum() for loss, seed in zip(losses, seeds, strict=True)]
+        if any(term.numel() != 1 for term in terms):
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        total: torch.Tensor = terms[0]
+        for term in terms[1:]:
+            total = total.reshape(()) + term.reshape(())
+    return total
 
 
 def _of_value(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -306,7 +315,7 @@ def _each(*names: str) -> Iterator[Any]:
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
-    torch.autograd.grad: _refuse_autograd,
+    torch.autograd.grad: _grad_of,
     torch.autograd.backward: _backward_of,
     _T.copy_: _copy_into,
     _T.requires_grad_: _require,

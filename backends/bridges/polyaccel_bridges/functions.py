@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import torch
 
-from polyaccel.errors import PrepareError
+from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LossCall
 
 from . import scope as capturing
@@ -30,6 +32,8 @@ from .descriptions import facts_of_arguments, facts_of_models, name_of, short, s
 from .exchange import placed_array, torch_dtype
 from .graphs import TensorSpec
 from .guards import FunctionGuard
+from .halves import leaves_of_graph
+from .input_gradients import receive
 from .modules import ManagedModel, PreparedModule
 from .packing import LEAF, Identity, Key, freeze, settle, thaw
 from .shadows import Modes, OutSpec, freeze_result, infer
@@ -69,18 +73,22 @@ class Untouchable:
 class _Arguments:
     """Collects the leaves of one call while they are frozen."""
 
-    __slots__ = ("_batch_size", "axes", "tensors", "values")
+    __slots__ = ("_batch_size", "axes", "tensors", "values", "wanted")
 
     def __init__(self) -> None:
         self.tensors: list[Any] = []  # arrays or host arrays
         self.axes: list[int | None] = []
         self.values: list[Any] = []  # everything that is neither a tensor nor a container
+        self.wanted: dict[int, torch.Tensor] = {}  # those that want a gradient
         self._batch_size: int | None = None
 
     def tensor(self, tensor: torch.Tensor) -> Key:
         """An argument: dim 0 is the batch where it has the size that the first argument has."""
         if isinstance(tensor, DeviceParameter):
             return _managed(tensor)
+        if tensor.requires_grad:
+            _refuse_lost_gradient(tensor)
+            self.wanted[len(self.tensors)] = tensor
         value, axis = feed(tensor)
         if axis is not None:
             if self._batch_size is None:
@@ -95,6 +103,23 @@ class _Arguments:
         """A plain value or unknown object; it is compared separately from the structure."""
         self.values.append(value)
         return (LEAF, "v", len(self.values) - 1)
+
+
+def _refuse_lost_gradient(tensor: torch.Tensor) -> None:
+    """What a model computed outside of the function, and parameters that nobody prepared, would lose their gradients."""
+    if isinstance(tensor, DeviceTensor):
+        raise _lost_gradient(tensor)
+    for leaf in leaves_of_graph(tensor):
+        if isinstance(leaf, torch.nn.Parameter | DeviceTensor):
+            raise _lost_gradient(tensor)
+
+
+def _lost_gradient(tensor: torch.Tensor) -> PrepareError:
+    return PrepareError(
+        f"a value of shape {tuple(tensor.shape)} that a loss function uses requires grad, but is no parameter of a prepared model:"
+        " its gradient would be lost",
+        "pass it as an argument if it is an input, call requires_grad_() on it inside the loss function, or detach() it",
+    )
 
 
 def _managed(parameter: DeviceParameter) -> Key:
@@ -133,8 +158,11 @@ class Functions:
         self._guards: dict[Any, FunctionGuard] = {}
         self._families: dict[Key, _Family] = {}
 
-    def lower(self, call: LossCall) -> TorchCall:
-        """A loss call as a program call. Raises PrepareError / UnsupportedError where it cannot be captured."""
+    def lower(self, call: LossCall, scale: float = 1.0) -> TorchCall:
+        """A loss call as a program call; arguments that require grad get `scale` times their gradients.
+
+        Raises PrepareError / UnsupportedError where it cannot be captured.
+        """
         recorder = self._recorder
         recorder.settle()
         guard = self._guard(call.function)
@@ -150,7 +178,12 @@ class Functions:
             models = tuple(dict.fromkeys(found)) or tuple(recorder.models)
             family = _Family(recorder, settle(arguments), settle(names), models, guard)
             self._families[settle(key)] = family
-        return family.call(call.function, packed, closure.tensors)
+        if packed.wanted and recorder.num_processes > 1:
+            raise UnsupportedError(
+                "an argument of a loss function requires grad in a job of several processes",
+                "call requires_grad_() on it and torch.autograd.grad inside the loss function",
+            )
+        return family.call(call.function, packed, closure.tensors, scale)
 
     def _guard(self, function: Any) -> FunctionGuard:
         plain = getattr(function, "__func__", function)
@@ -207,7 +240,7 @@ class _Family:
         self._policies: dict[int, str] = {}  # value index -> "input", "untouched" or "static"; static is the start
         self._last: tuple[Key, ...] | None = None
 
-    def call(self, function: Any, packed: _Arguments, closure: list[torch.Tensor]) -> TorchCall:
+    def call(self, function: Any, packed: _Arguments, closure: list[torch.Tensor], scale: float) -> TorchCall:
         """The program call for these leaves."""
         values = tuple([_typed(value) for value in packed.values])
         modes = Modes.now()
@@ -228,7 +261,8 @@ class _Family:
         axes.extend([None] * len(recipe.numbers))
         inputs.extend(recipe.found_values())
         axes.extend([None] * len(recipe.found))
-        return TorchCall(recipe, handles(self.models), inputs, axes, recipe.finish)
+        finish = partial(recipe.finish, wanted=packed.wanted, scale=scale) if packed.wanted else recipe.finish
+        return TorchCall(recipe, handles(self.models), inputs, axes, finish)
 
     def _static(self, values: tuple[Key, ...]) -> Key:
         if not self._policies:
@@ -298,15 +332,11 @@ class _FunctionRecipe:
         ]
         self._axes += [None] * len(numbers)
         self._specs = [OutSpec(d[4], d[3], d[6]) for d in tensors]
-        needing = [described[4] for described in tensors if described[6]] + [
-            t.shape for t in closure if t.requires_grad
-        ]
-        for shape in needing:
-            raise PrepareError(
-                f"a value of shape {tuple(shape)} that a loss function uses requires grad, but is no parameter of a prepared model:"
-                " its gradient would be lost",
-                "call requires_grad_() on it inside the loss function, or detach() it",
-            )
+        self._needing = frozenset(packed.wanted)
+        self._input_grads: tuple[int, ...] = ()  # of those, what the loss depends on
+        for outside in closure:
+            if outside.requires_grad:
+                raise _lost_gradient(outside)
         self._specs += [OutSpec(t.shape, t.dtype, False) for t in closure]
         self._specs += [OutSpec(torch.Size(()), torch.float32, False) for _ in numbers]
         self._look()
@@ -383,7 +413,10 @@ class _FunctionRecipe:
     ) -> TrainingProgram:
         """Capture loss, gradients and auxiliary values at these shapes."""
         is_scaled = self._family.recorder.engine.plan.precision.loss_scaling is not None
-        wanted = tensor_specs(specs, self._dtypes)
+        wanted = [
+            replace(spec, requires_grad=index in self._needing)
+            for index, spec in enumerate(tensor_specs(specs, self._dtypes))
+        ]
         inputs = [*wanted, TensorSpec((), torch.float32)] if is_scaled else wanted
         seen: list[list[OutSpec]] = []
 
@@ -402,7 +435,16 @@ class _FunctionRecipe:
 
         graph = capture_training(function, self._modules(), inputs, autocast=None)
         axes = self._output_axes(specs, seen[-1], num_shards)
-        return TrainingProgram(graph, numpy_dtypes(self._dtypes), axes, shard_call, is_scaled=is_scaled)
+        self._input_grads = graph.input_grads
+        return TrainingProgram(
+            graph,
+            numpy_dtypes(self._dtypes),
+            axes,
+            shard_call,
+            is_scaled=is_scaled,
+            input_axes=self._axes,
+            input_scale=1 / num_shards,  # each shard differentiates the mean over its own samples
+        )
 
     def _output_axes(self, specs: Sequence[ArraySpec], seen: list[OutSpec], num_shards: int) -> list[int | None]:
         batch_size = batch_size_of([spec.shape for spec in specs], self._axes)
@@ -434,10 +476,16 @@ class _FunctionRecipe:
         facts |= {name: text for name, text in names.items() if isinstance(text, str)}
         return name_of(self._function), {**facts, **facts_of_models(family.models)}
 
-    def finish(self, loss: Any, outputs: list[Any]) -> Any:
-        """The structure that the function returned, with DeviceTensors."""
+    def finish(
+        self, loss: Any, outputs: list[Any], wanted: Mapping[int, torch.Tensor] | None = None, scale: float = 1.0
+    ) -> Any:
+        """The structure that the function returned, with DeviceTensors. Arguments that want a gradient get it."""
         self._effects.apply()
         recorder = self._family.recorder
+        if wanted:
+            gradients = outputs[len(outputs) - len(self._input_grads) :]
+            by_input = [(wanted[index], array) for index, array in zip(self._input_grads, gradients, strict=True)]
+            receive(recorder.engine, by_input, scale, retain_graph=False)
         everything = [loss, *outputs]
         result = rebuild(self._structure, lambda index: lifted(recorder, everything[index]))
         return result if self._has_aux else result[0]

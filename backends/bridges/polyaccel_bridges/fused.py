@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,8 @@ class _FusedProgram:
         self._num_inputs = num_inputs
         self._buffer_inputs = buffer_inputs
         self._keeps_buffers = keeps_buffers
+        self.writes_buffers: bool = inner.writes_buffers
+        self.input_grads: tuple[int, ...] = inner.input_grads
 
     def __call__(
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
@@ -106,7 +109,11 @@ def fused_program(
         return env
 
     axes = [wanted_axis(recipe, place) for place in recipe.wanted]
-    inputs = tensor_specs(own, dtypes)
+    needing = recipe.wanted_inputs(0)
+    inputs = [
+        replace(spec, requires_grad=with_grads and index in needing)
+        for index, spec in enumerate(tensor_specs(own, dtypes))
+    ]
     inner: Any
     if with_grads:
         assert recipe.loss is not None
@@ -120,7 +127,9 @@ def fused_program(
 
         scale = [TensorSpec((), torch.float32)] if is_scaled else []
         graph = capture_training(step, modules, [*inputs, *scale], autocast=None)
-        inner = TrainingProgram(graph, numpy_dtypes(dtypes), axes, shard_call, is_scaled=is_scaled)
+        inner = TrainingProgram(
+            graph, numpy_dtypes(dtypes), axes, shard_call, is_scaled=is_scaled, input_axes=recipe.axes
+        )
     else:
 
         def look(*leaves: torch.Tensor) -> list[torch.Tensor]:

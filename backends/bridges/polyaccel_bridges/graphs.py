@@ -26,7 +26,8 @@ class TrainingGraph:
     `state_names`: every parameter and buffer it takes, in order, with whether it is a parameter. `grad_names`: the parameters
     that the loss reaches. `buffer_names`: the buffers (and parameters, if the function writes to one) that it changes.
     `tied`: every further name of a shared parameter or buffer -> the one name it is kept under.
-    `output_specs`: loss, then aux. `mutated_inputs`: the inputs that the function wrote to in place.
+    `output_specs`: loss, then aux. `mutated_inputs`: the inputs that the function wrote to in place. `input_grads`: the inputs
+    that get a gradient, in the order in which it comes out.
     """
 
     program: Program
@@ -37,6 +38,7 @@ class TrainingGraph:
     num_aux: int
     output_specs: tuple[ArraySpec, ...]
     mutated_inputs: tuple[int, ...]
+    input_grads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, final
 
 import torch
@@ -14,8 +14,9 @@ from torch import nn
 
 from polyaccel.errors import PrepareError
 
-from .attributes import KeptInForward
+from .attributes import placed
 from .packing import Identity
+from .shared_objects import shared_objects
 
 _log = logging.getLogger(__name__)
 _MANY = 8  # states of one model before the user is told what makes them
@@ -112,6 +113,23 @@ class ModuleGuard:
             self._walk()
             self._token = self._tokens[self._state()] = token
 
+    def owned(self) -> set[int]:
+        """The ids of the dicts whose plain values decide: of the modules, and of objects that they hold."""
+        modules = {id(module.__dict__) for module in self.module.modules()}
+        return modules | {id(own) for _, own in shared_objects(self.module.named_modules())}
+
+    def also(self, values: Sequence[tuple[tuple[dict[str, Any], str, str], Any]]) -> None:
+        """The state with these values in their places, by which forward does the same, gets the token of the present one."""
+        self._walk()
+        token = self._tokens.get(self._state())
+        if token is None:
+            return
+        with placed(values):
+            self._walk()
+            self._tokens.setdefault(self._state(), token)
+        self._walk()
+        self._token = token
+
     def _note_many(self) -> None:
         """Say once what makes a model be captured again and again."""
         if len(self._tokens) == _MANY:
@@ -147,7 +165,7 @@ class ModuleGuard:
         )
 
     def _plain_values(self) -> list[tuple[dict[str, Any], str, Any]]:
-        own = {id(module.__dict__) for module in self.module.modules()}
+        own = self.owned()
         places = zip((*self._scalars, *self._objects), (*self._scalar_values, *self._object_values), strict=True)
         return [(holder, key, value) for (holder, key), value in places if id(holder) in own]
 
@@ -156,7 +174,6 @@ class ModuleGuard:
         objects: list[tuple[dict[str, Any], str]] = []
         containers: list[Mapping[Any, Any]] = list(_EVERYWHERE)
         collections: list[Any] = []
-        seen: set[int] = set()
         objects.extend((hooks, key) for hooks in _EVERYWHERE for key in hooks)
         for path, module in self.module.named_modules():
             own = module.__dict__
@@ -168,13 +185,8 @@ class ModuleGuard:
                     scalars.append((own, key))
                 elif isinstance(value, torch.Tensor | nn.Module | FunctionType | MethodType):
                     objects.append((own, key))
-                elif key in _EVERY_MODULE or id(value) in seen or isinstance(value, KeptInForward):
-                    continue
-                elif isinstance(value, list | dict | set | tuple):
+                elif key not in _EVERY_MODULE and isinstance(value, list | dict | set | tuple):
                     collections.append(value)
-                elif hasattr(value, "__dict__") and not isinstance(value, type | ModuleType):
-                    seen.add(id(value))  # a configuration, say, that many modules share
-                    scalars.extend((vars(value), name) for name, v in vars(value).items() if isinstance(v, _SCALARS))
             objects.extend((module._modules, key) for key in module._modules)
             objects.extend((own[hooks], key) for hooks in _HOOKS for key in own[hooks])
             for holder in (module._parameters, module._buffers):
@@ -189,6 +201,9 @@ class ModuleGuard:
                     objects.append((holder, key))
                     if holder is module._parameters:
                         scalars.append((tensor.__dict__, "_requires_grad"))
+        for _, own in shared_objects(self.module.named_modules()):
+            plain = (name for name, value in own.items() if isinstance(value, _SCALARS))
+            scalars.extend((own, name) for name in plain if (id(own), name) not in self.ignored)
         self._containers, self._sizes = containers, list(map(len, containers))
         self._collections, self._collection_values = collections, list(map(_plain_part, collections))
         self._scalars, self._objects = scalars, objects

@@ -70,7 +70,7 @@ class Halves:
 
     def computed(self, tensor: torch.Tensor) -> bool:
         """Whether PyTorch computed a plain tensor from handed values. Raises PrepareError if foreign tensors take part too."""
-        leaves = list(_leaves(tensor))
+        leaves = list(leaves_of_graph(tensor))
         ours = [leaf for leaf in leaves if isinstance(leaf, DeviceTensor)]
         if ours:
             for leaf in leaves:
@@ -129,7 +129,7 @@ class Halves:
         if cpp_grad_fn(tensor) is None:
             self.watch(tensor)
             return
-        for leaf in _leaves(tensor):  # what a custom autograd function took
+        for leaf in leaves_of_graph(tensor):  # what a custom autograd function took
             if isinstance(leaf, DeviceTensor):
                 self.watch(leaf)
             else:
@@ -137,7 +137,7 @@ class Halves:
 
     # -- backward ----------------------------------------------------------------------------------------------------------
 
-    def lower(self, loss: torch.Tensor, retain_graph: bool) -> TorchCall:
+    def lower(self, loss: torch.Tensor, retain_graph: bool, scale: float) -> TorchCall:
         """A loss that PyTorch computed from handed values as a program call; PyTorch's half of the backward runs here."""
         if isinstance(loss, DeviceTensor):
             loss = self._handed(loss)
@@ -148,12 +148,12 @@ class Halves:
         self._is_lowering = True
         try:
             torch.autograd.backward(loss, retain_graph=retain_graph)
-            return self._lowered(retain_graph)
+            return self._lowered(retain_graph, scale)
         finally:
             self._is_lowering = False
             self._collected.clear()
 
-    def _lowered(self, retain_graph: bool) -> TorchCall:
+    def _lowered(self, retain_graph: bool, scale: float = 1.0) -> TorchCall:
         """The recorded sum of value * gradient over the handed values: it has the gradients of the loss."""
         if not self._collected:
             raise PrepareError(
@@ -165,7 +165,7 @@ class Halves:
             total = terms[0]
             for term in terms[1:]:
                 total = total + term
-        return self._recorder.lower_loss(total, retain_graph=retain_graph)
+        return self._recorder.lower_loss(total, retain_graph=retain_graph, scale=scale)
 
     def _collect(self, tensor: torch.Tensor) -> None:
         """Called by autograd with the whole gradient of a handed value."""
@@ -212,7 +212,7 @@ def _product(tensor: DeviceTensor, grad: torch.Tensor) -> torch.Tensor:
     return (wide * grad.to(wide.dtype)).sum()
 
 
-def _leaves(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def leaves_of_graph(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The leaves of a tensor's autograd graph, as C++ has it."""
     first = cpp_grad_fn(tensor)
     if first is None:

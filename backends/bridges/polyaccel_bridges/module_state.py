@@ -14,6 +14,7 @@ from polyaccel.errors import PrepareError
 
 from .containers import ContainerContents
 from .graphs import TensorSpec
+from .shared_objects import PlainValues
 from .substitutes import substituted
 
 
@@ -78,6 +79,7 @@ def collect_state(modules: Mapping[str, nn.Module]) -> ModuleState:
 def filled(state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The modules' slots hold `tensors`; afterwards they, and every attribute that the function set or filled, are as before."""
     containers = ContainerContents(state.submodules)
+    shared = PlainValues([("", module) for module in state.submodules])
     attributes = [(module, dict(module.__dict__)) for module in state.submodules]
     holders = {id(place.holder): place.holder for place in state.places}
     for module in state.submodules:
@@ -99,3 +101,4 @@ def filled(state: ModuleState, tensors: Mapping[str, torch.Tensor]) -> Iterator[
             module.__dict__.clear()
             module.__dict__.update(attributes_before)
         containers.restore()
+        shared.restore()

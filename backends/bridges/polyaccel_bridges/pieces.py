@@ -24,7 +24,7 @@ from .fused import input_dtypes, run_entry
 from .graphs import TensorSpec
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
-from .tape_calls import operands_of
+from .tape_calls import operands_of, wants_gradient
 from .tensors import STACKED
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _note_operands(
             continue
         if kind == "i":
             operand: Operand = ("i", group.part, found[2])
-            spec = OutSpec(found[4], found[3], False)
+            spec = OutSpec(found[4], found[3], wants_gradient(found))
         else:
             place = part.externals[found[2]] if kind == "x" else (group.part, found[2], found[3])
             operand = ("v", place)
@@ -277,8 +277,20 @@ class ComposedProgram:
         names = [name for captured in self._captured for name in captured.piece.graph.grad_names]
         self.grad_names: tuple[str, ...] = tuple(dict.fromkeys(names)) if with_grads else ()
         self.draws_randomly = any(captured.piece.draws_randomly for captured in self._captured)
+        self.writes_buffers = any(captured.piece.graph.buffer_names for captured in self._captured)
         self._batch = {(captured.batch_size,) for captured in self._captured if captured.batch_size is not None}
-        self.output_axes: tuple[int | None, ...] = tuple(self._axis(place) for place in recipe.wanted)
+        self._wanted_inputs: dict[Operand, TensorSpec] = {}
+        if with_grads:
+            for captured in self._captured:
+                pairs = zip(captured.group.operands, captured.group.specs, strict=True)
+                self._wanted_inputs.update({o: spec for o, spec in pairs if o[0] == "i" and spec.requires_grad})
+        self.input_grads: tuple[int, ...] = tuple(
+            recipe.parts[part].first_input + index for _, part, index in self._wanted_inputs
+        )
+        self.output_axes: tuple[int | None, ...] = (
+            *(self._axis(place) for place in recipe.wanted),
+            *(recipe.axes[index] for index in self.input_grads),
+        )
 
     def _axis(self, place: Place) -> int | None:
         shape = self._recipe.spec(place).shape
@@ -362,7 +374,7 @@ class ComposedProgram:
         for captured in self._captured:
             group = captured.group
             taken = [self._whole(operand, inputs, env) for operand in group.operands]
-            ids = [versions[operand[1]] if operand[0] == "v" else None for operand in group.operands]
+            ids = [versions[operand[1]] if operand[0] == "v" else operand for operand in group.operands]
             values, stacked = [value for value, _ in taken], [flag for _, flag in taken]
             if group.is_model:
                 shards = [
@@ -384,13 +396,14 @@ class ComposedProgram:
             saved.append((kept, stacked, ids, made))
         loss = None
         grads: dict[str, Any] = {}
+        by_input: list[Any] = []
         if self._with_grads:
             assert recipe.loss is not None
             loss = env[recipe.loss]
-            grads = self._backward(saved, versions[recipe.loss], loss, loss_scale, params)
+            grads, by_input = self._backward(saved, versions[recipe.loss], loss, loss_scale, params)
             loss = loss.mean().reshape(())
-        outputs = [self._shown(env[place], axis) for place, axis in zip(recipe.wanted, self.output_axes, strict=True)]
-        return ProgramResult(loss, outputs, grads, changed)
+        outputs = [self._shown(env[place], axis) for place, axis in zip(recipe.wanted, self.output_axes, strict=False)]
+        return ProgramResult(loss, [*outputs, *by_input], grads, changed)
 
     def _shown(self, value: Any, axis: int | None) -> Any:
         if self._num_processes == 1:
@@ -404,9 +417,10 @@ class ComposedProgram:
 
     def _backward(
         self, saved: list[Any], loss_id: int, loss: Any, loss_scale: Any, params: dict[str, Any]
-    ) -> dict[str, Any]:
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """Gradients by parameter name, and of the inputs that want one."""
         seed = jnp.full(loss.shape, 1 / self._num_processes, loss.dtype)
-        cotangents: dict[int, Any] = {loss_id: seed if loss_scale is None else seed * loss_scale.astype(loss.dtype)}
+        cotangents: dict[Any, Any] = {loss_id: seed if loss_scale is None else seed * loss_scale.astype(loss.dtype)}
         grads: dict[str, Any] = {}
         for captured, (kept, stacked, ids, made) in zip(reversed(self._captured), reversed(saved), strict=True):
             graph = captured.piece.graph
@@ -428,9 +442,15 @@ class ComposedProgram:
             for name, value in own.items():
                 grads[name] = grads[name] + value if name in grads else value
             for i, value in zip(ids, back, strict=True):
-                if i is not None and value is not None:
+                if value is not None:
                     cotangents[i] = cotangents[i] + value if i in cotangents else value
-        return {name: grads[name] if name in grads else jnp.zeros_like(params[name]) for name in self.grad_names}
+        by_input = []
+        for operand, spec in self._wanted_inputs.items():
+            value = cotangents.get(operand)
+            value = jnp.zeros(spec.shape, self._dtypes[operand[1:]]) if value is None else value
+            by_input.append(value if loss_scale is None else value / loss_scale.astype(value.dtype))
+        named = {name: grads[name] if name in grads else jnp.zeros_like(params[name]) for name in self.grad_names}
+        return named, by_input
 
     def _back_from_shards(self, value: Any, axis: int | None, stacked: bool) -> Any:
         if value is None or not stacked:

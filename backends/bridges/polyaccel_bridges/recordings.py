@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
 import torch
@@ -31,7 +31,7 @@ class Entry:
 
     __slots__ = (
         "arguments", "changing", "children", "effects", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent",
-        "position", "recipes", "same", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
+        "position", "recipes", "same", "site", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
     )  # fmt: skip
 
     def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: Numbers | None) -> None:
@@ -56,6 +56,16 @@ class Entry:
         self.is_eager = False  # plain torch runs it
         self.children: dict[Key, Entry | Floats] = {}
         self.recipes: dict[Key, Any] = {}
+        self.site: Any = None  # what followed where a value was read after this operation, see foresight.py
+
+
+def path_to(entry: Entry | None) -> list[Entry]:
+    """All operations up to this one, in order."""
+    entries: list[Entry] = []
+    while entry is not None and entry.parent is not None:
+        entries.append(entry)
+        entry = entry.parent
+    return entries[::-1]
 
 
 @final
@@ -82,27 +92,30 @@ class Session:
         self.models: list[ManagedModel] = []
         self.results: list[list[weakref.ref[DeviceTensor]]] = []
         self.externals: list[DeviceTensor] = []  # values of older recordings that still need gradients
+        self.wanted: dict[int, torch.Tensor] = {}  # inputs of user code that want a gradient
         self.batch_size: int | None = None
         self.num_calls = 0
         self.has_effects = False  # a model call may have changed buffers
         self.is_executed = False  # its model calls ran, for the sake of their values
-        self.num_executed = 0  # operations that ran
         self.start_buffers: dict[
             ManagedModel, dict[str, Any]
         ] = {}  # what the first run of its model calls started from
         self.start_params: list[Mapping[str, Any]] = []
+        self.first_read: Any = None  # when a value was wanted first, and what was done for it: see foresight.py
+        self.writes_buffers = False  # the run that gave values changed buffers
+        self.after_backward: Callable[[], None] | None = None
         self.shadows: Shadows | None = None
-        self._inputs: dict[tuple[int, Any], int] = {}
+        self._inputs: dict[tuple[int, Any, bool], int] = {}
         self._kept: list[Any] = []
 
-    def input(self, tensor: torch.Tensor) -> tuple[int, int | None]:
+    def input(self, tensor: torch.Tensor, *, wants_grad: bool = False) -> tuple[int, int | None]:
         """The index of a tensor among the inputs, and its batch dim; its present value is what enters."""
         version: Any = 0
         if isinstance(tensor, DeviceTensor):
             version = tensor._cell.stamp()
         elif not tensor.is_inference():
             version = tensor._version
-        found = self._inputs.get((id(tensor), version))
+        found = self._inputs.get((id(tensor), version, wants_grad))
         if found is not None:
             return found, self.axes[found]
         value: Any
@@ -120,7 +133,9 @@ class Session:
         if axis == 0 and self.batch_size is None:
             self.batch_size = tensor.shape[0]
         self._kept.append(tensor)
-        self._inputs[id(tensor), version] = len(self.inputs)
+        self._inputs[id(tensor), version, wants_grad] = len(self.inputs)
+        if wants_grad:
+            self.wanted[len(self.inputs)] = tensor
         return self.add(value, axis), axis
 
     def add(self, value: Any, axis: int | None) -> int:
@@ -138,6 +153,7 @@ class Session:
         inputs, models, externals, kept = mark
         if len(self.inputs) > inputs:
             self._inputs = {key: index for key, index in self._inputs.items() if index < inputs}
+            self.wanted = {index: tensor for index, tensor in self.wanted.items() if index < inputs}
         del (
             self.inputs[inputs:],
             self.axes[inputs:],
@@ -158,12 +174,7 @@ class Session:
 
     def path(self) -> list[Entry]:
         """All entries, in order."""
-        entries: list[Entry] = []
-        entry: Entry | None = self.entry
-        while entry is not None and entry.parent is not None:
-            entries.append(entry)
-            entry = entry.parent
-        return entries[::-1]
+        return path_to(self.entry)
 
     def live(self) -> list[tuple[int, int, DeviceTensor]]:
         """Every recorded value that user code still holds."""
@@ -175,6 +186,22 @@ class Session:
                 if tensor is not None and at is not None and (at.session, at.position, at.out) == (self, position, out):
                     found.append((position, out, tensor))
         return found
+
+    def keep_start(self) -> None:
+        """Its operations are about to run: where they write buffers, a further run has to start from the present ones."""
+        if not self.is_executed:
+            self.start_buffers = {model: dict(model.handle.buffers) for model in self.models}
+
+    def note_run(self, *, writes_buffers: bool) -> None:
+        """Its operations ran."""
+        self.is_executed = True
+        self.writes_buffers = self.writes_buffers or writes_buffers
+
+    def note_backward(self) -> None:
+        """A backward of one of its values has run."""
+        after, self.after_backward = self.after_backward, None
+        if after is not None:
+            after()
 
     def has_pending(self) -> bool:
         """Whether user code holds a value that was not computed yet."""

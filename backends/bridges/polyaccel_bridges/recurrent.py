@@ -179,7 +179,7 @@ def step_by_step(
 # -- torch's own functions -----------------------------------------------------------------------------------------------------
 
 
-def _layers(
+def run_layers(
     kind: str,
     x: torch.Tensor,
     state: tuple[torch.Tensor, torch.Tensor],
@@ -189,8 +189,12 @@ def _layers(
     dropout: float,
     train: bool,
     bidirectional: bool,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All layers over x (time, batch, features); the last states are (layers x directions, batch, size)."""
+    """All layers over x (time, batch, features); the last states are (layers x directions, batch, size).
+
+    With `lengths` (batch,) the last states are those of each sequence's own last step, where its other direction starts.
+    """
     directions = 2 if bidirectional else 1
     each = 4 if has_biases else 2
     last_hidden, last_cell = [], []
@@ -200,19 +204,34 @@ def _layers(
             which = layer * directions + direction
             w_ih, w_hh, *biases = params[each * which : each * (which + 1)]
             b_ih, b_hh = biases if has_biases else (None, None)
-            projected = F.linear(x, w_ih, b_ih)
+            is_turned = lengths is not None and direction == 1
+            projected = F.linear(turned(x, lengths) if is_turned else x, w_ih, b_ih)
             hidden, cell = state[0][which], state[1][which]
             weight = w_hh.to(projected.dtype)  # autocast makes the products narrow
             bias = None if b_hh is None else b_hh.to(projected.dtype)
-            out, cells = Recurrence.apply(projected, hidden, cell, weight, bias, kind, direction == 1)
-            outputs.append(out)
-            last = 0 if direction else -1
-            last_hidden.append(out[last])
-            last_cell.append(cells[last] if kind == "lstm" else cell)
+            is_reverse = direction == 1 and not is_turned
+            out, cells = Recurrence.apply(projected, hidden, cell, weight, bias, kind, is_reverse)
+            outputs.append(turned(out, lengths) if is_turned else out)
+            last_hidden.append(_last_step(out, lengths, is_reverse))
+            last_cell.append(_last_step(cells, lengths, is_reverse) if kind == "lstm" else cell)
         x = torch.cat(outputs, -1) if bidirectional else outputs[0]
         if dropout and train and layer < num_layers - 1:
             x = F.dropout(x, dropout, True)
     return x, torch.stack(last_hidden), torch.stack(last_cell)
+
+
+def turned(x: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Every sequence of x (time, batch, features) from its own last step to its first; the padding stays where it is."""
+    assert lengths is not None
+    steps = torch.arange(x.shape[0], device=x.device)[:, None]
+    order = torch.where(steps < lengths, lengths - 1 - steps, steps)
+    return x.gather(0, order[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _last_step(out: torch.Tensor, lengths: torch.Tensor | None, is_reverse: bool) -> torch.Tensor:
+    if lengths is None:
+        return out[0 if is_reverse else -1]
+    return out.gather(0, (lengths - 1)[None, :, None].expand(-1, -1, out.shape[2]))[0]
 
 
 def _can_scan(x: Any, arguments: Sequence[Any]) -> bool:
@@ -235,7 +254,7 @@ def _lstm(*args: Any, **kwargs: Any) -> Any:
         return torch.lstm(*args, **kwargs)  # proj_size: the hidden state is a product of its own
     has_biases, num_layers, dropout, train, bidirectional, batch_first = rest
     x = x.transpose(0, 1) if batch_first else x
-    out, hidden, cell = _layers("lstm", x, state, params, has_biases, num_layers, dropout, train, bidirectional)
+    out, hidden, cell = run_layers("lstm", x, state, params, has_biases, num_layers, dropout, train, bidirectional)
     return (out.transpose(0, 1) if batch_first else out), hidden, cell
 
 
@@ -247,7 +266,7 @@ def _other(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         has_biases, num_layers, dropout, train, bidirectional, batch_first = rest
         x = x.transpose(0, 1) if batch_first else x
         states = (state, state)
-        out, hidden, _ = _layers(kind, x, states, params, has_biases, num_layers, dropout, train, bidirectional)
+        out, hidden, _ = run_layers(kind, x, states, params, has_biases, num_layers, dropout, train, bidirectional)
         return (out.transpose(0, 1) if batch_first else out), hidden
 
     return run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -34,12 +34,14 @@ def exact_dtypes() -> AbstractContextManager[None]:
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """`grads` has an entry for every parameter that the loss reaches, `new_buffers` one for every tensor that the function wrote."""
+    """`grads` has an entry for every parameter that the loss reaches, `new_buffers` one for every tensor that the function wrote,
+    `input_grads` one for every one of the graph's own `input_grads`."""
 
     loss: jax.Array
     aux: list[jax.Array]
     grads: dict[str, jax.Array]
     new_buffers: dict[str, jax.Array]
+    input_grads: list[jax.Array] = field(default_factory=list)
 
 
 def run_training(
@@ -51,12 +53,14 @@ def run_training(
     `key` is a jax PRNG key that every random operation draws from.
     """
     outputs = run_program(graph.program, [*_state(graph.state_names, params, buffers), *inputs], key)
-    loss, aux, grads, written = _split(outputs, 1, graph.num_aux, len(graph.grad_names), len(graph.buffer_names))
+    sizes = 1, graph.num_aux, len(graph.grad_names), len(graph.buffer_names), len(graph.input_grads)
+    loss, aux, grads, written, input_grads = _split(outputs, *sizes)
     return TrainingResult(
         loss=loss[0],
         aux=aux,
         grads=dict(zip(graph.grad_names, grads, strict=True)),
         new_buffers=dict(zip(graph.buffer_names, written, strict=True)),
+        input_grads=input_grads,
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from polyaccel.errors import PrepareError
 
 from .attributes import Change, Constants, Watch
+from .rehearsals import Trace
 
 if TYPE_CHECKING:
     from .modules import PreparedModule
@@ -51,6 +52,7 @@ class CaptureScope:
         self.watches: list[Watch] = []  # of the models that ran
         self.changes: list[Change] = []  # of their attributes, when it is over
         self.operations: list[Any] = []  # every torch function that ran, in order
+        self.trace = Trace()  # the same with what they were given
         self.constants = Constants()
         self._given = {id(outside): (outside, leaf) for outside, leaf in given}
         self._found_ids: set[int] = set()
@@ -77,7 +79,11 @@ class CaptureScope:
         guard = prepared._model.guard
         if all(watch.guard is not guard for watch in self.watches):
             self.watches.append(Watch(guard))
-        return run_model(prepared.module, args, kwargs, self.autocast)
+            self.trace.name_state(prepared.module)
+        self.trace.note(run_model, (args, kwargs))
+        outputs = run_model(prepared.module, args, kwargs, self.autocast)
+        self.trace.note_outputs(outputs)
+        return outputs
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """What takes the place of a tensor from outside. Raises PrepareError where its gradient would be lost."""
@@ -132,6 +138,7 @@ class _Outside(TorchFunctionMode):
             return func(*args, **kwargs)
         self._scope.operations.append(func)
         given = (args, kwargs)
+        self._scope.trace.note(func, given)
         if any(_is_outside(value) for value in (*args, *kwargs.values())):
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         else:
@@ -141,6 +148,7 @@ class _Outside(TorchFunctionMode):
                     break
         result = func(*args, **kwargs)
         self._scope.constants.note(func, given, result)
+        self._scope.trace.note(None, result)
         return result
 
     def _replaced(self, tree: Any) -> Any:
@@ -160,11 +168,7 @@ def _is_outside(value: Any) -> bool:
 
 
 def run_model(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], autocast: torch.dtype | None) -> Any:
-    """The module's outputs; under autocast floating ones come out in float32, as Accelerate gives them.
-
-    Of torch.compile's wrapper, the module inside runs: a captured program is compiled anyway.
-    """
-    module = getattr(module, "_orig_mod", module)
+    """The module's outputs; under autocast floating ones come out in float32, as Accelerate gives them."""
     if autocast is None:
         return module(*args, **kwargs)
     with torch.autocast("cpu", dtype=autocast):

@@ -6,7 +6,9 @@ Only modules whose `forward` is torch's own, or is named in routed_experts.py, a
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from polyaccel.errors import PrepareError
 
+from . import packed_sequences
 from .recurrent import SCANNED
 from .routed_experts import fixed_form_of
 from .shards import SumOverShards
@@ -31,8 +34,16 @@ def substituted(modules: Sequence[nn.Module]) -> Iterator[None]:
         if forward is not None:
             module.__dict__["forward"] = partial(forward, module)
         module.__dict__["_apply"] = partial(_convert, module)
-    with _Functions():
+    with _Functions(), _uncompiled():
         yield
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """What torch.compile made, modules and functions, runs as it was written: the captured program is compiled as a whole."""
+    if "torch._dynamo.eval_frame" not in sys.modules:  # importing it takes a second
+        return contextlib.nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
@@ -41,7 +52,7 @@ def _forward_of(module: nn.Module) -> Callable[..., Any] | None:
         return _synchronized_batch_norm
     if own is _BatchNorm.forward and isinstance(module, _BatchNorm) and module.momentum is None:
         return _averaging_batch_norm
-    return fixed_form_of(module)
+    return packed_sequences.forward_of(module) or fixed_form_of(module)
 
 
 def _convert(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -62,17 +73,10 @@ class _Functions(TorchFunctionMode):
         return _FUNCTIONS.get(func, func)(*args, **(kwargs or {}))
 
 
-def _refuse_packing(*args: Any, **kwargs: Any) -> Any:
-    raise PrepareError(
-        "pack_padded_sequence makes a tensor whose size depends on the lengths of the sequences, so it is no fixed program",
-        "give the padded batch to the recurrent layer and take what you need with the lengths: out[torch.arange(n), lengths - 1],"
-        " or a mask in the loss",
-    )
-
-
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **SCANNED,
-    torch._VF._pack_padded_sequence: _refuse_packing,
+    torch._VF._pack_padded_sequence: packed_sequences.pack,
+    torch._VF._pad_packed_sequence: packed_sequences.unpack,
 }
 
 

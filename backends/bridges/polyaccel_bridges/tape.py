@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 import jax
 import numpy as np
 import torch
 
-from polyaccel.errors import PrepareError
+from polyaccel.errors import PrepareError, UnsupportedError
 
+from . import foresight
 from . import scope as capturing
 from .calls import TorchCall, rebuild
 from .changing_numbers import may_change, number_key
 from .dispatch import NOT_RECORDED
 from .forwards import Forwards
-from .halves import Halves, Unfollowed
+from .halves import Halves, Unfollowed, leaves_of_graph
 from .modules import ManagedModel
 from .packing import LEAF, Key, freeze_call
 from .recordings import Entry, Floats, Ref, Session
@@ -206,9 +207,11 @@ class Recorder:
                 is_spent = found._is_spent and found._requires_grad
                 return (LEAF, "i", index, found._dtype, found._shape, is_spent, axis)
             if found.requires_grad and modes.is_grad_enabled:
-                if not self.halves.computed(found):
-                    capturing.refuse_foreign(found)
-                raise Unfollowed(None)
+                if self.halves.computed(found):
+                    raise Unfollowed(None)
+                self._refuse_foreign(found)
+                index, axis = session.input(found, wants_grad=True)
+                return (LEAF, "i", index, found.dtype, found.shape, True, axis, True)
             index, axis = session.input(found)
             return (LEAF, "i", index, found.dtype, found.shape, False, axis)
 
@@ -217,6 +220,18 @@ class Recorder:
             return (LEAF, "f", len(numbers) - 1, type(value))
 
         return freeze_call(args, kwargs, tensor, number, lifts=may_change(func))
+
+    def _refuse_foreign(self, tensor: torch.Tensor) -> None:
+        """An input whose gradient is wanted gets it; a parameter that nobody prepared is a mistake."""
+        for leaf in leaves_of_graph(tensor):
+            if isinstance(leaf, torch.nn.Parameter):
+                capturing.refuse_foreign(leaf)
+        if self.num_processes > 1:
+            raise UnsupportedError(
+                f"a tensor of shape {tuple(tensor.shape)} that requires grad is given to a prepared model in a job of several processes",
+                "compute the gradient inside a loss function: requires_grad_() and torch.autograd.grad in"
+                " accelerator.backward(loss_fn, model, batch)",
+            )
 
     def _external(self, session: Session, tensor: DeviceTensor) -> Key:
         index = next((index for index, found in enumerate(session.externals) if found is tensor), None)
@@ -260,7 +275,8 @@ class Recorder:
         ref = tensor._ref
         if ref is None:
             raise RuntimeError("this tensor's value was not kept: its recording was dropped")
-        self._execute(ref.session)
+        if not foresight.read(self, ref.session):
+            self._execute(ref.session)
         if tensor._cell is None:
             raise RuntimeError("this tensor's value could not be computed")
 
@@ -284,12 +300,10 @@ class Recorder:
     def _execute(self, session: Session) -> None:
         from .tape_calls import value_call
 
-        if session.has_effects and not session.is_executed:
-            session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
+        session.keep_start()
         call = value_call(self, session)
         self.engine.run_forward(call)
-        session.is_executed = True
-        session.num_executed = len(session.results)
+        session.note_run(writes_buffers=call.signature.writes_buffers)
 
     def _close(self, session: Session) -> None:
         """End a recording. Its model calls run if they change buffers; values that are still held wait for `settle`."""
@@ -305,17 +319,26 @@ class Recorder:
 
     # -- gradients ---------------------------------------------------------------------------------------------------------------
 
-    def lower_loss(self, loss: torch.Tensor, *, retain_graph: bool = False) -> TorchCall:
+    def lower_loss(self, loss: torch.Tensor, *, retain_graph: bool = False, scale: float = 1.0) -> TorchCall:
         """A recorded loss as a program call that gives the gradients of all trainable parameters it depends on.
 
-        With `retain_graph` its values can be differentiated again.
+        With `retain_graph` its values can be differentiated again. Inputs that want a gradient get `scale` times theirs.
         """
         from .tape_calls import loss_call
 
         if loss.requires_grad and not isinstance(loss, DeviceTensor) and self.halves.computed(loss):
-            return self.halves.lower(loss, retain_graph)
+            return self.halves.lower(loss, retain_graph, scale)
         if isinstance(loss, DeviceTensor) and not loss._requires_grad and cpp_grad_fn(loss) is not None:
-            return self.halves.lower(loss, retain_graph)
+            return self.halves.lower(loss, retain_graph, scale)
+        session, loss = self._differentiable(loss)
+        call = foresight.backward(self, session, loss, retain_graph=retain_graph)
+        if call is None:
+            call = loss_call(self, loss, retain_graph=retain_graph, scale=scale)
+        self._end(session)
+        return call
+
+    def _differentiable(self, loss: torch.Tensor) -> tuple[Session, DeviceTensor]:
+        """A loss that is about to be differentiated, with its recording. Raises where that cannot be."""
         if not isinstance(loss, DeviceTensor) or (loss._ref is None and not loss._is_spent):
             raise PrepareError(
                 f"the loss, a tensor of shape {tuple(loss.shape)}, was not computed from a prepared model's output with gradients",
@@ -336,11 +359,23 @@ class Recorder:
         session = loss._ref.session
         if session is not self._session:
             self.settle()
-        call = loss_call(self, loss, retain_graph=retain_graph)
+        return session, loss
+
+    def _end(self, session: Session) -> None:
         session.shadows = None
         if self._session is session:
             self._session = None
-        return call
+
+    def gradients(
+        self, loss: torch.Tensor, inputs: Sequence[torch.Tensor], *, retain_graph: bool = False
+    ) -> list[torch.Tensor | None]:
+        """`torch.autograd.grad(loss, inputs)` of a recorded scalar; None for an input that it does not depend on."""
+        from .input_gradients import gradients_of
+
+        session, recorded = self._differentiable(loss)
+        found = gradients_of(self, recorded, inputs, retain_graph=retain_graph)
+        self._end(session)
+        return found
 
     def backward(self, loss: DeviceTensor, *, retain_graph: bool = False) -> None:
         """`loss.backward()`."""

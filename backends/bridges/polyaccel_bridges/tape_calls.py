@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,6 +13,8 @@ from polyaccel.protocols import ArraySpec
 
 from .calls import TorchCall, handles
 from .descriptions import facts_of_models, shown
+from .input_gradients import receive
+from .kept_gradients import GradientsRecipe
 from .tensors import STACKED, ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from .tape import Recorder
 
 Place = tuple[int, int, int]  # (recording, position, output)
+Keep = Callable[[dict[str, Any], list[tuple[torch.Tensor, Any]]], None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,9 +75,17 @@ class TapeRecipe:
         self.axes = tuple(axes)
         self.models = tuple(dict.fromkeys(model for part in parts for model in part.models))
         self.output_axes: tuple[int | None, ...] = ()
+        self.writes_buffers = False  # known once it is built, as the axes are
         self.consumed = frozenset() if loss is None else _ancestors(self.parts, loss)
         self.spent = _spent(self.parts)
         self.used = tuple(part.uses() for part in self.parts)
+        self.input_grads: tuple[int, ...] = ()  # inputs whose gradients come out behind the wanted values
+        self.apart = GradientsRecipe(self)
+
+    def wanted_inputs(self, part: int) -> list[int]:
+        """The inputs of a recording that want a gradient."""
+        leaves = [leaf for entry in self.parts[part].entries for leaf in operands_of(entry)]
+        return sorted({leaf[2] for leaf in leaves if wants_gradient(leaf)})
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
         """Capture the program: in one piece on one data shard, else model calls per shard and the rest on global values."""
@@ -84,7 +95,8 @@ class TapeRecipe:
         is_whole = len(self.parts) == 1 and num_shards == 1 and self.recorder.num_processes == 1
         build = fused_program if is_whole else composed_program
         program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
-        self.output_axes = program.output_axes
+        self.output_axes, self.writes_buffers = program.output_axes, program.writes_buffers
+        self.input_grads = program.input_grads
         return program
 
     def describe(self) -> tuple[str, dict[str, str]]:
@@ -117,6 +129,16 @@ def operands_of(entry: Entry) -> list[tuple[Any, ...]]:
     from .packing import described
 
     return [found for found in described(entry.arguments) if found[1] != "f"]
+
+
+def is_spent(leaf: tuple[Any, ...]) -> bool:
+    """Whether an operand is a value whose graph was freed."""
+    return bool(leaf[1] == "i" and leaf[5] and not wants_gradient(leaf))
+
+
+def wants_gradient(leaf: tuple[Any, ...]) -> bool:
+    """Whether an operand is an input of user code that gets a gradient."""
+    return leaf[1] == "i" and len(leaf) > 7
 
 
 def float_inputs(entries: Sequence[Entry]) -> dict[int, list[int]]:
@@ -171,7 +193,7 @@ def _ancestors(parts: Sequence[Part], loss: Place) -> frozenset[tuple[int, int]]
         if not entry.modes.is_grad_enabled:
             continue
         for found in operands_of(entry):
-            if found[1] == "i" and found[5]:
+            if is_spent(found):
                 raise RuntimeError(SECOND)
             place = (
                 parts[index].externals[found[2]]
@@ -191,7 +213,7 @@ def _spent(parts: Sequence[Part]) -> frozenset[tuple[int, int]]:
         for entry in part.entries:
             for leaf in operands_of(entry):
                 if (
-                    (leaf[1] == "i" and leaf[5])
+                    is_spent(leaf)
                     or (leaf[1] == "r" and (index, leaf[2]) in found)
                     or (leaf[1] == "x" and part.externals[leaf[2]][:2] in found)
                 ):
@@ -278,7 +300,7 @@ class _Assembly:
         return self.sessions.index(tensor._ref.session), tensor._ref.position, tensor._ref.out
 
     def _buffers(self, session: Session) -> dict[str, int]:
-        if not session.is_executed or not session.has_effects:
+        if not session.is_executed or not session.writes_buffers:
             return {}
         found: dict[str, int] = {}
         for model, buffers in session.start_buffers.items():
@@ -307,11 +329,30 @@ def value_call(recorder: Recorder, session: Session) -> TorchCall:
                 elif place[:2] in recipe.spent:
                     tensor._ref, tensor._is_spent = None, True
 
-    return _call(recorder, recipe, assembly, finish)
+    return _call(recorder, recipe, recipe, assembly, finish)
 
 
-def loss_call(recorder: Recorder, loss: DeviceTensor, *, retain_graph: bool = False) -> TorchCall:
-    """The gradients of a recorded loss, with every value of its recordings that user code still holds."""
+def release(tensor: DeviceTensor, place: Place, recipe: TapeRecipe, *, retain_graph: bool) -> None:
+    """After a backward: a recorded value that has no further use for its recording lets it go."""
+    if not tensor._requires_grad:
+        tensor._ref = None
+    elif place[:2] in recipe.spent or (place[:2] in recipe.consumed and not retain_graph):
+        tensor._ref, tensor._is_spent = None, True
+
+
+def loss_call(
+    recorder: Recorder,
+    loss: DeviceTensor,
+    *,
+    retain_graph: bool = False,
+    scale: float = 1.0,
+    keep: Keep | None = None,
+) -> TorchCall:
+    """The gradients of a recorded loss, with every value of its recordings that user code still holds.
+
+    Inputs that want a gradient get theirs times `scale`. With `keep` no gradient is added to anything: the call is one without
+    gradients of its own, and `keep(by parameter, [(input, gradient)])` gets them.
+    """
     assert loss._ref is not None
     session = loss._ref.session
     assembly = _Assembly(recorder, session)
@@ -323,26 +364,35 @@ def loss_call(recorder: Recorder, loss: DeviceTensor, *, retain_graph: bool = Fa
     recipe = _recipe(recorder, session, assembly, (index, loss._ref.position, loss._ref.out), wanted)
     pending = [weakref.ref(tensor) for _, tensor in held if tensor._cell is None]
     everything = [(place, weakref.ref(tensor)) for place, tensor in held]
+    inputs = {
+        part.first_input + number: tensor
+        for one, part in zip(assembly.sessions, assembly.parts, strict=True)
+        for number, tensor in one.wanted.items()
+    }
 
-    def finish(value: Any, outputs: list[Any]) -> torch.Tensor | None:
-        for ref, array, axis in zip(pending, outputs, recipe.output_axes, strict=True):
+    def finish(value: Any, outputs: list[Any]) -> None:
+        by_parameter: dict[str, Any] = {}
+        if keep is not None:
+            outputs, _, by_parameter = recipe.apart.split(outputs)
+        values, rest = outputs[: len(pending)], outputs[len(pending) :]
+        by_input = [(inputs[number], array) for number, array in zip(recipe.input_grads, rest, strict=True)]
+        for ref, array, axis in zip(pending, values, recipe.output_axes, strict=False):
             tensor = ref()
             if tensor is not None:
                 tensor._cell = recipe.cell(array, axis)
         for place, ref in everything:
             tensor = ref()
-            if tensor is None:
-                continue
-            if not tensor._requires_grad:
-                tensor._ref = None
-            elif place[:2] in recipe.spent or (place[:2] in recipe.consumed and not retain_graph):
-                tensor._ref, tensor._is_spent = None, True
-        session.is_executed = True
-        return None
+            if tensor is not None:
+                release(tensor, place, recipe, retain_graph=retain_graph)
+        session.note_run(writes_buffers=recipe.writes_buffers)
+        if keep is not None:
+            keep(by_parameter, by_input)
+            return
+        receive(recorder.engine, by_input, scale, retain_graph=retain_graph)
+        session.note_backward()
 
-    if session.has_effects and not session.is_executed:
-        session.start_buffers = {model: dict(model.handle.buffers) for model in session.models}
-    return _call(recorder, recipe, assembly, finish)
+    session.keep_start()
+    return _call(recorder, recipe if keep is None else recipe.apart, recipe, assembly, finish)
 
 
 def _recipe(
@@ -357,9 +407,9 @@ def _recipe(
     return recipe
 
 
-def _call(recorder: Recorder, recipe: TapeRecipe, assembly: _Assembly, finish: Any) -> TorchCall:
+def _call(recorder: Recorder, signature: Any, recipe: TapeRecipe, assembly: _Assembly, finish: Any) -> TorchCall:
     return TorchCall(
-        recipe,
+        signature,
         handles(recipe.models),
         assembly.inputs,
         [None if axis == STACKED else axis for axis in assembly.axes],

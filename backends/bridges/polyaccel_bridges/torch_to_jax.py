@@ -47,9 +47,13 @@ class TorchToJax:
     def lower(self, value: Any, role: Role) -> Any:
         """What the engine takes for an object of the script; see the Bridge protocol."""
         if role == "loss":
+            steps = getattr(self.engine, "gradient_state", None)
+            scale = 1.0 if steps is None else 1 / steps.num_steps  # of the gradients that programs give as outputs
+            if isinstance(value, LossCall):
+                return self._functions.lower(value, scale)
             if isinstance(value, RetainedLoss):
-                return self._recorder.lower_loss(value.value, retain_graph=True)
-            return self._functions.lower(value) if isinstance(value, LossCall) else self._recorder.lower_loss(value)
+                return self._recorder.lower_loss(value.value, retain_graph=True, scale=scale)
+            return self._recorder.lower_loss(value, scale=scale)
         if role == "model":
             return ManagedModel(value, self._recorder)
         if role == "optimizer":
