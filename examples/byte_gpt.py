@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from curves import Curve
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from polyaccel import Accelerator, set_seed
 
@@ -129,12 +128,15 @@ def main():
     curve = Curve(args.curve, task="byte GPT", backend=accelerator.backend, devices=accelerator.num_data_shards)
     model.train()
     updates = 0
-    with tqdm(total=args.updates, desc="updates", disable=not accelerator.is_local_main_process) as bar:
+    per_update = GLOBAL_BATCH * args.accumulate
+    with accelerator.progress(total=args.updates, description="updates", batch_size=per_update) as bar:
         while updates < args.updates:
             for window in train_loader:
-                curve.add(step(window))
+                loss = step(window)
+                curve.add(loss)
                 if accelerator.sync_gradients:
                     updates += 1
+                    bar.show(loss=loss)  # read in the background: no step waits for it
                     bar.update()
                 if updates == args.updates:
                     break

@@ -19,7 +19,6 @@ from curves import Curve
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from polyaccel import Accelerator, set_seed
 
@@ -85,8 +84,7 @@ def main():
     step = 0
     for epoch in range(args.epochs):
         model.train()
-        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_local_main_process)
-        for images, labels in bar:
+        for images, labels in accelerator.progress(train_loader, description=f"epoch {epoch + 1}/{args.epochs}"):
             loss = F.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             optimizer.step()

@@ -15,7 +15,6 @@ import optax
 from curves import Curve
 from flax import nnx
 from sklearn.datasets import load_digits
-from tqdm import tqdm
 
 from polyaccel import Accelerator, set_seed
 
@@ -90,8 +89,7 @@ def main():
     )
     for epoch in range(args.epochs):
         model.train()
-        bar = tqdm(train_loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_local_main_process)
-        for batch in bar:
+        for batch in accelerator.progress(train_loader, description=f"epoch {epoch + 1}/{args.epochs}"):
             loss = accelerator.backward(loss_fn, model, batch)
             optimizer.step()
             optimizer.zero_grad()

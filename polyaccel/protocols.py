@@ -30,7 +30,7 @@ Array = Any  # an array of the engine's framework
 T = TypeVar("T")
 
 Feature = Literal[
-    "backward_value", "gradient_sync", "compile", "multi_process", "compile_events", "device_stats", "flops", "profile"
+    "backward_value", "gradient_sync", "compile", "multi_process", "compile_events", "device_stats", "fence", "flops", "profile"
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication
@@ -39,6 +39,8 @@ Feature = Literal[
 # compile_events: the engine lists every program that it compiles, as `engine.compile_events`
 # device_stats:   `engine.device_name` is what the driver calls its devices, and `engine.device_memory()` the most bytes that were in use
 #                 on one of this process's devices, with the limit: (used, limit or None); None where it is the host's own memory
+# fence:          `engine.fence()` gives a function that returns when the device has done what was given to it so far, on any thread;
+#                 None where it has done so already. It waits for nothing itself
 # flops:          `engine.count_flops()` starts counting what its programs multiply, and gives a function that returns the floating
 #                 point operations since then, of all devices of the job; None where a program cannot be counted
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record

@@ -34,6 +34,7 @@ class Display(Protocol):
     """A place where a bar is drawn, every `every_s` seconds and once more at its end."""
 
     every_s: float
+    may_close_late: bool  # `close` may come when the device is done, from another thread: then the rates are complete
 
     def draw(self, view: View) -> None:
         """Show the present state."""
@@ -77,6 +78,7 @@ class PlainLines:
     """One line every LINE_S seconds, and one at the end: for pipes, log files, and the prefixed output of several processes."""
 
     every_s = LINE_S
+    may_close_late = True
 
     def draw(self, view: View) -> None:
         """Write a line."""
@@ -93,6 +95,7 @@ class DrawnBar:
     """tqdm's bar: several of them keep out of each other's way, and it knows notebooks. `width`: the terminal; None: a notebook."""
 
     every_s = REDRAW_S
+    may_close_late = False
 
     def __init__(self, view: View, width: IO[str] | None) -> None:
         self._terminal = width

@@ -37,4 +37,5 @@ def instruments(
         metrics=metrics,
         fetch=fetch,
         note=note,
+        fence=engine.fence if "fence" in features else None,
     )

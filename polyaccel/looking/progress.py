@@ -17,7 +17,7 @@ from polyaccel.data import PreparedLoader
 from polyaccel.errors import PrepareError
 from polyaccel.looking import bars
 from polyaccel.looking.bars import Display, Field, View
-from polyaccel.looking.meter import Meter, Rates
+from polyaccel.looking.meter import Fence, Meter, Rates
 
 NOTE_S = 10.0  # between two notes in the run folder
 MAX_METRICS = 4
@@ -35,7 +35,8 @@ class Instruments:
         peak_flops: what all devices of the job can do in a second; None: unknown.
         metrics: by name (number of the log call, latest number) of what was logged.
         fetch: of values by name their numbers, or where some are on a device still, a function that waits for them.
-        note: keeps facts in the run folder.
+        note: keeps facts in the run folder; may be called on another thread.
+        fence: see `Meter`.
     """
 
     is_shown: bool = True
@@ -45,6 +46,7 @@ class Instruments:
     metrics: Callable[[], Mapping[str, tuple[int, Any]]] = dict
     fetch: Callable[[Mapping[str, Any]], Any] = dict
     note: Callable[[Mapping[str, Any]], None] = lambda facts: None
+    fence: Fence | None = None
 
 
 class Progress:
@@ -71,9 +73,7 @@ class Progress:
         self._instruments = instruments
         self._flops_per_step = flops_per_step
         self._batch_size = batch_size
-        self._loader: Any = None
-        if isinstance(iterable, PreparedLoader) and batch_size is None and iterable.total_batch_size is not None:
-            self._loader, self._batch_size = iterable, iterable.total_batch_size
+        self._loader: Any = iterable if isinstance(iterable, PreparedLoader) and batch_size is None else None
         self._meter: Meter | None = None
         self._display: Display | None = None
         self._readout = _Readout(instruments.fetch)
@@ -100,7 +100,7 @@ class Progress:
             return
         is_data = not isinstance(self._iterable, (range, list, tuple))  # a loop over epochs waits for nothing
         meter = self._open(counts_waiting=is_data)
-        clock, loader, size = time.perf_counter, self._loader, self._batch_size or 0
+        clock, loader, size = time.perf_counter, self._loader, self._batch_size
         source = iter(self._iterable)
         try:
             before = clock()
@@ -109,6 +109,10 @@ class Progress:
                 if item is _END:
                     break
                 meter.wait_s += clock() - before
+                if size is None:  # a loader may learn it from its first batch
+                    size = None if loader is None else loader.total_batch_size
+                    meter.counts_samples = size is not None
+                    size = size or 0
                 real = -1 if loader is None else loader.remainder
                 try:
                     yield item
@@ -154,10 +158,18 @@ class Progress:
         self._due = math.inf
         if meter is None or display is None:
             return
-        rates = meter.overall()
-        display.close(self._view(meter, rates, is_over=True))
-        if meter.num_steps:
-            self._note(meter, rates, is_over=True)
+        description, seconds = self.description, time.perf_counter() - meter.started
+
+        def when_done() -> None:
+            rates = meter.overall()
+            if display.may_close_late:
+                display.close(self._view(meter, rates, description, seconds, is_over=True))
+            if meter.num_steps:
+                self._note(meter, rates, description, seconds, is_over=True)
+
+        meter.mark(when_done)
+        if not display.may_close_late:
+            display.close(self._view(meter, meter.overall(), description, seconds, is_over=True))
 
     # -- inside ----------------------------------------------------------------------------------------------------------------
 
@@ -165,8 +177,8 @@ class Progress:
         if self._meter is not None:
             return self._meter
         instruments, per_step = self._instruments, self._flops_per_step
-        counts_samples = self._batch_size is not None
-        meter = Meter(counts_samples=counts_samples, counts_waiting=counts_waiting)
+        meter = Meter(counts_waiting=counts_waiting, fence=instruments.fence)
+        meter.counts_samples = self._batch_size is not None
         flops: Callable[[], float | None] | None = None
         if per_step is not None:
             flops = lambda: meter.num_steps * per_step  # noqa: E731
@@ -186,24 +198,26 @@ class Progress:
         meter, display = self._meter, self._display
         if meter is None or display is None:
             return
-        if meter.is_fresh and self._loader is not None:
+        if not meter.is_marked and self._loader is not None:
             # Of an epoch that is continued, the batches before its start are done; those that `skipping` left out are not in its length.
             self._skipped = self._loader.state.batch - meter.num_steps - self._loader._skip
-        rates = meter.recent()
+        meter.mark()
         if now >= self._note_due:
             self._note_due = now + NOTE_S
-            self._note(meter, meter.since_noted(), is_over=False)
+            rates = meter.since_noted()
+            if rates.num_steps:
+                self._note(meter, rates, self.description, rates.seconds, is_over=False)
         if now >= self._draw_due:
             self._draw_due = now + display.every_s
-            display.draw(self._view(meter, rates, is_over=False))
+            elapsed = now - meter.started
+            display.draw(self._view(meter, meter.recent(), self.description, elapsed, is_over=False))
         self._due = min(self._draw_due, self._note_due)
 
-    def _view(self, meter: Meter, rates: Rates, *, is_over: bool) -> View:
+    def _view(self, meter: Meter, rates: Rates, description: str, seconds: float, *, is_over: bool) -> View:
         done = self._skipped + meter.num_steps
-        return View(self.description, done, self.total, self._fields(meter, rates, done, is_over=is_over))
+        return View(description, done, self.total, self._fields(rates, bars.clock(seconds), done, is_over=is_over))
 
-    def _fields(self, meter: Meter, rates: Rates, done: int, *, is_over: bool) -> list[Field]:
-        elapsed = bars.clock(time.perf_counter() - meter.started)
+    def _fields(self, rates: Rates, elapsed: str, done: int, *, is_over: bool) -> list[Field]:
         fields = []
         if rates.steps_per_s and self.total is not None and not is_over:
             fields.append(Field(f"{elapsed}<{bars.clock(max(self.total - done, 0) / rates.steps_per_s)}", 9))
@@ -240,13 +254,14 @@ class Progress:
         leading = sorted(numbers, key=lambda name: "loss" not in name.lower())  # stable: else in their own order
         return {name: numbers[name] for name in leading[:MAX_METRICS]}
 
-    def _note(self, meter: Meter, rates: Rates, *, is_over: bool) -> None:
+    def _note(self, meter: Meter, rates: Rates, description: str, seconds: float, *, is_over: bool) -> None:
         memory = self._instruments.memory()
         self._instruments.note(
             {
-                "description": self.description,
+                "description": description,
                 "num_steps": meter.num_steps,
-                "seconds": time.perf_counter() - meter.started if is_over else rates.seconds,
+                "seconds": seconds,
+                "measured_s": rates.seconds,  # of the rates, which begin after the first step and end when the device is done
                 "steps_per_s": rates.steps_per_s,
                 "samples_per_s": rates.samples_per_s,
                 "data_share": rates.data_share,

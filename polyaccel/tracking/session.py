@@ -17,6 +17,7 @@ from typing import Any
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.config.resolve import inherited_environment
 from polyaccel.errors import TrackerError, nearest
+from polyaccel.looking.meter import settle
 from polyaccel.tracking import names, values
 from polyaccel.tracking.handles import Absorber, TrackerHandle
 from polyaccel.tracking.png import take_image
@@ -340,6 +341,8 @@ class Session:
 
         Idempotent. A tracker that did not finish is named in the log, with the command that sends it the run.
         """
+        if self._writer is not None and not self._is_off:
+            settle(FLUSH_TIMEOUT_S)  # loops whose last steps the device has just done are noted
         with self._lock:
             if self._is_off or self._writer is None:
                 self._is_off = True

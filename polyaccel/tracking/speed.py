@@ -60,7 +60,7 @@ def _main_key(events: Sequence[Mapping[str, Any]]) -> str | None:
 
 def _mean(events: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """The mean of rates over time."""
-    known = [(event[name], event["seconds"]) for event in events if event[name] is not None]
+    known = [(event[name], event["measured_s"]) for event in events if event[name] is not None]
     seconds = sum(time for _, time in known)
     return sum(rate * time for rate, time in known) / seconds if seconds else None
 
@@ -83,9 +83,9 @@ def _cells(numbers: Mapping[str, Any]) -> list[str]:
 
 
 def in_words(run: Run) -> str | None:
-    """ "19.8 steps/s, 158 samples/s, waiting for data 3%, 401 MiB, 4.2T FLOP/s, MFU 41%"; None for a run without bars."""
+    """ "19.8 steps/s, 158 samples/s, waiting for data 3%, 401 MiB, 4.2TFLOP/s, MFU 41%"; None for a run without bars."""
     numbers = main_loop(run)
     if numbers is None or numbers["steps_per_s"] is None:
         return None
-    forms = ("{} steps/s", "{} samples/s", "waiting for data {}", "{}", "{} FLOP/s", "MFU {}")
+    forms = ("{} steps/s", "{} samples/s", "waiting for data {}", "{}", "{}FLOP/s", "MFU {}")
     return ", ".join(form.format(cell) for form, cell in zip(forms, _cells(numbers), strict=True) if cell != "-")

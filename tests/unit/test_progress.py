@@ -14,7 +14,7 @@ from polyaccel.errors import PrepareError
 from polyaccel.looking import bars
 from polyaccel.looking.bars import Field, View
 from polyaccel.looking.devices import peak_of, process_memory
-from polyaccel.looking.meter import WINDOW_S, Meter
+from polyaccel.looking.meter import WINDOW_S, Meter, settle
 from polyaccel.looking.progress import Instruments, Progress
 
 
@@ -32,6 +32,7 @@ class Shown:
     """A display that keeps what it was to draw."""
 
     every_s = 0.0
+    may_close_late = False
 
     def __init__(self):
         self.views, self.closed = [], []
@@ -58,10 +59,13 @@ def shown(monkeypatch):
 
 def test_rates_begin_after_the_first_step_which_may_have_compiled():
     clock = Clock()
-    meter = Meter(counts_samples=True, counts_waiting=True, clock=clock)
+    meter = Meter(counts_waiting=True, clock=clock)
+    meter.counts_samples = True
     clock.now, meter.num_steps, meter.num_samples, meter.wait_s = 100.0, 1, 8, 50.0
-    meter.recent()
+    meter.mark()
+    assert meter.recent().steps_per_s is None
     clock.now, meter.num_steps, meter.num_samples, meter.wait_s = 102.0, 11, 88, 50.5
+    meter.mark()
     rates = meter.recent()
     assert (rates.steps_per_s, rates.samples_per_s, rates.data_share) == (5.0, 40.0, 0.25)
     assert meter.overall() == rates
@@ -69,11 +73,12 @@ def test_rates_begin_after_the_first_step_which_may_have_compiled():
 
 def test_rates_are_those_of_the_last_seconds():
     clock = Clock()
-    meter = Meter(counts_samples=False, counts_waiting=False, clock=clock)
+    meter = Meter(counts_waiting=False, clock=clock)
     for _ in range(40):  # one step a second, then ten
-        meter.recent()
+        meter.mark()
         clock.now += 1
         meter.num_steps += 1 if clock.now < 20 else 10
+    meter.mark()
     assert meter.recent().steps_per_s == pytest.approx(10)
     assert meter.recent().seconds <= WINDOW_S + 1
     assert meter.overall().steps_per_s == pytest.approx((19 + 21 * 10) / 40)
@@ -81,14 +86,43 @@ def test_rates_are_those_of_the_last_seconds():
 
 def test_operations_per_second_are_unknown_where_one_program_cannot_be_counted():
     clock = Clock()
-    meter = Meter(counts_samples=False, counts_waiting=False, clock=clock)
+    meter = Meter(counts_waiting=False, clock=clock)
     done = iter([0.0, 6e12, None])
     meter.flops = lambda: next(done)
-    meter.recent()
+    meter.mark()
     clock.now, meter.num_steps = 2.0, 3
+    meter.mark()
     assert meter.recent().flops_per_s == 3e12
     clock.now, meter.num_steps = 4.0, 6
+    meter.mark()
     assert meter.recent().flops_per_s is None
+
+
+def test_a_device_that_is_behind_gives_the_rate_and_the_loop_does_not_wait_for_it(shown):
+    """Ten steps are handed over at once, and the device takes ten milliseconds for each."""
+    handed, notes = [], []
+
+    def fence():
+        done = start + 0.01 * len(handed)
+        return lambda: time.sleep(max(0.0, done - time.perf_counter()))
+
+    start = time.perf_counter()
+    for item in Progress(range(30), Instruments(fence=fence, note=notes.append)):
+        handed.append(item)
+    assert time.perf_counter() - start < 0.15, "the loop was over long before the device"
+    assert notes == []
+    settle(5.0)
+    (note,) = notes
+    assert note["steps_per_s"] == pytest.approx(100, rel=0.2)
+    assert note["num_steps"] == 30
+
+
+def test_a_device_that_fails_ends_the_measurement_and_nothing_else(shown):
+    def fence():
+        return lambda: 1 / 0
+
+    assert list(Progress(range(3), Instruments(fence=fence, note=pytest.fail))) == [0, 1, 2]
+    settle(5.0)
 
 
 def test_a_bar_passes_every_item_on_and_notes_the_loop(shown):
@@ -328,3 +362,25 @@ def test_the_memory_of_the_process_is_what_it_holds():
 
 def test_a_view_without_a_total_says_how_many():
     assert bars.counted(View("", 3, None, ())) == "3"
+
+
+def test_the_last_line_in_a_pipe_waits_for_the_device_on_a_thread_of_its_own_also_at_the_end_of_the_script():
+    script = """
+        import time
+        from polyaccel.looking.progress import Instruments, Progress
+
+        count = 0
+        def fence():
+            done = start + 0.02 * count
+            return lambda: time.sleep(max(0.0, done - time.perf_counter()))
+
+        start = time.perf_counter()
+        for _ in Progress(range(20), Instruments(fence=fence), description="fast"):
+            count += 1
+        print("the loop is over", flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fast: 20/20, 0:00, ")
+    assert 35 < float(line.split("0:00, ")[1].split()[0]) < 60, "50 steps in a second"

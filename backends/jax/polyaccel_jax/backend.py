@@ -29,7 +29,7 @@ class JaxBackend:
         mesh_axes=frozenset({"replica", "data"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
-        features=frozenset({"multi_process", "compile_events", "device_stats", "flops", "profile"}),
+        features=frozenset({"multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}),
         kinds={("polyaccel_jax", "Batches"): ("flax", "loader")},  # the loader of the shipped case
     )
 

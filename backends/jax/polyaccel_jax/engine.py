@@ -55,6 +55,7 @@ class JaxEngine:
         # Several CPU devices of one process share a pool of threads. With 32 programs waiting (jaxlib's bound per device) their
         # collectives wait for each other for ever, so a process with such devices never runs far ahead of them.
         self._in_flight: deque[jax.Array] | None = None
+        self._latest: jax.Array | None = None
         self._holds_job = rendezvous.num_processes > 1 and _join(rendezvous)
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None
@@ -117,6 +118,10 @@ class JaxEngine:
     def device_memory(self) -> tuple[int, int | None] | None:
         """The most bytes that were in use on one of this process's devices, and its limit; None on the CPU."""
         return looking.device_memory(self._local_devices)
+
+    def fence(self) -> Callable[[], object] | None:
+        """Waits for the last step that was started: its loss comes with the rest of its program. None before the first."""
+        return None if self._latest is None else self._latest.block_until_ready
 
     def count_flops(self) -> Callable[[], float | None]:
         """Operations of the programs that are started from now on."""
@@ -313,6 +318,7 @@ class JaxEngine:
 
     def pace(self, result: jax.Array | None) -> None:
         """Note a result of a dispatched program; on several CPU devices, wait for an earlier one."""
+        self._latest = result if result is not None else self._latest
         if self._in_flight is not None and result is not None:
             self._in_flight.append(result)
             if len(self._in_flight) > _MAX_STEPS_IN_FLIGHT:

@@ -78,6 +78,10 @@ class TorchEngine:
         """The most bytes that were in use on it, and its size; None on the CPU."""
         return looking.device_memory(self.device)
 
+    def fence(self) -> Callable[[], object] | None:
+        """Waits for what the device has been given so far; None on the CPU."""
+        return looking.fence(self.device)
+
     def tracer(self, settings: ProfileKwargs) -> looking.TorchTracer:
         """torch.profiler."""
         return looking.TorchTracer(settings)

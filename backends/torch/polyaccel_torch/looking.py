@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,12 @@ def device_memory(device: torch.device) -> tuple[int, int | None] | None:
     if device.type == "mps":
         return torch.mps.current_allocated_memory(), torch.mps.recommended_max_memory()
     return None
+
+
+def fence(device: torch.device) -> Callable[[], object] | None:
+    """A function that waits for the work of the current stream; None on the CPU, which has done it."""
+    if device.type == "cpu":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event.synchronize
