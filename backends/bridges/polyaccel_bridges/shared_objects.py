@@ -58,4 +58,4 @@ class PlainValues:
 
 
 def _plain(own: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in own.items() if isinstance(value, PLAIN)}
+    return {key: value for key, value in own.items() if issubclass(type(value), PLAIN)}
