@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -117,5 +118,6 @@ def _only_raises(code: CodeType, steps: Sequence[dis.Instruction], index: int) -
 
 def _is_caught(code: CodeType, steps: Sequence[dis.Instruction], offset: int) -> bool:
     """Whether a `try` surrounds this instruction; a `with` does not count."""
-    handlers = [_place_of(steps, e.target) for e in dis.Bytecode(code).exception_entries if e.start <= offset < e.end]
+    table: Any = dis.Bytecode(code)  # the stubs do not know of `exception_entries`
+    handlers = [_place_of(steps, e.target) for e in table.exception_entries if e.start <= offset < e.end]
     return any(steps[handler + 1].opname != "WITH_EXCEPT_START" for handler in handlers)
