@@ -70,7 +70,11 @@ class Trainings:
     def close(self) -> None:
         """End the process."""
         self._process.stdin.close()
-        self._process.wait(30)
+        try:
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            self._process.stdout.close()
 
     def _read(self) -> str:
         line = self._process.stdout.readline()

@@ -212,6 +212,7 @@ def serve(flavour):
         child = os.fork()
         if child == 0:
             code = 1
+            os.dup2(2, 1)  # frameworks print, and the output belongs to the parent
             try:
                 train(flavour, **json.loads(line))
                 code = 0

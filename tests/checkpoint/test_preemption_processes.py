@@ -46,7 +46,7 @@ class Job:
             member.close()
 
 
-@pytest.fixture(scope="module", params=["torch", "torch-on-jax"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("torch-on-jax", marks=pytest.mark.slow)])
 def job(request):
     engine = "jax" if "jax" in request.param else "torch"
     if not load_backend(engine).probe().is_usable:
