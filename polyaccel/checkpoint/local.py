@@ -55,7 +55,7 @@ class LocalFolder:
         try:
             with os.scandir(self.path) as found:
                 return {entry.name: _kind(entry.stat(follow_symlinks=False).st_mode) for entry in found}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
 
     def files(self) -> dict[str, Kind]:
@@ -251,7 +251,8 @@ def _write_all(descriptor: int, batch: list[memoryview]) -> int:
 
 def _start_writeback(descriptor: int, offset: int, length: int) -> None:
     """Ask the kernel to begin writing this range; Linux does so when it is told that the pages are not needed soon."""
-    os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+    with suppress(OSError):  # a wish, and not every file system has an ear for it
+        os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(path: Path) -> None:

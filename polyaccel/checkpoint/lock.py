@@ -15,7 +15,7 @@ from types import TracebackType
 
 from polyaccel.checkpoint import names
 from polyaccel.checkpoint.local import LocalFolder
-from polyaccel.checkpoint.storage import Folder, Location, open_folder
+from polyaccel.checkpoint.storage import Folder, Location, explained, open_folder
 from polyaccel.errors import CheckpointError
 
 _FOLDER_LOCK = ".lock"
@@ -89,8 +89,9 @@ def lock_folder(folder: Location, *, run: str | None = None) -> Lock:
     place = open_folder(folder)
     if not isinstance(place, LocalFolder):
         return Lock(None)
-    place.make()
-    return _acquire(_resolved(place.path / _FOLDER_LOCK), f"checkpoints in {place.url}", run)
+    with explained(f"{place.url} cannot be locked"):
+        place.make()
+        return _acquire(_resolved(place.path / _FOLDER_LOCK), f"checkpoints in {place.url}", run)
 
 
 def folder_holder(folder: Location) -> Holder | None:

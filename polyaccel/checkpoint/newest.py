@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from polyaccel.checkpoint import names
 from polyaccel.checkpoint.read import Saved, open_checkpoint
-from polyaccel.checkpoint.storage import Location, open_folder
+from polyaccel.checkpoint.storage import Location, explained, open_folder
 from polyaccel.errors import CheckpointError
 
 
 def numbered(folder: Location) -> list[str]:
     """Names of the automatically named checkpoints that are there, whole or not, the newest first: by number, not by text."""
-    there = open_folder(folder).entries()
+    place = open_folder(folder)
+    with explained(f"{place.url} cannot be read"):
+        there = place.entries()
     return sorted((name for name in there if names.checkpoint_number(name) is not None), key=_number, reverse=True)
 
 
@@ -25,7 +27,8 @@ def newest_checkpoint(folder: Location, *, verify: bool = True) -> tuple[Saved |
     (None, ...) where none is whole, or none is there. Links are passed over: they may lead anywhere.
     """
     place = open_folder(folder)
-    kinds = place.entries()
+    with explained(f"{place.url} cannot be read"):
+        kinds = place.entries()
     passed_over: list[tuple[str, str]] = []
     for name in numbered(folder):
         checkpoint = place.child(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import Literal, Protocol
 
@@ -11,6 +13,7 @@ from polyaccel.errors import CheckpointError
 
 Kind = Literal["file", "folder", "link", "other"]
 Location = str | PathLike[str]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Readable(Protocol):
@@ -128,3 +131,21 @@ def open_folder(location: Location) -> Folder:
     from polyaccel.checkpoint.local import LocalFolder
 
     return LocalFolder(text.removeprefix("file://"))
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """An OSError inside becomes a CheckpointError that says what was being done, what the storage said, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        place = f" ({error.filename})" if error.filename else ""
+        if error.errno in _FULL:
+            raise CheckpointError(
+                f"{what}: {reason}{place}",
+                "free some space, lower total_limit, or write elsewhere; earlier checkpoints are untouched",
+            ) from error
+        raise CheckpointError(
+            f"{what}: {reason}{place}", "see that the folder is there and may be written to"
+        ) from error

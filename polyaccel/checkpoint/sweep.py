@@ -9,7 +9,7 @@ from polyaccel.checkpoint.documents import Malformed
 from polyaccel.checkpoint.lock import is_being_written, lock_target
 from polyaccel.checkpoint.newest import numbered
 from polyaccel.checkpoint.read import open_checkpoint
-from polyaccel.checkpoint.storage import Folder, Location, open_folder
+from polyaccel.checkpoint.storage import Folder, Location, explained, open_folder
 from polyaccel.errors import CheckpointError
 
 
@@ -20,13 +20,14 @@ def sweep(folder: Location) -> list[str]:
     """
     place = open_folder(folder)
     removed = []
-    for name, kind in place.entries().items():
-        target = _leftover_of(place, name) if kind == "folder" else None
-        if target is not None and not is_being_written(target):
-            removed.extend(_remove(place.child(name), target))
-        elif kind == "file" and _is_dead_lock(place, name):
-            lock_target(place.child(names.read_lock(name) or "")).release()  # its file goes with it
-            removed.append(name)
+    with explained(f"{place.url} cannot be swept"):
+        for name, kind in place.entries().items():
+            target = _leftover_of(place, name) if kind == "folder" else None
+            if target is not None and not is_being_written(target):
+                removed.extend(_remove(place.child(name), target))
+            elif kind == "file" and _is_dead_lock(place, name):
+                lock_target(place.child(names.read_lock(name) or "")).release()  # its file goes with it
+                removed.append(name)
     return removed
 
 
@@ -50,17 +51,18 @@ def enforce_limit(folder: Location, limit: int) -> list[str]:
     if limit < 1:
         raise CheckpointError(f"total_limit={limit} would keep no checkpoint", "keep at least 1")
     place = open_folder(folder)
-    kinds = place.entries()
     removed, num_kept = [], 0
-    for name in numbered(folder):
-        if kinds.get(name) != "folder":
-            continue
-        checkpoint = place.child(name)
-        if num_kept < limit:
-            num_kept += _is_whole(checkpoint)
-        elif names.MANIFEST in checkpoint.entries():
-            checkpoint.delete(_aside(checkpoint))
-            removed.append(name)
+    with explained(f"the checkpoints in {place.url} beyond total_limit={limit} cannot be removed"):
+        kinds = place.entries()
+        for name in numbered(folder):
+            if kinds.get(name) != "folder":
+                continue
+            checkpoint = place.child(name)
+            if num_kept < limit:
+                num_kept += _is_whole(checkpoint)
+            elif names.MANIFEST in checkpoint.entries():
+                checkpoint.delete(_aside(checkpoint))
+                removed.append(name)
     return removed
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace as changed
 from typing import Any
 
@@ -30,7 +28,7 @@ from polyaccel.checkpoint.manifest import (
 )
 from polyaccel.checkpoint.pieces import Piece
 from polyaccel.checkpoint.read import read_manifest
-from polyaccel.checkpoint.storage import Folder, Location, open_folder
+from polyaccel.checkpoint.storage import Folder, Location, explained, open_folder
 from polyaccel.checkpoint.sweep import sweep_target
 from polyaccel.checkpoint.tensor_file import METADATA, Tensor, layout
 from polyaccel.checkpoint.values import pack
@@ -42,7 +40,6 @@ from polyaccel.redaction import Redaction
 PATIENCE_S = 300.0  # without any file having grown
 _POLL_S = 0.05
 _GRACE_S = 30.0  # between the last part and the manifest
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 _SHARED = "is the folder on a file system that all hosts share?"
 
@@ -55,7 +52,7 @@ def begin_checkpoint(folder_url: Location, *, replace: bool = False, run: str | 
     """
     target = open_folder(folder_url)
     attempt = secrets.token_hex(8)
-    with _explained(f"{target.url} cannot be written"):
+    with explained(f"{target.url} cannot be written"):
         target.parent().make()
         lock_target(target, run=run)
         try:
@@ -101,15 +98,16 @@ def write_checkpoint(
     work = _workplace(target, attempt)
     is_main = process_index == 0
     try:
-        with _explained(f"{target.url} was not written"):
+        with explained(f"{target.url} was not written"):
             _wait_for(lambda: work.exists() or not work.can_rename, _GRACE_S, f"{work.url} does not appear", _SHARED)
+            said = _said(facts) if is_main else {}  # before gigabytes are written, as all that can be refused
             part = _write_part(work, contents, attempt, process_index, num_processes)
             if not is_main:
                 _hand_in(work, part, process_index)
                 _wait_for_manifest(target, work, attempt, process_index, patience_s)
                 return target.url
             parts = [part, *_collect_parts(work, attempt, num_processes, patience_s)]
-            _complete(target, work, parts, contents.shared, facts, replace)
+            _complete(target, work, parts, contents.shared, said, replace)
     except BaseException as error:
         if is_main:
             _discard(target, work)
@@ -119,6 +117,12 @@ def write_checkpoint(
     if is_main:
         release_target(target)
     return target.url
+
+
+def _said(facts: Mapping[str, Any]) -> dict[str, Any]:
+    hidden: dict[str, Any] = Redaction(inherited_environment()).tree(dict(facts))
+    pack(hidden, "facts")
+    return hidden
 
 
 # -- one process's share --------------------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ def _read_part(work: Folder, index: int, attempt: str) -> Part:
 
 
 def _complete(
-    target: Folder, work: Folder, parts: list[Part], shared: dict[str, Any], facts: Mapping[str, Any], replace: bool
+    target: Folder, work: Folder, parts: list[Part], shared: dict[str, Any], facts: dict[str, Any], replace: bool
 ) -> None:
     files = {name: found for part in parts for name, found in part.files.items()}
     groups: Groups = {}
@@ -282,9 +286,7 @@ def _complete(
         for name, kind in work.files().items():
             if name not in files:
                 files[name] = _adopted(work, name, kind)
-    redaction = Redaction(inherited_environment())
-    hidden = redaction.tree(dict(facts))
-    manifest = Manifest(parts[0].attempt, time.time(), hidden, files, groups, shared, tuple(part.own for part in parts))
+    manifest = Manifest(parts[0].attempt, time.time(), facts, files, groups, shared, tuple(part.own for part in parts))
     data = encode_manifest(manifest)
     decode_manifest(data)  # whatever a reader would refuse is refused now, and never acknowledged
     _refuse_existing(target, replace)
@@ -385,20 +387,3 @@ def _wait_for(is_so: Callable[[], bool], patience_s: float, message: str, hint: 
         if time.monotonic() > deadline:
             raise CheckpointError(message, hint)
         time.sleep(_POLL_S)
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        place = f" ({error.filename})" if error.filename else ""
-        if error.errno in _FULL:
-            raise CheckpointError(
-                f"{what}: {reason}{place}",
-                "free some space, lower total_limit, or write elsewhere; earlier checkpoints are untouched",
-            ) from error
-        raise CheckpointError(
-            f"{what}: {reason}{place}", "see that the folder is there and may be written to"
-        ) from error

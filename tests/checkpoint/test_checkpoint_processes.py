@@ -11,6 +11,8 @@ from polyaccel.checkpoint import (
     Contents,
     abandon,
     begin_checkpoint,
+    lock_folder,
+    newest_checkpoint,
     open_checkpoint,
     work_folder,
     write,
@@ -124,6 +126,15 @@ def test_a_part_of_another_attempt_or_a_damaged_one_is_refused(tmp_path):
             write_checkpoint(tmp_path / "one", contents(), attempt=attempt, process_index=0, num_processes=2, facts={})
 
 
+def test_facts_that_cannot_be_kept_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "layout", lambda *arguments: pytest.fail("arrays were written first"))
+    with pytest.raises(
+        CheckpointError, match=r"facts\.config\.output_dir is a .*Path, which is neither a plain value nor an array"
+    ):
+        save(tmp_path / "one", facts={"config": {"output_dir": tmp_path}})
+    assert listing(tmp_path) == set()
+
+
 # -- places ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +189,9 @@ def test_missing_parents_are_made_and_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="file/one cannot be written"):
         begin_checkpoint(tmp_path / "file" / "one")
+    with pytest.raises(CheckpointError, match="file cannot be locked"):
+        lock_folder(tmp_path / "file")
+    assert newest_checkpoint(tmp_path / "file") == (None, [])
 
 
 def test_an_abandoned_attempt_leaves_nothing_and_frees_the_name(tmp_path):
