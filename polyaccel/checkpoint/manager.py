@@ -16,8 +16,8 @@ from typing import Any
 from polyaccel.checkpoint.background import Writer
 from polyaccel.checkpoint.collect import collect
 from polyaccel.checkpoint.lock import Lock, folder_holder, lock_folder
-from polyaccel.checkpoint.names import checkpoint_name, checkpoint_number
-from polyaccel.checkpoint.newest import newest_checkpoint, next_number
+from polyaccel.checkpoint.names import MANIFEST, checkpoint_name, checkpoint_number
+from polyaccel.checkpoint.newest import newest_checkpoint, next_number, numbered
 from polyaccel.checkpoint.read import Saved, open_checkpoint
 from polyaccel.checkpoint.restore import check, restore
 from polyaccel.checkpoint.run import Run, check_registrable
@@ -254,6 +254,15 @@ class Manager:
         for hook in list(self._load_hooks.values()):
             hook(models, folder)
         return {part.group for part in run.models if not any(part.public is model for model in models)}
+
+    def has_any(self) -> bool:
+        """Whether the project has a checkpoint, be it broken; what a dead writer left behind is none. Every process calls it."""
+
+        def look() -> bool:
+            place = open_folder(self._folder())
+            return any(MANIFEST in place.child(name).entries() for name in numbered(place.url))
+
+        return bool(self._on_main(look))
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -55,6 +55,11 @@ class Checkpoints(Parts):
         """
         return self._checkpoints.load(input_dir)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether `load_state()` has something to continue from: False in the first life of a project. Every process must ask."""
+        return self._checkpoints.has_any()
+
     def wait_for_checkpoint(self) -> None:
         """Return when the last `save_state` is complete on the disk. Raises CheckpointError where it failed."""
         self._checkpoints.wait()
