@@ -91,18 +91,19 @@ class Meter:
         flops = None if self.flops is None else self.flops()
         counted = _Counted(self.num_steps, self.num_samples, self.wait_s, flops)
         wait = None if self._fence is None else self._fence()
+        now = self._clock()
         if wait is None and self._waiter is None:
-            self._pass(counted)
+            self._pass(_Moment(now, counted))
             if then is not None:
                 then()
             return
         if self._waiter is None:
-            self._waiter = _Waiter(self._pass)
+            self._waiter = _Waiter(self._pass, self._clock)
             self._waiter.start()
             atexit.unregister(_at_exit)
             atexit.register(_at_exit)
         self._waiter.is_last = then is not None
-        self._waiter.marks.put((counted, wait, then))
+        self._waiter.marks.put((_Moment(now, counted), wait, then))
 
     def recent(self) -> Rates:
         """Rates of the last WINDOW_S seconds."""
@@ -120,9 +121,12 @@ class Meter:
         """Rates of everything after the first step."""
         return self._between(self._first, self._window[-1]) if self._first is not None else _NOTHING
 
-    def _pass(self, counted: _Counted) -> None:
-        now = _Moment(self._clock(), counted)
+    def _pass(self, now: _Moment) -> None:
         window = self._window
+        if (
+            window
+        ):  # a mark that found the device idle can be older than the moment at which the thread saw the one before
+            now = now._replace(at=max(now.at, window[-1].at))
         window.append(now)  # before `_first`, by which the other thread sees that there is one
         if self._first is None:
             self._first = self._noted = now
@@ -148,23 +152,25 @@ class Meter:
 class _Waiter(threading.Thread):
     """Waits for the device, mark by mark, until the last one."""
 
-    def __init__(self, passed: Callable[[_Counted], None]) -> None:
+    def __init__(self, passed: Callable[[_Moment], None], clock: Callable[[], float]) -> None:
         super().__init__(name="polyaccel-progress", daemon=True)
-        self.marks: queue.SimpleQueue[tuple[_Counted, Callable[[], object] | None, Callable[[], None] | None]]
+        self.marks: queue.SimpleQueue[tuple[_Moment, Callable[[], object] | None, Callable[[], None] | None]]
         self.marks = queue.SimpleQueue()
         self.is_last = False
         self._passed = passed
+        self._clock = clock
         _waiters.add(self)
 
     def run(self) -> None:
         while True:
-            counted, wait, then = self.marks.get()
+            moment, wait, then = self.marks.get()
             if wait is not None:
                 try:
                     wait()
                 except Exception:  # noqa: BLE001 - the step failed on the device, which the loop is told by its own values
                     return
-            self._passed(counted)
+                moment = moment._replace(at=self._clock())
+            self._passed(moment)
             if then is not None:
                 then()
                 return

@@ -59,8 +59,11 @@ class Profile(AbstractContextManager["Profile"]):
         """A context whose time is a span of that name in the trace."""
         return self._tracer.span(name, None)
 
-    def export_chrome_trace(self, path: str) -> None:
-        """Copy the last trace, as Chrome's JSON (Perfetto and chrome://tracing open it). Raises ConfigError where there is none yet."""
+    def export_chrome_trace(self, path: str, use_python_export: bool = False) -> None:
+        """Copy the last trace, as Chrome's JSON (Perfetto and chrome://tracing open it). Raises ConfigError where there is none yet.
+
+        `use_python_export` is how torch would write the file. It stands there already, so both values copy it.
+        """
         if self._last is None:
             raise ConfigError(
                 "there is no trace to export yet",

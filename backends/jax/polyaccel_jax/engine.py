@@ -120,8 +120,9 @@ class JaxEngine:
         return looking.device_memory(self._local_devices)
 
     def fence(self) -> Callable[[], object] | None:
-        """Waits for the last step that was started: its loss comes with the rest of its program. None before the first."""
-        return None if self._latest is None else self._latest.block_until_ready
+        """Waits for the last step that was started: its loss comes with the rest of its program. None where it is done."""
+        latest = self._latest
+        return None if latest is None or latest.is_ready() else latest.block_until_ready
 
     def count_flops(self) -> Callable[[], float | None]:
         """Operations of the programs that are started from now on."""

@@ -83,9 +83,9 @@ def device_memory(device: torch.device) -> tuple[int, int | None] | None:
 
 
 def fence(device: torch.device) -> Callable[[], object] | None:
-    """A function that waits for the work of the current stream; None on the CPU, which has done it."""
+    """A function that waits for the work of the current stream; None where it is done, on the CPU always."""
     if device.type == "cpu":
         return None
     event = torch.Event(device)
     event.record()
-    return event.synchronize
+    return None if event.query() else event.synchronize
