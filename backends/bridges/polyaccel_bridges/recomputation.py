@@ -6,19 +6,42 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import torch
 from jax import lax
 from torch.fx import Graph, Node
 
 from .sources import is_recomputed
 
-_SAME_VALUE = (torch.ops.aten.alias.default, torch.ops.aten.detach.default, operator.getitem)
+_ALIASES = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
 
 
-def barrier(*values: Any) -> Sequence[Any]:
-    """`values`, in a way that keeps XLA from seeing that they are what they are (`jax.checkpoint` does the same)."""
-    result: Sequence[Any] = lax.optimization_barrier(values)
+def barrier(num_made: int, *values: Any) -> Sequence[Any]:
+    """All but the last of `values`, in a way that keeps XLA from seeing that they are what they are, and from starting before the last.
+
+    The first `num_made` were computed, the others are inputs of the program. `jax.checkpoint` has the same barrier, which XLA's
+    CPU compiler takes away before it looks for equal operations: there, a branch that is never taken stands in its place.
+    """
+    *arrays, trigger = values
+    if not num_made or not trigger.size:
+        return _barrier(*values)
+    result: Sequence[Any] = lax.platform_dependent(
+        *arrays, trigger, cpu=lambda *given: _branch(num_made, *given), default=_barrier
+    )
     return result
+
+
+def _barrier(*values: Any) -> list[Any]:
+    return list(lax.optimization_barrier(values))[:-1]
+
+
+def _branch(num_made: int, *values: Any) -> list[Any]:
+    *arrays, trigger = values
+    one = trigger.reshape(-1)[0]
+    is_never = jnp.sin(lax.convert_element_type(one.real, jnp.float32)) > 2  # which XLA does not know
+    made, given = arrays[:num_made], arrays[num_made:]  # to copy the weights would cost what is to be saved
+    held = lax.cond(is_never, lambda *v: [jnp.zeros_like(one) for one in v], lambda *v: list(v), *made)
+    return [*held, *given]
 
 
 def hold_back_recomputation(graph: Graph) -> None:
@@ -26,11 +49,13 @@ def hold_back_recomputation(graph: Graph) -> None:
     for block, trigger in _blocks(graph):
         inside = set(block)
         outside = dict.fromkeys(used for node in block for used in node.all_input_nodes if used not in inside)
-        arrays = [node for node in outside if isinstance(node.meta.get("val"), torch.Tensor)]
+        tensors = [node for node in outside if isinstance(node.meta.get("val"), torch.Tensor)]
+        made = [node for node in tensors if node.op == "call_function"]
+        arrays = [*made, *(node for node in tensors if node.op != "call_function")]
         if not arrays or trigger is None:
             continue
         with graph.inserting_before(block[0]):
-            held = graph.call_function(barrier, (*arrays, trigger))
+            held = graph.call_function(barrier, (len(made), *arrays, trigger))
             held.meta.update(block[0].meta, val=None)
             for index, array in enumerate(arrays):
                 own = graph.call_function(operator.getitem, (held, index))
@@ -51,8 +76,9 @@ def _blocks(graph: Graph) -> list[tuple[list[Node], Node | None]]:
                 blocks.append((block, latest))
             else:
                 block.append(node)
-        elif node.target not in _SAME_VALUE:
+        elif node.target not in (*_ALIASES, operator.getitem):
             block = []
-        if isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function":
+        is_tensor = isinstance(node.meta.get("val"), torch.Tensor) and node.op == "call_function"
+        if is_tensor and node.target not in _ALIASES:  # the block's own input, detached, is there long before
             latest = node
     return blocks
