@@ -25,6 +25,7 @@ NEEDS = {
     "bridges": ("torch", "jax", "flax", "optax", "transformers"),
     "coverage": ("torch", "jax", "flax", "optax", "expecttest"),
     "parity": ("torch", "sklearn"),  # and the engine that is here: jax, or torch_xla
+    "convert": ("torch", "jax", "flax", "optax", "accelerate", "transformers", "orbax"),
     "examples": ("torch", "jax", "flax", "optax", "sklearn"),
 }
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -251,7 +252,8 @@ class _Writer:
         self._attempt(lambda: self._finish(files, num_bytes))
         if self.failure:
             for name in (*self._done, INDEX):
-                _hidden(self._folder, name).unlink(missing_ok=True)
+                with suppress(OSError):  # the reason for the failure is on its way
+                    _hidden(self._folder, name).unlink()
 
     def _attempt(self, action: Callable[[], None]) -> None:
         if self.failure:

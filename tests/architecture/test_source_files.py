@@ -15,6 +15,8 @@ READERS_OF_THE_ENVIRONMENT = {"polyaccel/config/resolve.py", "polyaccel/launch/r
 
 # Modules that run code, or may, when they load what somebody else wrote.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
+# Accelerate reads its folders in no other form; what is written is checked to be plain containers of tensors and numbers.
+WRITERS_OF_PICKLES = {"backends/torch/polyaccel_torch/files/torch_file.py": ["torch.save"]}
 UNSAFE_CALLS = {"eval", "exec", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "torch.save"}
 
 
@@ -86,7 +88,10 @@ def test_every_way_to_read_the_environment_is_noticed(source: str) -> None:
 
 def test_nothing_runs_code_that_it_loads() -> None:
     found = {relative(file): unsafe_constructs(tree_of(file)) for file in files_of()}
-    assert {name: constructs for name, constructs in found.items() if constructs} == {}
+    unsafe = {
+        name: [text.partition(": ")[2] for text in constructs] for name, constructs in found.items() if constructs
+    }
+    assert unsafe == WRITERS_OF_PICKLES
 
 
 @pytest.mark.parametrize(

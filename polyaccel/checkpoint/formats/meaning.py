@@ -41,10 +41,10 @@ def parameters_of(bundle: Bundle) -> frozenset[str]:
 
 def put_stored(value: Any, arrays: Mapping[str, StoredArray]) -> Any:
     """The value with its arrays, which are not read."""
-    if isinstance(value, dict):
+    if type(value) is dict:
         if set(value) == {_MARK, _KIND}:
             return arrays[value[_MARK]]
-        return type(value)((key, put_stored(item, arrays)) for key, item in value.items())
+        return {key: put_stored(item, arrays) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(put_stored(item, arrays) for item in value)
     return value

@@ -6,6 +6,7 @@ Writing goes through DCP's own planner and writer, which ask for one tensor at a
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,13 @@ def _load(info: Pickled, path: Path) -> Any:
 
     torch = import_torch()
     file, offset, length = path / info.attribute("relative_path"), info.attribute("offset"), info.attribute("length")
-    with file.open("rb") as stream:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror}", "take another copy of the checkpoint"
+        ) from error
+    with open(descriptor, "rb") as stream:
         stream.seek(offset)
         data = stream.read(length)
     if len(data) < length:
