@@ -39,6 +39,7 @@ def test_stacks_and_memory_are_recorded_when_asked_for(tmp_path):
         step(np.ones((8, 8), np.float32))
     assert gzip.decompress(next(file for file in profile.files if file.name == "memory.prof").read_bytes())
     assert any("test_jax_profile" in str(event) for event in events(profile)), "the function that called"
+    assert "PjitFunction(step)" in {event.get("name") for event in events(profile)}
     with accelerator.profile(ProfileKwargs(output_trace_dir=tmp_path / "b")) as profile:
         step(np.ones((8, 8), np.float32))
     assert not any("test_jax_profile" in str(event) for event in events(profile))

@@ -1,6 +1,8 @@
 """Profiles on torch are torch.profiler's, with its methods, its handlers and its files."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from polyaccel import Accelerator
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import UnsupportedError
+from polyaccel.tracking import list_runs
 
 
 def profiled(settings, num_steps=4):
@@ -59,3 +62,42 @@ def test_an_activity_that_is_not_here_is_refused_by_name(tmp_path):
     with pytest.raises(UnsupportedError, match="'tpu'"):
         profiled(ProfileKwargs(activities=["tpu"], output_trace_dir=tmp_path))
     assert profiled(ProfileKwargs(activities=["cpu"], output_trace_dir=tmp_path)).files
+
+
+SCRIPT = """
+import sys, torch
+from polyaccel import Accelerator
+accelerator = Accelerator(backend="torch", cpu=True, project_dir=sys.argv[1])
+accelerator.init_trackers("two")
+model = torch.nn.Linear(4, 4)
+data = torch.utils.data.DataLoader(torch.ones(16, 4), batch_size=2)
+model, optimizer, data = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), data)
+step = accelerator.train_step(lambda model, x: model(x).square().mean(), model, optimizer)
+with accelerator.profile():
+    for batch in accelerator.progress(data, description="train"):
+        step(batch)
+accelerator.end_training()
+"""
+
+
+def test_two_processes_show_one_bar_of_global_samples_and_write_a_trace_each_into_the_runs_folder(tmp_path):
+    (tmp_path / "two.py").write_text(SCRIPT)
+    command = ["launch", "--backend", "torch", "--num-processes", "2", "--cpu", "two.py", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "polyaccel.cli.main", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = list_runs(tmp_path / "runs")
+    assert sorted(file.name for file in (run.folder / "profile").iterdir()) == [
+        "process_0.0.pt.trace.json", "process_1.0.pt.trace.json",
+    ]  # fmt: skip
+    for file in (run.folder / "profile").iterdir():
+        assert any(event.get("name") == "aten::addmm" for event in events(file))
+    (noted,) = run.events("progress")
+    assert noted["num_steps"] == 4
+    assert noted["samples_per_s"] == pytest.approx(4 * noted["steps_per_s"])
+    assert done.stderr.count("train: 4/4") == 1
