@@ -5,7 +5,7 @@ way out. Frameworks are used where the value belongs to one, and imported nowher
 from __future__ import annotations
 
 import sys
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,12 +21,12 @@ def take_arrays(value: Any, where: str, into: list[Shard]) -> Any:
     torch tensors, jax arrays and numpy arrays are known. What is neither an array nor a container stays for the checkpoint to judge.
     `where` begins the arrays' names.
     """
-    if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
-        return type(value)((key, take_arrays(item, f"{where}.{key}", into)) for key, item in value.items())
+    if type(value) in (dict, OrderedDict):
+        return {key: take_arrays(item, f"{where}.{key}", into) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(take_arrays(item, f"{where}.{index}", into) for index, item in enumerate(value))
     kind = _kind(value)
-    if kind is None or isinstance(value, Counter):
+    if kind is None:
         return value
     dtype, data = _to_host(value, kind, where)
     name = where.removeprefix(".")
@@ -36,13 +36,13 @@ def take_arrays(value: Any, where: str, into: list[Shard]) -> Any:
 
 def put_arrays(value: Any, arrays: Mapping[str, Shard]) -> Any:
     """The value that `take_arrays` was given. Raises CheckpointError where an array is missing."""
-    if isinstance(value, dict):
+    if type(value) is dict:
         if set(value) == {_MARK, "kind"}:
             found = arrays.get(value[_MARK])
             if found is None:
                 raise CheckpointError(f"the checkpoint lacks the array {value[_MARK]!r}", "load another checkpoint")
             return _from_host(found, value["kind"])
-        return type(value)((key, put_arrays(item, arrays)) for key, item in value.items())
+        return {key: put_arrays(item, arrays) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(put_arrays(item, arrays) for item in value)
     return value
