@@ -29,10 +29,9 @@ from interleaved import Contender, race, report, save
 from torch.utils.data import DataLoader
 
 from polyaccel import Accelerator
+from polyaccel.looking.devices import peak_of
 
 LEARNING_RATE = 1e-4
-# Dense 16-bit matrix products per second, from the vendors' data sheets.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 class Case:
@@ -291,12 +290,11 @@ def main():
         case = CASES[name](args.device)
         result = results[name] = run_case(case, args.device, rounds=args.rounds, steps=args.steps)
         if name == "gpt2":
-            known = next((peak for key, peak in PEAK_FLOPS.items() if key in device_name), None)
-            peak = args.peak_tflops * 1e12 if args.peak_tflops else known
-            if peak is None:
+            known = peak_of(device_name)
+            if not args.peak_tflops and known is None:
                 print(f"MFU: left out, the peak of {device_name} is not known; give --peak-tflops")
             else:
-                add_utilisation(case, result["rows"], peak)
+                add_utilisation(case, result["rows"], args.peak_tflops * 1e12 if args.peak_tflops else known.flops)
     default = Path(__file__).parent / "results" / ("bridge.json" if args.device == "cpu" else "bridge_cuda.json")
     save(args.output or default, results)
 
