@@ -182,3 +182,31 @@ def test_a_job_that_saves_and_leaves_when_it_is_signalled_is_queued_again(cluste
     )
     start_now(cluster, job)
     wait_until((tmp_path / "finished").exists, timeout_s=200)
+
+
+def test_a_preempted_training_goes_on_where_it_was_and_its_losses_are_those_of_one_that_ran_through(cluster, tmp_path):
+    """Two nodes, one process each, with loader workers; Slurm signals all of these processes at once."""
+    script, whole, losses = HERE / "preempted_training.py", tmp_path / "whole", tmp_path / "losses"
+    done = subprocess.run(
+        [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu", "--num_processes", "2",
+         str(script), str(whole), str(tmp_path / "other")],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    slowly = {**cluster, "PAUSE_S": "0.1"}
+    job = submit(slowly, tmp_path, "--num_machines", 2, "--num_processes", 2, script, losses, tmp_path / "project")
+    wait_until(lambda: losses.exists() and len(losses.read_text().splitlines()) >= 5)
+    subprocess.run(["scancel", "--signal=TERM", job], env=cluster, check=True)
+    wait_until((tmp_path / "project" / "checkpoints" / "checkpoint_0").exists)
+
+    def is_queued_again():
+        return state(cluster, job) == "PENDING"
+
+    wait_until(is_queued_again, shows=lambda: state(cluster, job) + (tmp_path / "out").read_text())
+    before = losses.read_text().splitlines()
+    assert len(before) < len(whole.read_text().splitlines())
+    start_now(cluster, job)
+    wait_until(
+        lambda: losses.read_text().endswith("end\n"), timeout_s=200, shows=lambda: (tmp_path / "out").read_text()
+    )
+    assert losses.read_text() == whole.read_text()  # every bit of every loss, and none twice
