@@ -234,7 +234,7 @@ def test_a_link_to_another_file_is_not_followed(tmp_path: Path) -> None:
     folder = theirs(tmp_path)
     (folder / "__0_0.distcp").rename(tmp_path / "elsewhere")
     (folder / "__0_0.distcp").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="__0_0.distcp cannot be read"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp cannot be read"):
         convert(folder, tmp_path / "converted", "polyaccel")
 
 

@@ -27,7 +27,12 @@ class OrbaxFiles:
         """The saved PyTree: dicts, and lists for sequences; numbers and strings as plain values."""
         ocp = _import_orbax()
         folder = _item_folder(path).absolute()
-        described = ocp.PyTreeCheckpointHandler().metadata(folder)
+        try:
+            described = ocp.PyTreeCheckpointHandler().metadata(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {str(error).splitlines()[0]:.300}", "take another copy of the checkpoint"
+            ) from error
         reader = _Reader(folder, uses_zarr3=bool(described.use_zarr3))
         tree = reader.tree(described.tree, ())
         if described.custom_metadata:
