@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from polyaccel import processes
 from polyaccel.errors import PrepareError
 from polyaccel.facade.parts import Parts
+from polyaccel.looking.bars import print_above
 from polyaccel.topology import Topology
 
 P = ParamSpec("P")
@@ -74,9 +75,9 @@ class Places(Parts):
         self._engine.collectives.barrier("polyaccel.wait_for_everyone")
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """print, once per host."""
+        """print, once per host, above the progress bars that are up."""
         if self.is_local_main_process:
-            print(*args, **kwargs)
+            print_above(*args, **kwargs)
 
     @property
     def on_main_process(self) -> processes.MainProcessOnly:

@@ -55,6 +55,16 @@ def display_for(view: View) -> Display:
     return PlainLines()
 
 
+def print_above(*args: Any, **kwargs: Any) -> None:
+    """print; where bars are drawn they make room for it, and are drawn again below."""
+    tqdm = sys.modules.get("tqdm")  # not loaded: no bar was ever drawn
+    if tqdm is None:
+        print(*args, **kwargs)
+        return
+    with tqdm.tqdm.external_write_mode(file=kwargs.get("file")):
+        print(*args, **kwargs)
+
+
 def is_notebook() -> bool:
     """Whether the cell of a notebook shows what this process prints."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

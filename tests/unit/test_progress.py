@@ -384,3 +384,18 @@ def test_the_last_line_in_a_pipe_waits_for_the_device_on_a_thread_of_its_own_als
     (line,) = done.stderr.splitlines()
     assert line.startswith("fast: 20/20, 0:00, ")
     assert 35 < float(line.split("0:00, ")[1].split()[0]) < 60, "50 steps in a second"
+
+
+def test_what_is_printed_in_a_loop_stands_above_the_bar():
+    written = in_terminal(
+        """
+        from polyaccel.looking.bars import print_above
+        from polyaccel.looking.progress import Instruments, Progress
+
+        for step in Progress(range(3), Instruments(), description="train"):
+            print_above("said in step", step)
+        """
+    )
+    lines = [line.split("\r")[-1].strip() for line in written.replace("\r\n", "\n").split("\n")]
+    assert [line for line in lines if line.startswith("said")] == [f"said in step {step}" for step in range(3)]
+    assert lines[-2].startswith("train: 100%|")
