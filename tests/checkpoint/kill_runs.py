@@ -115,18 +115,22 @@ def kill_run(flavour: str, folder: Path, *, kills: int, seed: int, num_batches: 
 
 
 def _live_a_while(child: int, log: Path, draw: random.Random) -> bool:
-    """Wait for a random moment of a life: now and then while it starts or loads, else a few saves after its first step."""
-    size = log.stat().st_size if log.exists() else 0
-    moment = draw.random()
+    """Wait for a random moment of a life: now and then while it starts or loads, else some steps and saves later, and then somewhere
+    within a step or save. False when it ended before."""
     if draw.random() < 0.15:
-        time.sleep(moment * 0.5)
+        time.sleep(draw.random() * 0.5)
         return True
-    while not log.exists() or log.stat().st_size <= size:
+    before, after = _num_lines(log), draw.randrange(1, 60)
+    while _num_lines(log) < before + after:
         if not Path(f"/proc/{child}").exists():
             return False
-        time.sleep(0.002)
-    time.sleep(moment * 0.6)
+        time.sleep(0.001)
+    time.sleep(draw.random() * 0.02)
     return True
+
+
+def _num_lines(log: Path) -> int:
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def _look_at(folder: Path, report: Report) -> None:
