@@ -229,7 +229,7 @@ def _whole(name: str, array: _Array, parts: list[Shard]) -> Tensor:
     for part in parts:
         where = tuple(slice(start, start + size) for start, size in zip(part.offset, part.data.shape, strict=True))
         whole[where] = np.asarray(part.data).view(whole.dtype)
-    return Tensor(name, array.dtype, array.shape, memoryview(whole.reshape(-1).view(np.uint8)))
+    return Tensor(name, array.dtype, array.shape, whole.reshape(-1).view(np.uint8).data)
 
 
 class _Writer:

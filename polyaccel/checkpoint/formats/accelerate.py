@@ -77,7 +77,7 @@ def read(path: Path, choices: Choices) -> Bundle:
     for kind, index, file in sorted(later, key=lambda item: int(item[1])):
         if kind in ("model", "pytorch_model"):
             bundle.groups[_group("model", index)] = read_tensors(file) if kind == "model" else _model(files, file)
-    names = _names_beside(path) | choices.parameter_names
+    names = {**_names_beside(path), **choices.parameter_names}
     for kind, index, file in sorted(later, key=lambda item: int(item[1])):
         if kind == "optimizer":
             _read_optimizer(bundle, _group(kind, index), files.read(file), file, names)
@@ -85,10 +85,10 @@ def read(path: Path, choices: Choices) -> Bundle:
             set_values(bundle, _group(kind, index), files.read(file))
         elif kind == "custom_checkpoint":
             set_values(bundle, f"custom_{index}", files.read(file))
-    for index in range(len(randoms)):
-        if index not in randoms:
-            raise CheckpointError(f"{path} lacks random_states_{index}.pkl", "copy the folders of all hosts into one")
-        _read_random(bundle, files.read(randoms[index]))
+    for process in range(len(randoms)):
+        if process not in randoms:
+            raise CheckpointError(f"{path} lacks random_states_{process}.pkl", "copy the folders of all hosts into one")
+        _read_random(bundle, files.read(randoms[process]))
     if not models_of(bundle):
         raise CheckpointError(
             f"{path} holds no model.safetensors and no pytorch_model.bin",
@@ -294,8 +294,8 @@ def _random(bundle: Bundle, own: dict[str, Any]) -> dict[str, Any]:
         key = np.frombuffer(one["key"], "<u4").astype(np.uint32)
         tree["numpy_random_seed"] = (one["kind"], key, one["position"], one["has_gauss"], one["gauss"])
     if "torch" in generators:
-        words = np.frombuffer(bytearray(generators["torch"]), np.uint8)
-        tree["torch_manual_seed"] = StoredArray("uint8", words.shape, lambda: words)
+        state = np.frombuffer(bytearray(generators["torch"]), np.uint8)
+        tree["torch_manual_seed"] = StoredArray("uint8", state.shape, lambda: state)
     return tree
 
 

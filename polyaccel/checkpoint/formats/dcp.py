@@ -28,7 +28,7 @@ def read(path: Path, choices: Choices) -> Bundle:
     text = tree.pop(trees.BESIDE, None)
     if isinstance(text, str):
         bundle.shared, bundle.own, groups = trees.from_beside(_json(text, path), str(path))
-        places = {group: (group,) for group in groups}
+        places: dict[str, trees.Path] = {group: (group,) for group in groups}
     else:
         places = trees.locate(tree, choices, str(path))
     for group, place in places.items():

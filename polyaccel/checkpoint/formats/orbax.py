@@ -31,7 +31,7 @@ def read(path: Path, choices: Choices) -> Bundle:
     extra = tree.pop(_EXTRA, None) or {}
     if trees.BESIDE in extra:
         bundle.shared, bundle.own, groups = trees.from_beside(extra[trees.BESIDE], str(path))
-        places = {group: (group,) for group in groups}
+        places: dict[str, trees.Path] = {group: (group,) for group in groups}
     else:
         places = trees.locate(tree, choices, str(path))
     found = {group: _unwrapped(trees.arrays_of(trees.subtree(tree, place))) for group, place in places.items()}
@@ -77,7 +77,7 @@ def _put_empty(bundle: Bundle, groups: Any, path: Path) -> None:
 
 
 def _empty(dtype: str, shape: tuple[int, ...]) -> StoredArray:
-    if dtype not in STORED or prod(shape):
+    if dtype not in STORED or 0 not in shape:
         raise ValueError(f"an array of shape {shape} and dtype {dtype} is said to have no elements")
     return StoredArray(dtype, shape, lambda: empty(dtype, shape))
 

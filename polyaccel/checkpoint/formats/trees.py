@@ -91,9 +91,9 @@ def locate(tree: Any, choices: Choices, where: str) -> dict[str, Path]:
         return dict(choices.places)
     found = {}
     for group, candidates in _USUAL.items():
-        path = next((path for path in candidates if arrays_of(subtree(tree, path))), None)
-        if path is not None:
-            found[group] = path
+        there = [path for path in candidates if arrays_of(subtree(tree, path))]
+        if there:
+            found[group] = there[0]
     return found or {"model": ()}
 
 

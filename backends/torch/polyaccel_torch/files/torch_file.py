@@ -115,7 +115,8 @@ def _array_globals(torch: Any) -> AbstractContextManager[Any]:
     # What numpy's own arrays and numbers are made of in a pickle: Accelerate stores numpy's generator this way. They build values only.
     import numpy as np
 
-    multiarray = np._core.multiarray
+    makers: list[Any] = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    older = [(maker, f"numpy.core.multiarray.{maker.__name__}") for maker in makers]  # as numpy 1 calls them
     kinds = [getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"]
-    allowed = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype, *kinds]
+    allowed = [*makers, *older, np.ndarray, np.dtype, *kinds]
     return torch.serialization.safe_globals(allowed)
