@@ -89,7 +89,7 @@ def _check_parts(saved: Saved, run: Run, left_out: Collection[str]) -> None:
             continue  # another library has written it, and does not say
         if len(before) != len(now):
             raise CheckpointError(
-                f"{saved.path} holds {len(before)} {_noun(role, len(before))}, and this script has {len(now)}",
+                f"{saved.path} holds {len(before)} {_noun(role, len(before))}, and this script has {len(now)} {_noun(role, len(now))}",
                 _SAME_SCRIPT,
             )
         if role in ("models", "loaders"):

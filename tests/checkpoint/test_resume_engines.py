@@ -15,18 +15,44 @@ from polyaccel.launch.rendezvous import Rendezvous, free_port
 from polyaccel.registry import load_backend
 
 pytest.importorskip("torch")
-import resumed  # noqa: E402
-from resumed import train  # noqa: E402
+import resumed
+from resumed import train
 
 ENGINES = [name for name in ("torch", "jax", "xla") if load_backend(name).probe().is_usable]
 CLOSE = 1e-5  # relative: both engines round float32 after every operation, and 50 updates add that up
 CUT, END = 11, 61  # in the second of nine passes
 
 
+def job(engine: str, num_processes: int, **arguments) -> list[dict]:
+    """What `train` gave on each process of a job."""
+    port = free_port()
+    members = []
+    for rank in range(num_processes):
+        place = Rendezvous(rank, num_processes, rank, num_processes, "127.0.0.1", port).environment()
+        environment = {**os.environ, **(place if num_processes > 1 else {}), "XLA_FLAGS": "", "CPU_NUM_DEVICES": "2"}
+        command = [sys.executable, resumed.__file__, json.dumps({"backend": engine, **arguments})]
+        members.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        answers = [member.communicate(timeout=240) for member in members]
+    finally:
+        for member in members:
+            member.kill()
+    assert [member.returncode for member in members] == [0] * num_processes, "\n".join(said[1] for said in answers)
+    return [json.loads(said[0].split("RESULT ")[1]) for said in answers]
+
+
+def run(engine: str, folder: Path | None, **arguments) -> dict:
+    """One process's training: in this one, or for xla in its own, whose autograd has not met another device before."""
+    place = None if folder is None else str(folder)
+    return job("xla", 1, folder=place, **arguments)[0] if engine == "xla" else train(engine, place, **arguments)
+
+
 def cut_in_two(engine: str, folder: Path, *, cut: int, end: int, to: str | None = None, **options) -> tuple[dict, dict]:
     """What a run gave that was saved on its way, and what one gave that went on from there, with the seeds of another script."""
-    whole = train(engine, str(folder), num_batches=end, save_at=cut, **options)
-    rest = train(to or engine, str(folder), num_batches=end, load=True, seed=5, **options)
+    whole = run(engine, folder, num_batches=end, save_at=cut, **options)
+    rest = run(to or engine, folder, num_batches=end, load=True, seed=5, **options)
     assert rest["path"] == whole["path"]
     return whole, rest
 
@@ -58,8 +84,8 @@ def test_mixed_precision_and_the_fused_step_go_on_bit_for_bit(engine, tmp_path):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_saving_changes_nothing(engine, tmp_path):
-    saved = train(engine, str(tmp_path), num_batches=6, save_at=3, dropout=0.2)
-    plain = train(engine, num_batches=6, dropout=0.2)
+    saved = run(engine, tmp_path, num_batches=6, save_at=3, dropout=0.2)
+    plain = run(engine, None, num_batches=6, dropout=0.2)
     assert (saved["losses"], saved["weights"]) == (plain["losses"], plain["weights"])
 
 
@@ -100,27 +126,7 @@ def test_an_open_window_is_closed_by_another_engine(origin, goal, tmp_path):
     assert largest_difference(rest, whole, 3) < CLOSE
 
 
-# -- processes -------------------------------------------------------------------------------------------------------------
-
-
-def job(engine: str, num_processes: int, **arguments) -> list[dict]:
-    """What `train` gave on each process of a job."""
-    port = free_port()
-    members = []
-    for rank in range(num_processes):
-        place = Rendezvous(rank, num_processes, rank, num_processes, "127.0.0.1", port).environment()
-        environment = {**os.environ, **(place if num_processes > 1 else {}), "XLA_FLAGS": "", "CPU_NUM_DEVICES": "2"}
-        command = [sys.executable, resumed.__file__, json.dumps({"backend": engine, **arguments})]
-        members.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        answers = [member.communicate(timeout=240) for member in members]
-    finally:
-        for member in members:
-            member.kill()
-    assert [member.returncode for member in members] == [0] * num_processes, "\n".join(said[1] for said in answers)
-    return [json.loads(said[0].split("RESULT ")[1]) for said in answers]
+# -- two processes --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -92,8 +92,10 @@ def write_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], s
     positions = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     found = by_parameter(arrays, parameters)
     state = {positions[id(parameters[name])]: entries for name, entries in found.items() if entries}
+    groups = optimizer.param_groups
     # torch's own rules place each slot: on the parameter's device, step counters where the kernels want them.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.param_groups = groups  # not its copies: user code may hold a group, or a learning rate that is a tensor
     for name, entries in found.items():
         for slot, value in entries.items():
             placed = optimizer.state[parameters[name]][slot]
