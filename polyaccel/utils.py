@@ -2,7 +2,8 @@
 
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
+from polyaccel.looking.bars import tqdm
 from polyaccel.seeding import set_seed
 from polyaccel.tracking.names import LoggerType
 
-__all__ = ["LoggerType", "ProfileKwargs", "ProjectConfiguration", "set_seed"]
+__all__ = ["LoggerType", "ProfileKwargs", "ProjectConfiguration", "set_seed", "tqdm"]

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple, Protocol
 
+from polyaccel import jobs
+
 REDRAW_S = 0.2
 LINE_S = 30.0  # between two lines where nothing can be drawn over
 _LEAST_BAR = 8  # columns that the bar itself keeps
@@ -63,6 +65,18 @@ def print_above(*args: Any, **kwargs: Any) -> None:
         return
     with tqdm.tqdm.external_write_mode(file=kwargs.get("file")):
         print(*args, **kwargs)
+
+
+def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
+    """tqdm's own bar, on the first process of every host alone: Accelerate's `utils.tqdm`. Raises ValueError for a bool in first place,
+    which is where its older versions had `main_process_only`."""
+    from tqdm.auto import tqdm as plain
+
+    if args and isinstance(args[0], bool):
+        raise ValueError(f"tqdm({args[0]}, ...): write tqdm(iterable, main_process_only={args[0]})")
+    engine = jobs.current()
+    is_hidden = main_process_only and engine is not None and not engine.topology.is_local_main_process
+    return plain(*args, **{**kwargs, "disable": kwargs.get("disable", False) or is_hidden})
 
 
 def is_notebook() -> bool:

@@ -399,3 +399,20 @@ def test_what_is_printed_in_a_loop_stands_above_the_bar():
     lines = [line.split("\r")[-1].strip() for line in written.replace("\r\n", "\n").split("\n")]
     assert [line for line in lines if line.startswith("said")] == [f"said in step {step}" for step in range(3)]
     assert lines[-2].startswith("train: 100%|")
+
+
+def test_accelerates_tqdm_is_shown_on_the_first_process_of_a_host_alone(monkeypatch):
+    from polyaccel import jobs
+    from polyaccel.utils import tqdm
+
+    class Engine:
+        class topology:
+            is_local_main_process = False
+
+    monkeypatch.setattr(jobs, "current", lambda: Engine)
+    assert tqdm(range(3)).disable
+    with tqdm(range(3), main_process_only=False) as shown:
+        assert not shown.disable
+    assert list(tqdm("ab")) == ["a", "b"]
+    with pytest.raises(ValueError, match="main_process_only=True"):
+        tqdm(True, range(3))
