@@ -65,7 +65,9 @@ def reported(
                 timed_out = True
                 process.terminate()
                 output, _ = process.communicate()
-        findings = [Finding(**json.loads(line)) for line in report.read_text().splitlines()] if report.exists() else []
+        lines = report.read_text("utf-8").splitlines() if report.exists() else []
+    # Every process says why it failed; what several of them say alike is said once.
+    findings = list(dict.fromkeys(Finding(**json.loads(line)) for line in lines))
     yield from findings
     if all(finding.is_good for finding in findings) and len(findings) == len(stages) and process.returncode == 0:
         return

@@ -39,7 +39,7 @@ class _Tolerance:
 
 # Of one part in 2**8 (bfloat16) or 2**11 (float16) per product; in float32 about 1e-7 per operation, some hundred of them in a row.
 _TOLERANCES = {
-    "no": _Tolerance(1e-4, "float32"),
+    "no": _Tolerance(2e-5, "float32"),
     "bf16": _Tolerance(3e-2, "bfloat16"),
     "fp16": _Tolerance(5e-3, "float16"),
 }

@@ -83,6 +83,13 @@ def test_each_process_reads_its_own_data_shards(results):
     assert second["seen"] == [[2, 2, 3, 3], [0, 0, 1, 1]]
 
 
+def test_a_batch_that_is_spread_over_the_processes_is_gathered_whole_and_not_reduced(results):
+    _, both = results
+    for result in both:
+        assert result["whole"] == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4, 5, 5, 0, 0, 1, 1]]
+        assert "reduce takes one array of every process" in result["refused"]
+
+
 def test_the_state_is_read_once_over_all_processes(results):
     _, (first, second) = results
     assert sorted(shard[0] for shard in first["shards"] + second["shards"]) == sorted(

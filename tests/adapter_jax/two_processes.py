@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax_engines import Noisy, batches, cross_entropy, loss_by_function, open_engine, train, weights
 
+from polyaccel.errors import UnsupportedError
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.protocols import LoaderSpec, StepSpec
 
@@ -43,7 +44,15 @@ def training(partitioning, rendezvous):
 
     loss, aux = loss_by_function(engine, with_outputs, model, data[0])
     loader = engine.prepare_loader([{"x": np.full((2, 1), i, np.float32)} for i in range(6)], LoaderSpec())
-    seen = [engine.to_host(batch["x"]).ravel().tolist() for batch in loader]
+    seen, whole = [], []
+    for batch in loader:
+        seen.append(engine.to_host(batch["x"]).ravel().tolist())
+        whole.append(np.asarray(engine.collectives.all_gather(batch["x"])).ravel().tolist())
+    try:
+        engine.collectives.all_reduce(batch["x"], "mean")
+        refused = "not at all"
+    except UnsupportedError as error:
+        refused = error.message
     shards = [[s.name, list(s.offset), s.data.size] for s in engine.read_state(model)]
     fused = engine.train_step(StepSpec(with_outputs, model, model, optimizer))
     return engine, {
@@ -56,6 +65,8 @@ def training(partitioning, rendezvous):
         "fused hits": int(fused(data[0], True)["hits"]),
         "outputs": list(model(data[0]["x"]).shape),
         "seen": seen,
+        "whole": whole,
+        "refused": refused,
         "shards": shards,
     }
 

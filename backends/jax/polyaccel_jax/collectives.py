@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyaccel import wire
+from polyaccel.errors import UnsupportedError
 from polyaccel.store import MemoryStore, Store
 from polyaccel.topology import Topology
 
@@ -37,18 +38,23 @@ class JaxCollectives:
         self._functions: dict[str, Callable[[jax.Array], jax.Array]] = {}
 
     def all_gather(self, array: Any) -> jax.Array:
-        """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,)."""
+        """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,).
+
+        An array that is spread over the processes, such as a batch of a flax script, is whole already: every process gets all of it.
+        """
         with _types_of(array):
             array = jnp.asarray(array)
             if self._num_processes == 1:
                 return array.reshape(1) if array.ndim == 0 else array
+            if _is_spread(array):
+                return jnp.asarray(multihost_utils.process_allgather(array, tiled=True))
             stacked = self._apply("gather", _keep, array)
             return stacked if array.ndim == 0 else stacked.reshape(-1, *array.shape[1:])
 
     def all_reduce(self, array: Any, operation: Literal["sum", "mean", "max", "min"]) -> jax.Array:
         """Reduce elementwise over processes."""
         with _types_of(array):
-            array = jnp.asarray(array)
+            array = _own(jnp.asarray(array), "reduce")
             return (
                 jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
             )
@@ -56,7 +62,7 @@ class JaxCollectives:
     def broadcast(self, array: Any, from_process: int) -> jax.Array:
         """The array of one process, on all of them."""
         with _types_of(array):
-            array = jnp.asarray(array)
+            array = _own(jnp.asarray(array), "broadcast")
             if self._num_processes == 1:
                 return jnp.copy(array)
             return self._apply(f"from {from_process}", lambda stacked: stacked[from_process], array)
@@ -92,6 +98,20 @@ class JaxCollectives:
             everywhere = NamedSharding(self._mesh, PartitionSpec())
             jitted = self._functions[name] = jax.jit(function, out_shardings=everywhere)
         return jitted(stacked).addressable_data(0)
+
+
+def _is_spread(array: jax.Array) -> bool:
+    """Whether this process holds a part of it only."""
+    return not array.is_fully_addressable and not array.is_fully_replicated
+
+
+def _own(array: jax.Array, name: str) -> jax.Array:
+    if _is_spread(array):
+        raise UnsupportedError(
+            f"{name} takes one array of every process, and got one of shape {array.shape} that is spread over all of them",
+            "it is the global array already: compute with it as it is, or get all of it with accelerator.gather",
+        )
+    return array
 
 
 class CoordinatorStore:
