@@ -37,7 +37,7 @@ IMPORTS = {  # what takes seconds to import, and starts no thread and opens no d
         "torch.fx.experimental.proxy_tensor",
     ),
     "flax": ("flax.nnx", "optax", "polyaccel_jax.engine"),
-    "xla": _TORCH,
+    "xla": (*_TORCH, "torch_xla"),
 }
 SAMPLES, BATCH, FEATURES = 256, 8, 16
 X = np.random.default_rng(0).standard_normal((SAMPLES, FEATURES)).astype(np.float32)
