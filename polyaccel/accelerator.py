@@ -146,6 +146,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
             num_processes=topology.num_processes,
             is_in_loader=lambda: state.active_dataloader is not None,
             closes_window=lambda: state.sync_gradients,
+            project_dir=self.project_configuration.project_dir,
             save=lambda: self.save_state(blocking=True),
             leave=self._leave_preempted,
         )

@@ -43,6 +43,7 @@ class Preemption:
         is_in_loader: whether a prepared loader is being iterated over. Then its requests for a batch are the boundaries, else the calls
             that begin a step.
         closes_window: whether the current micro batch ends in an update.
+        project_dir: where `save` saves to; without one a signal ends the run with an error, and `start` says so.
         save: saves everything and returns when it is saved.
         leave: what is left to do before the process ends; called on all processes, after `save`.
     """
@@ -55,6 +56,7 @@ class Preemption:
         num_processes: int,
         is_in_loader: Callable[[], bool],
         closes_window: Callable[[], bool],
+        project_dir: Any,
         save: Callable[[], Any],
         leave: Callable[[], Any],
     ) -> None:
@@ -63,6 +65,7 @@ class Preemption:
         self._num_processes = num_processes
         self._is_in_loader = is_in_loader
         self._closes_window = closes_window
+        self._project_dir = project_dir
         self._save = save
         self._leave = leave
         self._prefix = f"polyaccel.preemption/{next(_numbers)}"
@@ -87,6 +90,8 @@ class Preemption:
                 self._before[number] = signal.signal(number, self._on_signal)
         else:
             log.warning("preemption='save': this Accelerator is not on the main thread, which alone receives signals")
+        if self._project_dir is None and self._process_index == 0:
+            log.warning("preemption='save': give Accelerator(project_dir=...), there is no place to save to on a signal")
         if self._num_processes > 1:
             store = self._open_store()
             self._thread = threading.Thread(target=self._watch, args=(store,), name="preemption", daemon=True)

@@ -34,6 +34,7 @@ class Watched:
             num_processes=1,
             is_in_loader=lambda: in_loader,
             closes_window=lambda: self.closes,
+            project_dir="project",
             save=save or (lambda: self.done.append("save")),
             leave=lambda: self.done.append("leave"),
         )
@@ -239,6 +240,7 @@ class Job:
             num_processes=num_processes,
             is_in_loader=lambda: True,
             closes_window=lambda: True,
+            project_dir="project",
             save=lambda: self.saved.setdefault(index, self.begun[index]),
             leave=lambda: None,
         )
@@ -353,6 +355,12 @@ def test_the_setting_off_installs_nothing(tmp_path):
     assert accelerator._preemption is None
     assert loader.before_batch == []
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_without_a_place_to_save_to_that_is_said_at_the_start(caplog):
+    accelerator = Accelerator(backend="fake", preemption="save")
+    assert "project_dir" in caplog.text
+    accelerator.end_training()
 
 
 @pytest.fixture

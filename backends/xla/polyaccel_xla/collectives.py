@@ -98,7 +98,7 @@ class HostStore:
     """See `polyaccel.store.Store`. A clone: a store of torch is for one thread, and the original is used by the main one."""
 
     def __init__(self, store: dist.Store) -> None:
-        self._store = store.clone()
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's own annotations lack it
 
     def set(self, key: str, value: str) -> None:
         """Write a text for all hosts."""
