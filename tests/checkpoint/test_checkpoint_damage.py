@@ -11,6 +11,7 @@ from saving import contents, holds, listing, save, whole
 
 from polyaccel.checkpoint import Contents, open_checkpoint
 from polyaccel.checkpoint.documents import Malformed
+from polyaccel.checkpoint.local import LocalFolder
 from polyaccel.checkpoint.manifest import decode_manifest
 from polyaccel.errors import CheckpointError
 
@@ -127,6 +128,8 @@ def test_a_folder_that_is_a_link_is_not_entered(checkpoint):
     (checkpoint / "unet").symlink_to(checkpoint.parent / "unet")
     with pytest.raises(CheckpointError, match="unet"):
         open_checkpoint(checkpoint)
+    with pytest.raises(OSError, match="Not a directory"):
+        LocalFolder(checkpoint).open("unet/weights.bin")
 
 
 def test_without_verification_sizes_and_headers_are_still_checked(checkpoint):

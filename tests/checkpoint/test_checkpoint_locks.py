@@ -1,5 +1,7 @@
 """One run writes into a folder of checkpoints; the next one learns which, and leftovers of the dead are swept, of the living never."""
 
+import errno
+import fcntl
 import os
 import socket
 import subprocess
@@ -163,10 +165,22 @@ def test_a_forked_worker_does_not_keep_the_lock_of_its_parent(tmp_path):
     lock_folder(tmp_path).release()
 
 
-def test_a_file_system_without_locks_is_said_once_and_written_to(tmp_path, monkeypatch, caplog):
-    import errno
-    import fcntl
+def test_a_lock_file_that_its_owner_removes_meanwhile_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    real, removed = fcntl.flock, []
 
+    def removed_before(descriptor, operation):
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())  # the owner's release, between our open and our lock
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_before)
+    with lock_folder(tmp_path):
+        assert removed
+        with open(tmp_path / ".lock") as file, pytest.raises(BlockingIOError):
+            real(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_file_system_without_locks_is_said_once_and_written_to(tmp_path, monkeypatch, caplog):
     def refuse(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
