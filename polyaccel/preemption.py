@@ -91,7 +91,9 @@ class Preemption:
         else:
             log.warning("preemption='save': this Accelerator is not on the main thread, which alone receives signals")
         if self._project_dir is None and self._process_index == 0:
-            log.warning("preemption='save': give Accelerator(project_dir=...), there is no place to save to on a signal")
+            log.warning(
+                "preemption='save': give Accelerator(project_dir=...), there is no place to save to on a signal"
+            )
         if self._num_processes > 1:
             store = self._open_store()
             self._thread = threading.Thread(target=self._watch, args=(store,), name="preemption", daemon=True)
