@@ -34,8 +34,8 @@ def bad(stage: str, error: BaseException) -> dict[str, Any]:
     text = str(error).strip()
     words = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
     cure = "see `polyaccel env`, and reinstall the framework"
-    if isinstance(error, ArithmeticError):
-        cure = "do not train with this configuration here, and report it with what `polyaccel env` prints"
+    if type(error) is ArithmeticError:  # raised by a check: the numbers are wrong
+        words, cure = text, "do not train like this here, and report it with what `polyaccel env` prints"
     return {"stage": stage, "is_good": False, "words": words, "cure": cure}
 
 
