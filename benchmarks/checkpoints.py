@@ -287,6 +287,57 @@ def show(rows):
         print(f"{name:36} {cells[0]:>7} {fsyncs:>7} {cells[1]:>10} {cells[2]:>10}")
 
 
+def stall(options):
+    """How long `save_state` keeps a training of 0.8 GB (model and Adam) from its next step, when it waits and when it does not."""
+    import torch
+
+    from polyaccel import Accelerator
+
+    accelerator = Accelerator(backend="torch", cpu=True)
+    layers = [torch.nn.Linear(2048, 2048) for _ in range(16)]
+    model = torch.nn.Sequential(*layers)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-4))
+    batch = torch.randn(4, 2048)
+
+    def step():
+        accelerator.backward(model(batch).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    size = 3 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    root = Path(tempfile.mkdtemp(prefix="stall-", dir=options.folder))
+    times = {"blocking": [], "asynchronous": [], "until complete": [], "step": [], "step while writing": []}
+    try:
+        for number in range(options.rounds + 1):
+            os.sync()
+            times["step"] += [timed(step) for _ in range(5)]
+            blocking, background = root / f"blocking{number}", root / f"background{number}"
+            times["blocking"].append(timed(lambda: accelerator.save_state(blocking, blocking=True)))  # noqa: B023
+            shutil.rmtree(blocking)
+            os.sync()
+            start = time.perf_counter()
+            times["asynchronous"].append(timed(accelerator.save_state, background))
+            while not (background / "manifest.json").exists():
+                times["step while writing"].append(timed(step))
+            accelerator.wait_for_checkpoint()
+            times["until complete"].append(time.perf_counter() - start)
+            shutil.rmtree(background)
+            if number == 0:  # the first of each finds cold memory
+                times = {name: [] for name in times}
+    finally:
+        accelerator.end_training()
+        shutil.rmtree(root)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    shares = [mine / theirs for mine, theirs in zip(times["asynchronous"], times["blocking"], strict=True)]
+    print(f"\nsave_state of {size / 1e9:.2f} GB, seconds, median")
+    for name, seconds in medians.items():
+        print(f"{name:36} {seconds:7.3f}")
+    print(f"{'share of the time that training stops':36} {statistics.median(shares):7.3f}")
+    return {"bytes": size, "seconds": times, "median": medians, "share": statistics.median(shares)}
+
+
 def disk(folder):
     """What dd says of the disk: 1 GB written and flushed, and read back past the page cache."""
     file = Path(folder) / "dd.out"
@@ -317,6 +368,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--no-bandwidth", action="store_true")
+    parser.add_argument("--no-stall", action="store_true")
     parser.add_argument("--write-one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write_one:
@@ -325,6 +377,8 @@ def main():
     results = {"disk": disk(options.folder)}
     if not options.no_bandwidth:
         results["bandwidth"] = bandwidth(options)
+    if not options.no_stall:
+        results["stall"] = stall(options)
     save(Path(__file__).parent / "results" / "checkpoints.json", results)
 
 

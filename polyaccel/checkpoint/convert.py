@@ -18,6 +18,7 @@ from polyaccel.checkpoint.formats import accelerate, dcp, huggingface, orbax
 from polyaccel.checkpoint.formats.bundle import Bundle, Choices, of_saved, to_contents
 from polyaccel.checkpoint.formats.meaning import parameters_of
 from polyaccel.checkpoint.read import open_checkpoint
+from polyaccel.checkpoint.storage import is_url
 from polyaccel.checkpoint.write import abandon, begin_checkpoint, write_checkpoint
 from polyaccel.errors import CheckpointError, nearest
 from polyaccel.stored import Spool
@@ -65,6 +66,9 @@ def convert(
     `only` names the groups to take (all by default). The target appears when it is complete and on the disk. Raises CheckpointError,
     without a target, where something there has no exact place in the other format; nothing that a source holds is run.
     """
+    for place in (source, target):
+        if is_url(place):
+            raise CheckpointError(f"{place} is a URL, and only local folders are converted", "copy the folder")
     source, target = Path(source), Path(target)
     if to not in FORMATS:
         raise CheckpointError(f"--to {to!r} is no format", nearest(to, FORMATS))
@@ -75,7 +79,7 @@ def convert(
     bundle.parameters = parameters_of(bundle)
     _select(bundle, only, source)
     if to == OURS:
-        _write_ours(target, bundle)
+        _write_ours(target, bundle, found)
     else:
         _write_foreign(target, bundle, FOREIGN[to])
     groups = {group: len(arrays) for group, arrays in bundle.groups.items()}
@@ -101,7 +105,7 @@ def _select(bundle: Bundle, only: Collection[str], source: Path) -> None:
     bundle.own = []
 
 
-def _write_ours(target: Path, bundle: Bundle) -> None:
+def _write_ours(target: Path, bundle: Bundle, found: str) -> None:
     num_processes = max(1, len(bundle.own))
     attempt = begin_checkpoint(target)
     try:
@@ -116,7 +120,7 @@ def _write_ours(target: Path, bundle: Bundle) -> None:
                         attempt=attempt,
                         process_index=index,
                         num_processes=num_processes,
-                        facts={},
+                        facts={"converted_from": found},
                     )
                     for index, share in enumerate(shares)
                 ]

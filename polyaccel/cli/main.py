@@ -10,7 +10,7 @@ from importlib import import_module
 from polyaccel.errors import PolyaccelError
 
 COMMANDS = {
-    "checkpoint": "show what is in a checkpoint, and check every byte of it",
+    "checkpoint": "show what is in a checkpoint, check every byte of it, and convert it to and from other libraries' formats",
     "compare": "run one script on several engines, and say where their numbers part",
     "config": "ask for, write, show and check the configuration",
     "doctor": "try every engine on this machine, and name what is wrong and its cure",

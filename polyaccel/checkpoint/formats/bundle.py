@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyaccel.checkpoint.contents import Contents
+from polyaccel.checkpoint.formats.mapped import read_tensors
 from polyaccel.checkpoint.read import Saved
 from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
@@ -47,21 +48,27 @@ class Choices:
 
 
 def of_saved(saved: Saved) -> Bundle:
-    """A checkpoint of ours; each array is put together when it is read."""
+    """A local checkpoint of ours; an array of one piece is mapped, others are put together when they are read."""
     groups = {group: dict(_arrays(saved, group)) for group in saved.groups}
-    return Bundle(groups, dict(saved.shared), [dict(saved.own(index)) for index in range(saved.num_processes)])
+    own = [dict(saved.own(index)) for index in range(saved.num_processes)]
+    return Bundle(groups, dict(saved.shared), own, list(saved.manifest.added))
 
 
 def _arrays(saved: Saved, group: str) -> Iterator[tuple[str, StoredArray]]:
-    for name, (dtype, shape) in saved.arrays(group).items():
-        yield name, StoredArray(dtype, tuple(shape), lambda name=name: _whole(saved, group, name))  # type: ignore[misc]
+    mapped: dict[str, Arrays] = {}
+    for name, array in saved.manifest.groups[group].items():
+        if len(array.pieces) == 1:
+            piece = array.pieces[0]
+            if piece.file not in mapped:
+                mapped[piece.file] = read_tensors(Path(saved.path) / piece.file)
+            yield name, StoredArray(array.dtype, array.shape, mapped[piece.file][piece.key].read)
+        else:
+            yield name, StoredArray(array.dtype, array.shape, lambda name=name: _whole(saved, group, name))  # type: ignore[misc]
 
 
 def _whole(saved: Saved, group: str, name: str) -> Any:
     whole = None
     for shard in saved.shards(group, [name]):
-        if whole is None and tuple(shard.data.shape) == tuple(shard.global_shape):
-            return shard.data
         if whole is None:
             import numpy as np
 

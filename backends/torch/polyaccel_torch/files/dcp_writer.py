@@ -12,23 +12,29 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from polyaccel.stored import StoredArray
+from polyaccel.stored import Spool, StoredArray
 from polyaccel_torch.files.host_arrays import dtype_of, load
 from polyaccel_torch.files.torch_file import to_torch
 
 
 class _OneAtATime(DefaultSavePlanner):
-    """Gives the writer the values of the stored array that stands behind an item of the plan."""
+    """Gives the writer the values of the stored array that stands behind an item of the plan.
 
-    def __init__(self, arrays: Mapping[int, StoredArray]) -> None:
+    The writer keeps what it was given to the end, so that a file has to stand behind it.
+    """
+
+    def __init__(self, arrays: Mapping[int, StoredArray], spool: Spool) -> None:
         super().__init__()
         self._arrays = arrays
+        self._spool = spool
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         placeholder = self.lookup_object(write_item.index)
         if write_item.type == WriteItemType.BYTE_IO:
             return self.transform_object(write_item, placeholder)
-        return load(self._arrays[id(placeholder)], write_item.index.fqn)
+        array = self._arrays[id(placeholder)]
+        mapped = StoredArray(array.dtype, array.shape, lambda: self._spool.keep(array.read()))
+        return load(mapped, write_item.index.fqn)
 
 
 def save(path: Path, tree: Any) -> None:
@@ -49,6 +55,6 @@ def save(path: Path, tree: Any) -> None:
         return to_torch(value, where)
 
     writer = dcp.FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1, overwrite=False)
-    with warnings.catch_warnings():
+    with Spool(path.parent) as spool, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is what no_dist asks for
-        dcp.save(plan(tree, path.name), storage_writer=writer, planner=_OneAtATime(arrays), no_dist=True)
+        dcp.save(plan(tree, path.name), storage_writer=writer, planner=_OneAtATime(arrays, spool), no_dist=True)
