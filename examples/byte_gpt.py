@@ -5,6 +5,7 @@
     polyaccel launch --backend jax examples/byte_gpt.py --mixed-precision bf16
     JAX_NUM_CPU_DEVICES=4 polyaccel launch --backend jax --cpu examples/byte_gpt.py       # four virtual devices
     polyaccel launch --backend xla examples/byte_gpt.py                                   # in the xla environment
+    polyaccel launch --backend torch examples/byte_gpt.py --project gpt --save-every 50   # and again with --resume, on any engine
 
 Accumulation, clipping, warm-up and cosine decay; bf16 by flag. Data: `pydoc_data.topics`, about 465 KB of English that every Python
 carries; the text differs between Python versions, so its sha256 is printed.
@@ -80,6 +81,18 @@ class Windows(Dataset):
         return self.data[index * CONTEXT : (index + 1) * CONTEXT + 1].long()
 
 
+class Progress:
+    """How many updates were made; saved and continued with the rest."""
+
+    updates = 0
+
+    def state_dict(self):
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.updates = state["updates"]
+
+
 def next_byte_loss(model, window):
     logits = model(window[:, :-1])  # (batch, time, 256)
     return F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -93,6 +106,9 @@ def main():
     parser.add_argument("--accumulate", type=int, default=2, help="micro batches per update")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--project", help="folder of checkpoints")
+    parser.add_argument("--save-every", type=int, help="updates from one checkpoint to the next")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --project")
     parser.add_argument("--curve", help="write losses and speed to this JSON file")
     args = parser.parse_args()
 
@@ -101,6 +117,7 @@ def main():
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.accumulate,
         split_batches=True,  # batch_size is the global batch, on any number of devices
+        project_dir=args.project,
     )
     set_seed(args.seed)
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
@@ -122,23 +139,29 @@ def main():
         model, optimizer, scheduler, train_loader, test_loader
     )
     step = accelerator.train_step(next_byte_loss, model, optimizer, scheduler, max_grad_norm=1.0)
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress)
+    if args.resume:
+        accelerator.print("continuing from", accelerator.load_state())
     accelerator.print(accelerator)
     accelerator.print(f"{len(text):,} bytes of text, sha256 {hashlib.sha256(text).hexdigest()[:16]}")
 
     curve = Curve(args.curve, task="byte GPT", backend=accelerator.backend, devices=accelerator.num_data_shards)
     model.train()
-    updates = 0
     per_update = GLOBAL_BATCH * args.accumulate
-    with accelerator.progress(total=args.updates, description="updates", batch_size=per_update) as bar:
-        while updates < args.updates:
+    left = args.updates - progress.updates
+    with accelerator.progress(total=left, description="updates", batch_size=per_update) as bar:
+        while progress.updates < args.updates:
             for window in train_loader:
                 loss = step(window)
                 curve.add(loss)
                 if accelerator.sync_gradients:
-                    updates += 1
+                    progress.updates += 1
                     bar.show(loss=loss)  # read in the background: no step waits for it
                     bar.update()
-                if updates == args.updates:
+                    if args.save_every and progress.updates % args.save_every == 0:
+                        accelerator.save_state()  # returns when everything is copied; written in the background
+                if progress.updates == args.updates:
                     break
     curve.stop()
 

@@ -47,6 +47,16 @@ def test_the_gpt_learns_in_bf16(tmp_path):
     assert len(result["losses"]) == 40
 
 
+def test_the_gpt_continues_from_its_newest_checkpoint(tmp_path):
+    saved = ("--project", str(tmp_path), "--dropout", "0")
+    run("byte_gpt.py", "--updates", "2", "--save-every", "1", *saved, backend="torch")
+    said = run(
+        "byte_gpt.py", "--updates", "3", "--resume", *saved, "--curve", str(tmp_path / "rest.json"), backend="torch"
+    )
+    assert f"continuing from {tmp_path / 'checkpoints' / 'checkpoint_1'}" in said
+    assert len(json.loads((tmp_path / "rest.json").read_text())["losses"]) == 2  # one update of two micro batches
+
+
 def test_the_demos_table_and_picture_show_the_difference(tmp_path):
     import demo
 
