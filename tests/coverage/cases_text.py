@@ -43,6 +43,7 @@ def seq2seq(name: str, head: str, config: str, note: str = "", **settings: Any) 
     return Case(name, "encoder-decoders", built(head, config, **settings), translation, note=note)
 
 
+NO_MASKS = "its own code fails with any mask, in eager too, and transformers makes one while a model is captured"
 GPT: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_ctx": 64}
 
 ENCODERS = (
@@ -136,6 +137,7 @@ ENCODERS = (
         "NystromformerForMaskedLM",
         "NystromformerConfig",
         without_mask(masked),
+        NO_MASKS,
         segment_means_seq_len=16,
         num_landmarks=4,
     ),
