@@ -131,6 +131,8 @@ def _print(recordings: Sequence[Recording], comparisons: Sequence[Comparison]) -
 
 
 def _write(options: argparse.Namespace, recordings: Sequence[Recording], comparisons: Sequence[Comparison]) -> None:
+    from polyaccel.config.resolve import inherited_environment
+    from polyaccel.redaction import Redaction
     from polyaccel.tracking.charts import svg
     from polyaccel.tracking.comparison import rows
     from polyaccel.tracking.report import page, table, write_page
@@ -146,8 +148,9 @@ def _write(options: argparse.Namespace, recordings: Sequence[Recording], compari
         "Curves": f'<div class="charts">{charts}</div>',
         "Engines": table(rows(recordings, comparisons), ["", *(one.name for one in recordings)]),
     }
+    arguments = Redaction(inherited_environment()).arguments([options.script, *options.script_args])
     lead = (
-        f"{' '.join([options.script, *options.script_args])}: {options.steps or 'all'} steps, seed {options.seed},"
+        f"{' '.join(arguments)}: {options.steps or 'all'} steps, seed {options.seed},"
         f" relative tolerance {options.tolerance:g}, of parameters {options.parameter_tolerance:g}"
     )
     title = f"{Path(options.script).name} on {', '.join(one.name for one in recordings)}"

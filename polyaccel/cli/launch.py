@@ -86,6 +86,7 @@ def _on_cluster(
         # Slurm signals a job that it preempts, and the script queues one that has saved again.
         gathered.add("preemption", "save", "launch --on slurm")
     job = Job.of(command, gathered, settings)
+    _warn_of_secrets(command)
     if settings.on == "slurm":
         return _slurm(job, gathered, emit)
     if settings.on == "kubernetes":
@@ -117,6 +118,22 @@ def _on_cluster(
             else hosts.run(job, machines, ends_process=ends_process)
         )
     raise AssertionError(settings.on)  # the schema knows every target
+
+
+def _warn_of_secrets(command: list[str]) -> None:
+    """What the cluster is given must hold the arguments as they are: it is for the user to keep secrets out of them."""
+    import sys
+
+    from polyaccel.config.resolve import inherited_environment
+    from polyaccel.redaction import Redaction
+
+    shown = Redaction(inherited_environment()).arguments(command)
+    if shown != command:
+        print(
+            f"polyaccel launch: warning: an argument looks like a secret, and the cluster will store it: {shlex.join(shown)}\n"
+            "hint: give it to the script by an environment variable, or as a secret of the cluster",
+            file=sys.stderr,
+        )
 
 
 def _slurm(job: Job, gathered: Gathered, emit: bool) -> int:

@@ -13,7 +13,7 @@ import torch
 from polyaccel import Accelerator, set_seed
 from torch.utils.data import DataLoader, TensorDataset
 
-assert sys.argv[1:] == ["--lr", "0.1"], sys.argv
+assert sys.argv[1:] == ["--lr", "0.1", "--api-key", "arg-0a1b2c3d4e5f"], sys.argv
 accelerator = Accelerator()
 set_seed(1)
 model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
@@ -44,7 +44,8 @@ def test_one_script_agrees_on_torch_and_jax_and_the_page_says_so(script, tmp_pat
     pytest.importorskip("jax")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")  # as many data shards as torch has
     flags = ["--cpu", "--backends", "torch,jax", "--steps", "12", "-o", "page.html", "--keep", "kept"]
-    code = main(["compare", *flags, script, "--", "--lr", "0.1"])
+    monkeypatch.setenv("WANDB_API_KEY", "e1v-9f8a7b6c5d4e")
+    code = main(["compare", *flags, script, "--", "--lr", "0.1", "--api-key", "arg-0a1b2c3d4e5f"])
     out = capsys.readouterr().out
     assert code == 0, out
     assert out.splitlines()[-1].startswith(
@@ -57,6 +58,12 @@ def test_one_script_agrees_on_torch_and_jax_and_the_page_says_so(script, tmp_pat
     assert page.count("<polyline") >= 4
     assert "safe to switch" in page
     assert {file.name for file in (tmp_path / "kept").iterdir()} == {"torch", "jax"}
+    assert "--api-key [redacted]" in page
+    written = [file for file in tmp_path.rglob("*") if file.is_file() and file.name != "train.py"]
+    assert len(written) > 8
+    for secret in (b"arg-0a1b2c3d4e5f", b"e1v-9f8a7b6c5d4e"):
+        assert [file.name for file in written if secret in file.read_bytes()] == []
+        assert secret.decode() not in out
 
 
 @pytest.mark.parametrize(

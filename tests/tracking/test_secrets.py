@@ -84,8 +84,14 @@ def test_no_byte_of_a_run_folder_holds_a_secret(tmp_path, tracker):
     )
     assert "RuntimeError: failed with" in done.stderr
     warnings = [line for line in done.stderr.splitlines() if line.startswith("tracker 'complains'")]
+    (run,) = (file.parent for file in (tmp_path / "logs").rglob("run.json"))
+    shown = [subprocess.run(
+        [sys.executable, "-m", "polyaccel.cli.main", "runs", *command, str(run)],
+        env=environment, capture_output=True, text=True, timeout=60, check=True,
+    ).stdout for command in (["report"], ["show"])]  # fmt: skip
     files = {file: file.read_bytes() for file in (tmp_path / "logs").rglob("*") if file.is_file()}
-    assert {file.name for file in files} >= {"run.json", "metrics.jsonl", "events.jsonl"}
+    assert {file.name for file in files} >= {"run.json", "metrics.jsonl", "events.jsonl", "report.html"}
+    assert [place for place, secret in PLANTED.items() if any(secret in text for text in shown)] == []
     found = [
         (place, file.name)
         for place, secret in PLANTED.items()
@@ -146,3 +152,56 @@ def test_command_lines_keep_what_is_not_secret():
     assert Redaction().arguments(arguments) == [
         "train.py", "--token", "--lr", "0.1", "--api-key", HIDDEN, f"password={HIDDEN}", "--data", HIDDEN,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("restarts", [0, 1])  # 1: under torch's elastic agent, which keeps a copy of the output
+def test_launch_leaves_no_secret_in_any_file(tmp_path, restarts):
+    pytest.importorskip("torch")
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys\nfrom polyaccel import Accelerator\n"
+        "one = Accelerator(cpu=True, project_dir='project')\none.init_trackers('secrets')\none.log({'loss': 1.0}, step=0)\n"
+        "print('with', *sys.argv[1:], flush=True)\nraise SystemExit(9)\n"
+    )
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "MY_API_KEY": PLANTED["environment"], "TMPDIR": str(temporary), "HOME": str(tmp_path)}
+    secrets = [f"--hub-token={PLANTED['argument after =']}", "--api-key", PLANTED["argument"]]
+    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
+    done = subprocess.run(
+        [*command, "--max-restarts", str(restarts), str(script), *secrets],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 9, done.stderr
+    assert done.stdout.count(PLANTED["argument"]) == restarts + 1  # the script's own output is the script's own
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert sum(file.name == "run.json" for file in files) == restarts + 1
+    assert [file for file in files for secret in PLANTED.values() if secret.encode() in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize("target", ["slurm", "kubernetes"])
+def test_what_a_cluster_is_given_has_no_secret_of_the_environment_and_arguments_are_warned_of(tmp_path, target):
+    """The job needs its arguments as they are; whoever writes a secret there is told."""
+    (tmp_path / "train.py").write_text("")
+    environment = {**os.environ, "MY_API_KEY": PLANTED["environment"], "HF_TOKEN": PLANTED["config by shape"]}
+    command = [
+        sys.executable,
+        "-m",
+        "polyaccel.cli.main",
+        "launch",
+        "--on",
+        target,
+        "--kubernetes.image",
+        "image",
+        "--emit",
+    ]
+    for arguments, is_warned in (([], False), (["--api-key", PLANTED["argument"]], True)):
+        done = subprocess.run(
+            [*command, "train.py", "--lr", "0.1", *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        assert PLANTED["environment"] not in done.stdout + done.stderr
+        assert PLANTED["config by shape"] not in done.stdout + done.stderr
+        assert ("warning: an argument looks like a secret" in done.stderr) is is_warned
+        assert PLANTED["argument"] not in done.stderr
+        assert (PLANTED["argument"] in done.stdout) is is_warned
