@@ -123,6 +123,11 @@ class Checkpoints(Parts):
         if self._engine.topology.is_main_process:
             save_arrays(obj, f)
 
+    @property
+    def step(self) -> int:
+        """Micro batches that `accumulate` and `train_step` counted since a loader's last pass ended; `load_state` restores it."""
+        return int(self.gradient_state.step)
+
     def get_state_dict(self, model: Any, unwrap: bool = True) -> Any:
         """A model's parameters and buffers by its own names, with present values, as the script's framework has them.
 
