@@ -27,7 +27,7 @@ class ProcessCollectives:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenated along dim 0; a scalar gives shape (num_processes,). Raises UnsupportedError for unequal shapes."""
-        tensor = tensor.detach()
+        tensor = _detached(tensor)
         self._check_equal(tensor, "all_gather")
         part = _on_wire(tensor.reshape(1) if not tensor.dim() else tensor)
         gathered = part.new_empty((self._num_processes * part.shape[0], *part.shape[1:]))
@@ -36,7 +36,7 @@ class ProcessCollectives:
 
     def all_reduce(self, tensor: torch.Tensor, operation: Literal["sum", "mean", "max", "min"]) -> torch.Tensor:
         """Reduced elementwise; a new tensor. Booleans are counted by "sum" and "mean"."""
-        tensor = tensor.detach()
+        tensor = _detached(tensor)
         self._check_equal(tensor, "all_reduce")
         is_flag = tensor.dtype == torch.bool
         if is_flag and operation in ("sum", "mean"):
@@ -49,7 +49,7 @@ class ProcessCollectives:
 
     def broadcast(self, tensor: torch.Tensor, from_process: int) -> torch.Tensor:
         """The tensor of one process; a new tensor. Shapes and dtypes must be equal."""
-        tensor = tensor.detach()
+        tensor = _detached(tensor)
         self._check_equal(tensor, "broadcast")
         sent = _on_wire(tensor).clone()
         dist.broadcast(sent, from_process, group=self._group_for(sent))
@@ -163,6 +163,11 @@ class SingleCollectives:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The tensors themselves, detached."""
         return [tensor.detach() for tensor in means], [tensor.detach() for tensor in sums]
+
+
+def _detached(value: Any) -> torch.Tensor:
+    """A tensor without its graph; a numpy array, which other engines take as well, as a tensor."""
+    return torch.as_tensor(value).detach()
 
 
 def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
