@@ -3,7 +3,8 @@
     <runs>/<project>/<run id>/
         run.json          id, project, status, config, command, host, versions, commit, engine, trackers; replaced as a whole
         metrics.jsonl     {"time", "step", "values"}: one line per `log`
-        events.jsonl      {"time", "event", ...}: start, resume, image, table, artifact, checkpoint, compile, end
+        events.jsonl      {"time", "event", ...}: start, resume, image, table, artifact, checkpoint, compile,
+                          progress, profile, end
         images/ tables/ artifacts/
         heartbeat         touched every few seconds while the process lives
         metrics-<n>.jsonl of process n, only where a tracker wants every process

@@ -75,5 +75,6 @@ def device_memory(devices: Iterable[jax.Device]) -> tuple[int, int | None] | Non
     found = [stats for device in devices if (stats := device.memory_stats())]
     if not found:
         return None
-    fullest = max(found, key=lambda stats: stats["peak_bytes_in_use"])
-    return fullest["peak_bytes_in_use"], fullest.get("bytes_limit")
+    used = [stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)) for stats in found]  # not every platform keeps the peak
+    fullest = used.index(max(used))
+    return used[fullest], found[fullest].get("bytes_limit")
