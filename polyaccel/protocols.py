@@ -369,6 +369,7 @@ class Program(Protocol):
     grad_names: tuple[str, ...]  # parameters that receive a gradient (empty for a forward program)
     output_axes: tuple[int | None, ...]  # per output: the dim that carries the batch; None: one value per shard
     draws_randomly: bool  # False: `key` is not used, and no number of the random stream is spent
+    writes_params: bool  # True: among the `buffers` of its results are parameters that it wrote to, before any update
 
     def __call__(
         self,

@@ -109,6 +109,7 @@ class LinearProgram:
     """mean over the batch of (x . weight - y)^2, with the gradient written out, as a captured program has it."""
 
     draws_randomly = True
+    writes_params = False
 
     def __init__(self, model, with_grads, is_global, shard_call):
         self.prefix = model.name

@@ -149,3 +149,20 @@ class Ranks(nn.Module):
     def forward(self, x):
         checked_models.asserting(x)
         return self.layer(x).argmax(-1)
+
+
+def test_torchs_own_check_of_a_tensor_gives_nan_where_it_would_raise():
+    # What transformers compares the number of image tokens with that of patches by.
+    class Checked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            torch._check_tensor_all(x.sum(-1) < 100, lambda: f"{x} is too large")
+            return self.layer(x)
+
+    model = bridge_scripts.on_jax().prepare(Checked())
+    with torch.no_grad():
+        assert model(torch.ones(2, 3)).isfinite().all()
+        assert model(torch.full((2, 3), 40.0)).isnan().all()

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, ProgramResult
 
-from .graphs import ForwardGraph, TensorSpec, TrainingGraph, VjpGraph
+from .graphs import ForwardGraph, TensorSpec, TrainingGraph, written_params
 from .packing import Key, thaw
 from .programs import numpy_dtype
 from .replay import run_forward, run_training
@@ -93,13 +92,14 @@ class TrainingProgram:
         input_axes: Sequence[int | None] = (),
         input_scale: float = 1.0,
     ) -> None:
-        refuse_written_parameters(graph)
         self.grad_names = graph.grad_names
         self.input_grads = graph.input_grads
         self.output_axes = (*output_axes, *(input_axes[index] for index in graph.input_grads))
         self._input_scale = input_scale
         self.draws_randomly = graph.program.draws_randomly
         self.writes_buffers = bool(graph.buffer_names)
+        self.written_params = written_params(graph)
+        self.writes_params = bool(self.written_params)
         self._graph = graph
         self._dtypes = tuple(dtypes)
         self._shard_call = shard_call
@@ -132,10 +132,11 @@ class ForwardProgram:
     def __init__(
         self, graph: ForwardGraph, dtypes: Sequence[Any], output_axes: Sequence[int | None], shard_call: Any
     ) -> None:
-        refuse_written_parameters(graph)
         self.output_axes = tuple(output_axes)
         self.draws_randomly = graph.program.draws_randomly
         self.writes_buffers = bool(graph.buffer_names)
+        self.written_params = written_params(graph)
+        self.writes_params = bool(self.written_params)
         self._graph = graph
         self._dtypes = tuple(dtypes)
         self._shard_call = shard_call
@@ -155,17 +156,6 @@ def as_dtypes(inputs: Sequence[Any], dtypes: Sequence[Any]) -> list[Any]:
         value if value.dtype == dtype else lax.convert_element_type(value, dtype)
         for value, dtype in zip(inputs, dtypes, strict=True)
     ]
-
-
-def refuse_written_parameters(graph: TrainingGraph | ForwardGraph | VjpGraph) -> None:
-    """Raise PrepareError where captured code writes to a parameter: only buffers come out of a program."""
-    is_param = dict(graph.state_names)
-    for name in graph.buffer_names:
-        if is_param.get(name):
-            raise PrepareError(
-                f"the parameter {name.partition('.')[2]} is written to in place inside the model's forward",
-                "register it as a buffer (register_buffer), or write to it outside of forward under torch.no_grad()",
-            )
 
 
 def tensor_specs(specs: Sequence[ArraySpec], dtypes: Sequence[torch.dtype]) -> list[TensorSpec]:

@@ -11,6 +11,7 @@ import torch
 from polyaccel.errors import PrepareError, UnsupportedError
 
 from . import scope as capturing
+from .scope import is_inplace_name
 from .tensors import DeviceParameter, DeviceTensor, ViewCell, cpp_grad_fn, device_tensors
 
 _T = torch.Tensor
@@ -107,15 +108,6 @@ def _metadata(func: Any, args: tuple[Any, ...]) -> Any:
 
 
 # -- writes --------------------------------------------------------------------------------------------------------------
-
-
-def is_inplace_name(name: str) -> bool:
-    """True for add_, copy_, __iadd__, __setitem__ and their kin."""
-    if name.startswith("__"):
-        return name == "__setitem__" or (
-            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
-        )
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _target(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[bool, Any]:

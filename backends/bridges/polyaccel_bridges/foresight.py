@@ -231,7 +231,7 @@ def read(recorder: Recorder, session: Session) -> bool:
     session.keep_start()
     first.ahead = Ahead(recorder, session, first, expected)
     first.site.is_open = True
-    session.note_run(writes_buffers=first.ahead.recipe.tape.writes_buffers)
+    session.note_run(first.ahead.recipe.tape)
     first.ahead.give(session, first)
     return True
 

@@ -44,8 +44,17 @@ def run_entry(entry: Entry, leaf: Any, scope: capturing.CaptureScope, *, allow_g
     return freeze_result(result)[1]
 
 
+def started(
+    params: dict[str, Any], buffers: dict[str, Any], at: dict[str, int], inputs: Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters and buffers with those that are inputs (`at`: name -> index) in their places."""
+    given = {name: inputs[index] for name, index in at.items()}
+    own = {**params, **{name: value for name, value in given.items() if name in params}}
+    return own, {**buffers, **{name: value for name, value in given.items() if name not in params}}
+
+
 class _FusedProgram:
-    """A captured program whose buffers may come from its inputs."""
+    """A captured program whose buffers, and parameters that it writes, may come from its inputs."""
 
     def __init__(self, inner: Any, num_inputs: int, buffer_inputs: dict[str, int], *, keeps_buffers: bool) -> None:
         self.grad_names = inner.grad_names
@@ -56,13 +65,15 @@ class _FusedProgram:
         self._buffer_inputs = buffer_inputs
         self._keeps_buffers = keeps_buffers
         self.writes_buffers: bool = inner.writes_buffers
+        self.written_params: frozenset[str] = inner.written_params
+        self.writes_params: bool = inner.writes_params
         self.input_grads: tuple[int, ...] = inner.input_grads
 
     def __call__(
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
     ) -> ProgramResult:
-        start = {**buffers, **{name: inputs[index] for name, index in self._buffer_inputs.items()}}
-        result: ProgramResult = self._inner(params, start, key, inputs[: self._num_inputs], loss_scale)
+        own, start = started(params, buffers, self._buffer_inputs, inputs)
+        result: ProgramResult = self._inner(own, start, key, inputs[: self._num_inputs], loss_scale)
         if not self._keeps_buffers:
             result.buffers = {}
         return result

@@ -41,6 +41,12 @@ class TrainingGraph:
     input_grads: tuple[int, ...] = ()
 
 
+def written_params(graph: TrainingGraph | ForwardGraph | VjpGraph) -> frozenset[str]:
+    """The parameters that captured code writes to in place."""
+    params = {name for name, is_param in graph.state_names if is_param}
+    return frozenset(params.intersection(graph.buffer_names))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardGraph:
     """A function without gradients as a Program; run it with `replay.run_forward`. Fields as in TrainingGraph."""

@@ -21,6 +21,7 @@ class _GradientsProgram:
         self.names: tuple[str, ...] = tuple(inner.grad_names)
         self.output_axes: tuple[int | None, ...] = (*inner.output_axes, None, *[None] * len(self.names))
         self.draws_randomly: bool = inner.draws_randomly
+        self.writes_params: bool = inner.writes_params
         self._inner = inner
 
     def __call__(
@@ -63,6 +64,7 @@ class GradientsRecipe:
 class _AddingProgram:
     output_axes: tuple[int | None, ...] = ()
     draws_randomly = False
+    writes_params = False
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.grad_names = names

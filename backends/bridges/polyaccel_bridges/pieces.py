@@ -18,10 +18,10 @@ from polyaccel.errors import PlanError, PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, ProgramResult
 
 from . import scope as capturing
-from .calls import as_dtypes, numpy_dtypes, refuse_written_parameters
+from .calls import as_dtypes, numpy_dtypes
 from .capture import capture_vjp
-from .fused import input_dtypes, run_entry
-from .graphs import TensorSpec
+from .fused import input_dtypes, run_entry, started
+from .graphs import TensorSpec, written_params
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
 from .tape_calls import operands_of, wants_gradient
@@ -168,7 +168,6 @@ class _Captured:
             self.batch_size = next((spec.shape[0] for spec in specs if spec.shape), None)
             specs = self._cut(specs)
         self.piece = PieceGraph(capture_vjp(self._function(with_grads), self._modules(), specs, autocast=None))
-        refuse_written_parameters(self.piece.graph)
         if not group.is_model:
             self.run = WholePiece(self.piece, self.num_processes)
         else:
@@ -278,6 +277,8 @@ class ComposedProgram:
         self.grad_names: tuple[str, ...] = tuple(dict.fromkeys(names)) if with_grads else ()
         self.draws_randomly = any(captured.piece.draws_randomly for captured in self._captured)
         self.writes_buffers = any(captured.piece.graph.buffer_names for captured in self._captured)
+        self.written_params = frozenset[str]().union(*(written_params(one.piece.graph) for one in self._captured))
+        self.writes_params = bool(self.written_params)
         self._batch = {(captured.batch_size,) for captured in self._captured if captured.batch_size is not None}
         self._wanted_inputs: dict[Operand, TensorSpec] = {}
         if with_grads:
@@ -363,9 +364,8 @@ class ComposedProgram:
         """Traceable; `grads` are of loss_scale * loss."""
         recipe = self._recipe
         keys = [self._key(part.draw_input, key, inputs) for part in recipe.parts]
-        held = [
-            {**buffers, **{name: inputs[index] for name, index in part.buffer_inputs.items()}} for part in recipe.parts
-        ]
+        start = [started(params, buffers, part.buffer_inputs, inputs) for part in recipe.parts]
+        own, held = [params for params, _ in start], [buffers for _, buffers in start]
         env: dict[Place, Any] = {}
         versions: dict[Place, int] = {}
         changed: dict[str, Any] = {}
@@ -381,13 +381,16 @@ class ComposedProgram:
                     self._to_shards(value, flag, axis)
                     for value, flag, axis in zip(values, stacked, captured.in_axes, strict=True)
                 ]
-                outputs, written, kept = captured.sharded.forward(params, held[group.part], shards, keys[group.part])
-                held[group.part].update(written)
+                outputs, written, kept = captured.sharded.forward(
+                    own[group.part], held[group.part], shards, keys[group.part]
+                )
+                held[group.part].update({name: value for name, value in written.items() if name not in params})
+                own[group.part] = {**own[group.part], **{n: v for n, v in written.items() if n in params}}
                 if not recipe.parts[group.part].is_executed:
                     changed.update(written)
                 outputs = [self._from_shards(v, a) for v, a in zip(outputs, captured.out_axes, strict=True)]
             else:
-                outputs, kept = captured.run.forward(params, values, stacked, keys[group.part])
+                outputs, kept = captured.run.forward(own[group.part], values, stacked, keys[group.part])
             made = []
             for place, output in zip(group.gives, outputs, strict=True):
                 env[place], versions[place] = output, count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 
@@ -15,6 +15,9 @@ from .modules import ManagedModel
 from .packing import Key, thaw
 from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result, spec_of
 from .tensors import ArrayCell, DeviceTensor, host_copy
+
+if TYPE_CHECKING:
+    from .tape_calls import TapeRecipe
 
 
 class Ref(NamedTuple):
@@ -31,7 +34,7 @@ class Entry:
 
     __slots__ = (
         "arguments", "changing", "children", "effects", "func", "gives_view", "is_eager", "model", "modes", "numbers", "parent",
-        "position", "recipes", "same", "site", "specs", "structure", "token", "unfollowed", "updates", "value", "writes",
+        "position", "recipes", "same", "site", "specs", "structure", "token", "unfollowed", "updates", "value", "writes", "writes_params",
     )  # fmt: skip
 
     def __init__(self, parent: Entry | None, func: Any, arguments: Key, modes: Modes, numbers: Numbers | None) -> None:
@@ -51,6 +54,7 @@ class Entry:
         self.same: dict[int, int] = {}  # outputs that are operands themselves -> which
         self.updates: list[tuple[int, OutSpec]] = []  # operands whose metadata the operation changes
         self.writes: tuple[int, ...] = ()  # operands that it writes to
+        self.writes_params = False  # a model call that writes to parameters in place
         self.gives_view = False
         self.value: Any = None  # what an operation without tensors in its result gives
         self.is_eager = False  # plain torch runs it
@@ -95,14 +99,16 @@ class Session:
         self.wanted: dict[int, torch.Tensor] = {}  # inputs of user code that want a gradient
         self.batch_size: int | None = None
         self.num_calls = 0
-        self.has_effects = False  # a model call may have changed buffers
+        self.has_effects = False  # a model call may have changed buffers, or parameters
+        self.writes_params = False
         self.is_executed = False  # its model calls ran, for the sake of their values
         self.start_buffers: dict[
             ManagedModel, dict[str, Any]
         ] = {}  # what the first run of its model calls started from
         self.start_params: list[Mapping[str, Any]] = []
         self.first_read: Any = None  # when a value was wanted first, and what was done for it: see foresight.py
-        self.writes_buffers = False  # the run that gave values changed buffers
+        self.writes_buffers = False  # the run that gave values changed buffers, or parameters
+        self.written_params: dict[tuple[ManagedModel, str], Any] = {}  # what forward made of parameters
         self.after_backward: Callable[[], None] | None = None
         self.shadows: Shadows | None = None
         self._inputs: dict[tuple[int, Any, bool], int] = {}
@@ -192,10 +198,14 @@ class Session:
         if not self.is_executed:
             self.start_buffers = {model: dict(model.handle.buffers) for model in self.models}
 
-    def note_run(self, *, writes_buffers: bool) -> None:
-        """Its operations ran."""
+    def note_run(self, recipe: TapeRecipe) -> None:
+        """Its operations ran, and what forward writes to in place has its new value."""
         self.is_executed = True
-        self.writes_buffers = self.writes_buffers or writes_buffers
+        self.writes_buffers = self.writes_buffers or recipe.writes_buffers
+        for model in self.models if recipe.written_params else ():
+            prefix = f"{model.handle.name}."
+            names = [name.removeprefix(prefix) for name in recipe.written_params if name.startswith(prefix)]
+            self.written_params.update({(model, name): model.handle.params[name] for name in names})
 
     def note_backward(self) -> None:
         """A backward of one of its values has run."""
@@ -212,7 +222,10 @@ class Session:
         for index in used:
             model, before = self.models[index], self.start_params[index]
             now = model.handle.params
-            if now is not before and any(now[name] is not value for name, value in before.items()):
+            if now is not before and any(
+                now[name] is not value and now[name] is not self.written_params.get((model, name))
+                for name, value in before.items()
+            ):
                 raise RuntimeError(
                     f"a parameter of {type(model.module).__name__} was changed (by an optimizer step or a write) after a forward"
                     " pass whose gradients are still wanted: call accelerator.backward before the change"

@@ -54,6 +54,8 @@ class CaptureScope:
         self.operations: list[Any] = []  # every torch function that ran, in order
         self.trace = Trace()  # the same with what they were given
         self.constants = Constants()
+        self.writes_params = False  # a forward writes to parameters in place; seen on fake tensors alone
+        self._param_storages: set[int] = set()
         self._given = {id(outside): (outside, leaf) for outside, leaf in given}
         self._found_ids: set[int] = set()
 
@@ -80,10 +82,17 @@ class CaptureScope:
         if all(watch.guard is not guard for watch in self.watches):
             self.watches.append(Watch(guard))
             self.trace.name_state(prepared.module)
+            fakes = [parameter for parameter in prepared.module.parameters() if isinstance(parameter, FakeTensor)]
+            self._param_storages |= {_storage(fake) for fake in fakes}
         self.trace.note(run_model, (args, kwargs))
         outputs = run_model(prepared.module, args, kwargs, self.autocast)
         self.trace.note_outputs(outputs)
         return outputs
+
+    def note_write(self, target: Any) -> None:
+        """An operation wrote to `target`; `.data` and views of a parameter have its storage."""
+        if isinstance(target, FakeTensor) and _storage(target) in self._param_storages:
+            self.writes_params = True
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """What takes the place of a tensor from outside. Raises PrepareError where its gradient would be lost."""
@@ -99,6 +108,20 @@ class CaptureScope:
             self._found_ids.add(id(tensor))
             self.found.append(tensor)
         return tensor if type(tensor) is torch.Tensor else torch.Tensor.detach(_plain(tensor))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def is_inplace_name(name: str) -> bool:
+    """True for add_, copy_, __iadd__, __setitem__ and their kin."""
+    if name.startswith("__"):
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        )
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _managed(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -139,6 +162,8 @@ class _Outside(TorchFunctionMode):
         self._scope.operations.append(func)
         given = (args, kwargs)
         self._scope.trace.note(func, given)
+        if args and is_inplace_name(getattr(func, "__name__", "")):
+            self._scope.note_write(args[0])
         if any(_is_outside(value) for value in (*args, *kwargs.values())):
             args, kwargs = self._replaced(args), self._replaced(kwargs)
         else:

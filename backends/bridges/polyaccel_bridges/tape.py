@@ -150,7 +150,9 @@ class Recorder:
             entry = look_at_model(self, session, model, token, key, tuple(numbers))
         self._enter_numbers(session, entry, numbers)
         session.num_calls += 1
-        session.has_effects = session.has_effects or (token.is_training and bool(model.handle.buffers))
+        session.writes_params = session.writes_params or entry.writes_params
+        changes_buffers = token.is_training and bool(model.handle.buffers)
+        session.has_effects = session.has_effects or changes_buffers or entry.writes_params
         entry.effects.apply()
         return self._append(session, entry, operands)
 
@@ -290,9 +292,11 @@ class Recorder:
                 self._execute(session)
 
     def settle_effects(self, model: ManagedModel, kind: str) -> None:
-        """Run recorded calls of a model that change its buffers, before somebody looks at them."""
+        """Run recorded calls of a model that change its buffers or parameters, before somebody looks at them."""
         session = self._session
-        if session is None or kind != "buffers" or not session.has_effects or session.is_executed:
+        if session is None or kind == "grads" or not session.has_effects or session.is_executed:
+            return
+        if kind == "params" and not session.writes_params:
             return
         if model in session.models:
             self._execute(session)
@@ -303,7 +307,7 @@ class Recorder:
         session.keep_start()
         call = value_call(self, session)
         self.engine.run_forward(call)
-        session.note_run(writes_buffers=call.signature.writes_buffers)
+        session.note_run(call.signature)
 
     def _close(self, session: Session) -> None:
         """End a recording. Its model calls run if they change buffers; values that are still held wait for `settle`."""

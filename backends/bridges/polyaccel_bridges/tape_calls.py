@@ -36,7 +36,9 @@ class Part:
     first_input: int
     num_inputs: int
     externals: tuple[Place, ...]
-    buffer_inputs: dict[str, int]  # buffers that the program starts from, as inputs; empty: the models' present ones
+    buffer_inputs: dict[
+        str, int
+    ]  # buffers and written parameters that come as inputs; empty: the models' present ones count
     draw_input: int | None  # where the number of its random stream stands, when it is not the call's own
     is_executed: bool
 
@@ -76,6 +78,7 @@ class TapeRecipe:
         self.models = tuple(dict.fromkeys(model for part in parts for model in part.models))
         self.output_axes: tuple[int | None, ...] = ()
         self.writes_buffers = False  # known once it is built, as the axes are
+        self.written_params: frozenset[str] = frozenset()
         self.consumed = frozenset() if loss is None else _ancestors(self.parts, loss)
         self.spent = _spent(self.parts)
         self.used = tuple(part.uses() for part in self.parts)
@@ -96,7 +99,7 @@ class TapeRecipe:
         build = fused_program if is_whole else composed_program
         program = build(self, specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)
         self.output_axes, self.writes_buffers = program.output_axes, program.writes_buffers
-        self.input_grads = program.input_grads
+        self.input_grads, self.written_params = program.input_grads, program.written_params
         return program
 
     def describe(self) -> tuple[str, dict[str, str]]:
@@ -275,7 +278,8 @@ class _Assembly:
         finished: list[Part] = []
         for index in reversed(range(len(self.parts))):
             path, part = self.sessions[index].path(), self.parts[index]
-            if part.is_executed and not any(entry.writes for entry in path):
+            changes = any(entry.writes or entry.writes_params for entry in path)
+            if part.is_executed and not changes:
                 path = _needed(path, roots[index])
             for entry in path:
                 for leaf in operands_of(entry):
@@ -307,6 +311,9 @@ class _Assembly:
             for name, array in buffers.items():
                 found[f"{model.handle.name}.{name}"] = len(self.inputs)
                 self._extend([array], [None])
+        for model, name in sorted(session.written_params, key=lambda place: (place[0].handle.name, place[1])):
+            found[f"{model.handle.name}.{name}"] = len(self.inputs)
+            self._extend([session.start_params[session.models.index(model)][name]], [None])
         return found
 
 
@@ -384,7 +391,7 @@ def loss_call(
             tensor = ref()
             if tensor is not None:
                 release(tensor, place, recipe, retain_graph=retain_graph)
-        session.note_run(writes_buffers=recipe.writes_buffers)
+        session.note_run(recipe)
         if keep is not None:
             keep(by_parameter, by_input)
             return

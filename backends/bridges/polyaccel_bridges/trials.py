@@ -253,7 +253,9 @@ def _looked_at(
         entry.structure, entry.specs = infer({model.handle.name: model.module}, run, specs, modes)
         return scope
 
-    entry.effects = learn(look(), look)
+    scope = look()
+    entry.writes_params = scope.writes_params
+    entry.effects = learn(scope, look)
     return entry
 
 

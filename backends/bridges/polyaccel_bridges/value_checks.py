@@ -1,6 +1,6 @@
 """Reads of a truth value that a captured program can do without; any other is refused as the read of a value that it is.
 
-A branch that only raises is not taken (raising_branches.py). In transformers,
+A branch that only raises is not taken (raising_branches.py), nor is torch's own check of a tensor. In transformers,
 `if not torch.isfinite(x).all(): x = torch.clamp(x, -largest, largest)` leaves finite values alone and is taken always.
 """
 
@@ -16,6 +16,7 @@ import torch
 from .raising_branches import Raise, raise_of
 
 _CHECKED = "_polyaccel_finite_check_of"
+_CHECK = torch._check_tensor_all_with.__code__  # it goes on, or raises
 _CLAMPS = frozenset({"isfinite", "clamp", "finfo", "max"})
 
 
@@ -49,11 +50,21 @@ def _known_truth(raises: list[Raise], tensor: torch.Tensor) -> bool | None:
     dtype = getattr(tensor, _CHECKED, None)
     if dtype is not None and _clamps_after(frame, dtype):
         return False
-    found = raise_of(tensor, frame)
+    found = _torchs_check(tensor, frame) or raise_of(tensor, frame)
     if found is None:
         return None
     raises.append(found)
     return not found.when
+
+
+def _torchs_check(tensor: torch.Tensor, caller: FrameType | None) -> Raise | None:
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and frame is not caller:
+        if frame.f_code is _CHECK:
+            place = "" if caller is None else f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            return Raise(tensor, False, place)
+        frame = frame.f_back
+    return None
 
 
 def _caller() -> FrameType | None:

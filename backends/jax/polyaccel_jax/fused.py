@@ -75,7 +75,8 @@ class FusedStep:
     def _program(self, call: ProgramCall, sync: bool) -> _Fused | None:
         """The one program for a call; None where it runs in pieces.
 
-        That is with accumulation, and where the loss gives gradients that are not this optimizer's alone: those accumulate.
+        That is with accumulation, where the loss gives gradients that are not this optimizer's alone (those accumulate), and where
+        the program itself writes to parameters: the update starts from what it wrote.
         """
         if not sync or not self._is_lone:
             return None
@@ -89,7 +90,8 @@ class FusedStep:
             program = work.program(call.inputs).program
             mine = {f"{self.model.name}.{name}" for name in self.optimizer.names}
             fused = None
-            if self.model in work.models and mine.issuperset(program.grad_names):
+            is_alone = mine.issuperset(program.grad_names) and not program.writes_params
+            if self.model in work.models and is_alone:
                 fused = _Fused(self.engine, work, self.optimizer, self._function(work), self.spec.on_grad_norm)
             self._programs[key] = fused
             return fused

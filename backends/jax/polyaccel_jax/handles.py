@@ -114,11 +114,15 @@ class JaxModel:
     def set_leaves(
         self, leaves: tuple[jax.Array, ...] | None, changed_buffers: Mapping[str, jax.Array] | None = None
     ) -> None:
-        """Take over new parameters (None: unchanged) and the buffers that changed."""
+        """Take over new parameters (None: unchanged) and the buffers that changed; a program may have written parameters among them."""
         if leaves is not None:
             self.leaves = leaves
         if changed_buffers:
-            self.buffer_arrays.update(changed_buffers)
+            written = changed_buffers.keys() & self.positions.keys()
+            if written:
+                pairs = zip(self.names, self.leaves, strict=True)
+                self.leaves = tuple(changed_buffers[name] if name in written else leaf for name, leaf in pairs)
+            self.buffer_arrays.update({name: value for name, value in changed_buffers.items() if name not in written})
         self.forget_views()
 
     def forget_views(self) -> None:

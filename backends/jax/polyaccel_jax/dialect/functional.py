@@ -219,6 +219,7 @@ class FlaxProgram:
         self.grad_names: tuple[str, ...] = self._grad_names() if with_grads else ()
         self.output_axes: tuple[int | None, ...] = ()
         self.draws_randomly = self._folds_keys or any(source.draws_from_key for source in self._sources)
+        self.writes_params = False
         if num_shards > 1:  # a replica program is cut and joined by axes that must be known before it is traced
             self._trace_abstractly(specs)
 
