@@ -173,8 +173,13 @@ def _acquire(path: Path, what: str, run: str | None) -> Lock:
             break
         os.close(descriptor)  # its owner removed it between our open and our lock
     facts = {"host": socket.gethostname(), "pid": os.getpid(), "run": run, "since": time.time()}
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(facts).encode() + b"\n", 0)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(facts).encode() + b"\n", 0)
+    except OSError:  # a full disk: an open descriptor would hold the lock for as long as this process lives
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
     _held[path] = Lock(path, descriptor)
     return _held[path]
 

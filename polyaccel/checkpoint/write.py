@@ -58,9 +58,13 @@ def begin_checkpoint(folder_url: Location, *, replace: bool = False, run: str | 
         try:
             sweep_target(target)
             _refuse_existing(target, replace)
-            _workplace(target, attempt).make()
         except BaseException:
             release_target(target)
+            raise
+        try:
+            _workplace(target, attempt).make()
+        except BaseException:
+            _discard(target, _workplace(target, attempt))
             raise
     return attempt
 

@@ -1,5 +1,6 @@
 """An acknowledged checkpoint outlives kill -9, a full disk and a power cut; a half-written one is never chosen, and never stays."""
 
+import errno
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from saving import contents, save
+from saving import contents, holds, save
+
+from polyaccel.errors import CheckpointError
 
 SCRIPT = Path(__file__).with_name("lone_writers.py")
 
@@ -78,6 +81,55 @@ def test_a_full_disk_is_an_error_and_the_previous_checkpoint_is_intact(tmp_path)
         subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
     assert "No space left on device" in found["said"]
     is_survived(found)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_every_single_call_that_the_disk_refuses_is_an_error_and_costs_nothing_else(tmp_path, monkeypatch, replace):
+    """The n-th change of the file system and all later writes fail, for every n; removing files still works, as on a full disk."""
+    writing = ("mkdir", "writev", "pwrite", "fsync", "rename")
+    left = 0
+
+    def failing(call):
+        def wrapper(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left <= 0 and not (call is os_rename and str(arguments[1]).endswith(".deleted")):
+                raise OSError(errno.EIO, "Input/output error")
+            return call(*arguments, **options)
+
+        return wrapper
+
+    os_rename = os.rename
+    for moment in range(1, 200):
+        place = tmp_path / str(moment)
+        place.mkdir()
+        save(place / "one", contents(1))
+        target = place / ("one" if replace else "two")
+        left = moment
+        with monkeypatch.context() as patch:
+            for name in writing:
+                patch.setattr(os, name, failing(getattr(os, name)))
+            try:
+                save(target, contents(2), replace=replace)
+            except CheckpointError as error:
+                said = str(error)
+            else:
+                break
+        assert "Input/output error" in said
+        # The last call brings the new name to the disk: without it the new checkpoint is there, and not acknowledged.
+        expected = {1, 2} if replace else {1}
+        assert any(holds(place / "one", contents(number)) for number in expected)
+        assert hidden(place) == set(), said
+        assert not (place / "two").exists() or holds(place / "two", contents(2))
+        save(target, contents(3), replace=True)
+        assert holds(target, contents(3))
+    assert holds(target, contents(2))
+    assert moment > 10
+
+
+def hidden(place):
+    """What failed attempts have left."""
+    return {name for name in os.listdir(place) if name.startswith(".")}
 
 
 # -- the order of what reaches the disk ----------------------------------------------------------------------------------------------
