@@ -327,6 +327,14 @@ class Conformance(Remembering):
         assert accelerator.broadcast_object_list([{"a": 1}]) == [{"a": 1}]
         accelerator.wait_for_everyone()
 
+    def test_the_store_gives_what_was_last_written_and_does_not_wait(self) -> None:
+        engine = self.accelerator()._engine
+        store = engine.collectives.store()
+        assert store.get("polyaccel.conformance/nobody-writes-this") is None
+        for text in ("first", "second"):
+            store.set(f"polyaccel.conformance/{engine.topology.process_index}", text)
+        assert store.get(f"polyaccel.conformance/{engine.topology.process_index}") == "second"
+
     def test_objects_between_processes_survive_the_wire(self) -> None:
         engine = self.accelerator()._engine
         value = {"n": 1, "x": [1.5, float("inf"), None, True], "s": ("a", b"b"), "array": np.arange(3)}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from polyaccel import Accelerator, preemption
+from polyaccel.checkpoint import open_checkpoint
 from polyaccel.config.schema import PREEMPTED
 from polyaccel.errors import LaunchError
 from polyaccel.preemption import Preemption
@@ -406,6 +407,77 @@ def test_every_form_of_a_step_leaves_before_the_next_batch(accelerator, form):
                 optimizer.zero_grad()
     assert taken == 2
     assert saved == [{"blocking": True}]
+
+
+class Noted:
+    """A registered object whose state is asked for in the middle of a save."""
+
+    def __init__(self, during_save):
+        self.during_save = during_save
+
+    def state_dict(self):
+        self.during_save()
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_signal_in_the_middle_of_a_save_lets_it_finish_and_the_next_step_is_saved(accelerator, tmp_path):
+    signals = [signal.SIGTERM, signal.SIGUSR1]
+    accelerator.register_for_checkpointing(Noted(lambda: signals and signal.raise_signal(signals.pop())))
+    model, optimizer, loader = accelerator.prepare(*tiny())
+    step = accelerator.train_step(squared, model, optimizer)
+    with pytest.raises(SystemExit) as left:  # noqa: PT012 - the loop is what a user writes
+        for batch in loader:
+            step(batch)
+            accelerator.save_state()  # and its writer is at work while the signal is handled
+    assert left.value.code == PREEMPTED
+    assert signals == []
+    for name in ("checkpoint_0", "checkpoint_1"):
+        assert open_checkpoint(tmp_path / "checkpoints" / name).shared["iteration"]
+
+
+def test_a_run_that_left_goes_on_with_the_next_batch(tmp_path):
+    def run(folder, signalled_at=None):
+        """Losses of two passes of four batches, and how the run ended."""
+        accelerator = Accelerator(backend="fake", preemption="save", project_dir=folder)
+        model, optimizer, loader = accelerator.prepare(*tiny())
+        if accelerator.has_checkpoint:
+            accelerator.load_state()
+        losses, code = [], None
+        try:
+            for _ in range(loader.state.epoch, 2):
+                for batch in loader:
+                    losses.append(float(accelerator.backward(squared, model, batch)))
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    if len(losses) == signalled_at:
+                        signal.raise_signal(signal.SIGTERM)
+        except SystemExit as left:
+            code = left.code
+        accelerator.end_training()
+        for number in preemption.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        return losses, code
+
+    whole, code = run(tmp_path / "whole")
+    assert (len(whole), code) == (8, None)
+    for cut in (1, 4, 7):  # in the first batch, at the end of a pass, near the end
+        folder = tmp_path / str(cut)
+        first, code = run(folder, signalled_at=cut)
+        assert (first, code) == (whole[:cut], PREEMPTED)
+        assert run(folder) == (whole[cut:], None)
+
+
+def test_a_signal_in_the_last_step_is_no_reason_to_come_back(accelerator):
+    model, optimizer, loader = accelerator.prepare(*tiny())
+    step = accelerator.train_step(squared, model, optimizer)
+    batches = iter(loader)
+    step(next(batches))
+    signal.raise_signal(signal.SIGTERM)
+    accelerator.end_training()  # nothing was asked for after that step
+    assert not accelerator.has_checkpoint
 
 
 def test_a_loop_without_a_prepared_loader_leaves_at_its_next_step(accelerator):
