@@ -11,11 +11,12 @@ import time
 import pytest
 
 from polyaccel.errors import PrepareError
-from polyaccel.looking import bars
+from polyaccel.looking import bars, instruments
 from polyaccel.looking.bars import Field, View
 from polyaccel.looking.devices import peak_of, process_memory
 from polyaccel.looking.meter import WINDOW_S, Meter, settle
 from polyaccel.looking.progress import Instruments, Progress
+from polyaccel.topology import Topology
 
 
 class Clock:
@@ -416,3 +417,37 @@ def test_accelerates_tqdm_is_shown_on_the_first_process_of_a_host_alone(monkeypa
     assert list(tqdm("ab")) == ["a", "b"]
     with pytest.raises(ValueError, match="main_process_only=True"):
         tqdm(True, range(3))
+
+
+class DeviceEngine:
+    """What an engine tells of its devices."""
+
+    device_name = "NVIDIA H100 80GB HBM3"
+
+    def __init__(self, kind, memory=None):
+        self.topology = Topology(0, 1, 0, 1, 8, kind)
+        self.memory = memory
+
+    def device_memory(self):
+        return self.memory
+
+
+def reads(engine, *features):
+    nothing = {"is_shown": True, "metrics": dict, "fetch": dict, "note": print}
+    return instruments(engine, frozenset(features), **nothing)
+
+
+def test_memory_is_that_of_the_device_or_of_the_process_where_the_device_is_the_host():
+    assert reads(DeviceEngine("tpu", (3, 4)), "device_stats").memory() == (3, 4)
+    used, limit = reads(DeviceEngine("cpu"), "device_stats").memory()
+    assert used > 2**20
+    assert limit is None
+    assert reads(DeviceEngine("cpu")).memory()[0] > 2**20
+    assert reads(DeviceEngine("tpu")).memory() is None, "what the host holds says nothing of a device"
+
+
+def test_the_peak_is_that_of_all_devices_of_the_job():
+    assert reads(DeviceEngine("cuda"), "device_stats").peak_flops == 8 * 989e12
+    assert reads(DeviceEngine("cuda")).peak_flops is None
+    assert reads(DeviceEngine("cuda")).fence is None
+    assert reads(DeviceEngine("cuda")).count_flops is None
