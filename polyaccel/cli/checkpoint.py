@@ -14,6 +14,8 @@ from polyaccel.cli import checkpoint_convert
 if TYPE_CHECKING:
     from polyaccel.checkpoint.read import Saved
 
+_LONGEST = 200
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands of `checkpoint`."""
@@ -122,9 +124,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _line(value: Any) -> str:
+    """A value in one line; of long ones (the state of a random generator) the beginning."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={_line(item)}" for name, item in value.items()) or "{}"
-    return str(value)
+    if isinstance(value, bytes):
+        return _count(len(value), "byte")
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def _count(number: int, noun: str, plural: str = "s") -> str:

@@ -71,6 +71,15 @@ def test_verify_of_one_checkpoint_has_an_exit_code(folder, capsys):
     assert main(["checkpoint", "verify", str(folder / "nowhere")]) == 1
 
 
+def test_long_values_are_cut(tmp_path, capsys):
+    save(tmp_path / "one", Contents(shared={"words": b"x" * 2500, "numbers": list(range(1000)), "short": b"y"}))
+    assert main(["checkpoint", "show", str(tmp_path / "one"), "--values"]) == 0
+    said = capsys.readouterr().out
+    assert "  words: 2500 bytes\n  numbers: [0, 1, 2," in said
+    assert "  short: 1 byte\n" in said
+    assert max(map(len, said.splitlines())) < 220
+
+
 def test_sizes_are_in_units_that_people_read(tmp_path, capsys):
     save(tmp_path / "one", Contents({"model": [whole("w", np.zeros(3 * 2**20, np.uint8))]}))
     assert main(["checkpoint", "show", str(tmp_path / "one")]) == 0
