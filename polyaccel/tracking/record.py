@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from polyaccel.errors import TrackerError
+from polyaccel.redaction import Redaction
 from polyaccel.tracking import surroundings
 from polyaccel.tracking.files import replace
-from polyaccel.redaction import Redaction
 
 VERSION = 1
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")

@@ -76,7 +76,8 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """ "running", "finished", "preempted" (saved to be continued), or "crashed": it ended by an exception, or its process is gone without having said anything.
+        """ "running", "finished", "preempted" (saved to be continued), or "crashed": it ended by an exception, or its process is gone
+        without having said anything.
 
         On the host of the run its process is looked up, elsewhere the heartbeat decides.
         """

@@ -18,11 +18,11 @@ from polyaccel.config.project import ProjectConfiguration
 from polyaccel.config.resolve import inherited_environment
 from polyaccel.errors import TrackerError, nearest
 from polyaccel.looking.meter import settle
+from polyaccel.redaction import Redaction
 from polyaccel.tracking import names, values
 from polyaccel.tracking.handles import Absorber, TrackerHandle
 from polyaccel.tracking.png import take_image
 from polyaccel.tracking.record import RunRecord
-from polyaccel.redaction import Redaction
 from polyaccel.tracking.tracker import RunInfo
 from polyaccel.tracking.worker import Worker
 from polyaccel.tracking.writer import Artifact, Event, Images, Metrics, RunWriter, Table

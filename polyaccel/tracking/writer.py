@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polyaccel.redaction import Redaction
 from polyaccel.tracking import artifacts
 from polyaccel.tracking.files import Lines, encode
 from polyaccel.tracking.png import to_png
-from polyaccel.redaction import Redaction
 from polyaccel.tracking.tracker import GeneralTracker
 from polyaccel.tracking.values import flatten, settle
 from polyaccel.tracking.worker import Worker

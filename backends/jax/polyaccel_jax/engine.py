@@ -55,7 +55,7 @@ class JaxEngine:
         # Several CPU devices of one process share a pool of threads. With 32 programs waiting (jaxlib's bound per device) their
         # collectives wait for each other for ever, so a process with such devices never runs far ahead of them.
         self._in_flight: deque[jax.Array] | None = None
-        self._latest: jax.Array | None = None
+        self._latest: Any = None  # the last result of a program
         self._holds_job = rendezvous.num_processes > 1 and _join(rendezvous)
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None

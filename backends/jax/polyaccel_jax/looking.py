@@ -75,6 +75,7 @@ def device_memory(devices: Iterable[jax.Device]) -> tuple[int, int | None] | Non
     found = [stats for device in devices if (stats := device.memory_stats())]
     if not found:
         return None
-    used = [stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)) for stats in found]  # not every platform keeps the peak
+    # Not every platform keeps the peak.
+    used = [stats.get("peak_bytes_in_use", stats.get("bytes_in_use", 0)) for stats in found]
     fullest = used.index(max(used))
     return used[fullest], found[fullest].get("bytes_limit")
