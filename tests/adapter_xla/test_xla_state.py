@@ -90,7 +90,7 @@ def test_optimizer_state_is_named_by_parameter():
     accelerator, _, optimizer, _ = trained()
     shards = {shard.name: shard for shard in accelerator._engine.read_state(optimizer)}
     assert shards["0.weight.exp_avg"].global_shape == (16, 8)
-    assert shards["0.weight/step"].data == 2
+    assert shards["0.weight.step"].data == 2
     assert {name.rpartition(".")[2] for name in shards} == {"step", "exp_avg", "exp_avg_sq"}
 
 
@@ -119,10 +119,16 @@ def test_bfloat16_values_make_the_round_trip_by_their_bits():
 @pytest.mark.parametrize(
     ("shards", "named"),
     [
-        ([Shard("bias", (4,), (0,), "float32", np.zeros(4, np.float32))], "lacks weight"),
-        ([Shard("wait", (4, 2), (0, 0), "float32", np.zeros((4, 2), np.float32))], "'wait', which is not here"),
-        ([Shard("weight", (2, 4), (0, 0), "float32", np.zeros((2, 4), np.float32))], r"\(2, 4\).*\(4, 2\)"),
-        ([Shard("weight", (4, 2), (0, 0), "float32", np.zeros((2, 2), np.float32))], "parts of weight"),
+        ([Shard("bias", (4,), (0,), "float32", np.zeros(4, np.float32))], "missing: weight"),
+        ([Shard("wait", (4, 2), (0, 0), "float32", np.zeros((4, 2), np.float32))], "unknown: wait"),
+        (
+            [
+                Shard("weight", (2, 4), (0, 0), "float32", np.zeros((2, 4), np.float32)),
+                Shard("bias", (4,), (0,), "float32", np.zeros(4, np.float32)),
+            ],
+            r"\(2, 4\).*\(4, 2\)",
+        ),
+        ([Shard("weight", (4, 2), (0, 0), "float32", np.zeros((2, 2), np.float32))], "weight: 4 of 8 elements"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(shards, named):
