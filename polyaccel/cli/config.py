@@ -109,7 +109,7 @@ def _check(options: argparse.Namespace) -> int:
         print(f"note: {note}")
     gathered = Gathered(read.values, read.sources, read.problems)
     config_of(gathered)
-    print(f"{path}: {len(read.values)} settings, no mistakes")
+    print(f"{path}: {len(read.values)} setting{'' if len(read.values) == 1 else 's'}, no mistakes")
     return 0
 
 
@@ -142,4 +142,4 @@ def _from_accelerate(options: argparse.Namespace) -> int:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(value) if isinstance(value, tuple) else "-" if value is None else str(value)
+    return (",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)) or "-"
