@@ -12,7 +12,7 @@ from polyaccel.checkpoint.run import Run, parts_of, settings_of
 from polyaccel.checkpoint.weights import state_dict_of
 from polyaccel.data import PreparedLoader, skip_first_batches
 from polyaccel.facade.parts import Parts
-from polyaccel.tracking import describe_job
+from polyaccel.tracking import describe_job, package_versions
 
 
 class Checkpoints(Parts):
@@ -151,7 +151,11 @@ class Checkpoints(Parts):
             run=self._live_run,
             share=lambda value: collectives.all_gather_object(value)[0],
             gather=collectives.all_gather_object,
-            facts=lambda: describe_job(self.backend, topology, self.plan) | {"config": settings_of(self.config)},
+            facts=lambda: {
+                **describe_job(self.backend, topology, self.plan),
+                "config": settings_of(self.config),
+                "packages": package_versions(),
+            },
             weights=lambda part: self.get_state_dict(part.public),
             completed=lambda path: self.tracking.event("checkpoint", path=path),
         )

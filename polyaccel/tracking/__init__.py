@@ -5,7 +5,7 @@ from polyaccel.tracking.observer import Observer
 from polyaccel.tracking.replay import replay
 from polyaccel.tracking.runs import Entry, Run, find_run, list_runs
 from polyaccel.tracking.session import Session
-from polyaccel.tracking.surroundings import describe_job
+from polyaccel.tracking.surroundings import describe_job, package_versions
 from polyaccel.tracking.tracker import GeneralTracker, RunInfo
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RunInfo",
     "Session",
     "describe_job",
+    "package_versions",
     "find_run",
     "list_runs",
     "register_tracker_class",

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from polyaccel.plan import Plan
-from polyaccel.topology import Topology
 from polyaccel.redaction import Redaction
+from polyaccel.topology import Topology
 
 PACKAGES = ("polyaccel", "torch", "torch_xla", "jax", "jaxlib", "flax", "optax", "numpy", "transformers", "safetensors")
 # Variables that change what a run computes or where. All others stay unread.
@@ -35,7 +36,7 @@ def describe(environment: Mapping[str, str], redaction: Redaction) -> dict[str, 
         "python": platform.python_version(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
-        "packages": _versions(),
+        "packages": package_versions(),
         "environment": redaction.tree(
             {name: value for name, value in environment.items() if name.startswith(_TELLING)}
         ),
@@ -76,7 +77,9 @@ def is_alive(pid: int, started: str | None) -> bool:
     return started is None or process_start(pid) in (started, None)
 
 
-def _versions() -> dict[str, str]:
+@cache
+def package_versions() -> dict[str, str]:
+    """The versions of polyaccel and of the frameworks that are installed; looked up once."""
     found = {}
     for name in PACKAGES:
         try:
