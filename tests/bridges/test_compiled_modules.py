@@ -76,6 +76,25 @@ def test_module_compile_in_place_is_captured_too():
         assert model(torch.ones(2, 6)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("whole_step", [False, True])
+def test_compiled_functions_of_a_loop_run_as_they_were_written(whole_step):
+    def script(acc):
+        wrap = as_written if isinstance(acc, PlainTorch) else compiled
+        model, optimizer = acc.prepare(net := Net(), sgd(net))
+        loss_fn = wrap(lambda out, y: F.cross_entropy(out, y) * 2)
+        forward = wrap(lambda x, y: F.cross_entropy(model(x), y) * 2)
+        losses = []
+        for x, y in batches(3):
+            loss = forward(x, y) if whole_step else loss_fn(model(x), y)
+            acc.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        return losses, [p.detach() for p in model.parameters()]
+
+    torch.testing.assert_close(run(script, on_jax()), run(script, PlainTorch()), atol=2e-6, rtol=2e-5)
+
+
 def test_a_compiled_loss_in_a_loss_function():
     loss_fn = torch.compile(F.cross_entropy, backend=never)
     acc = on_jax()

@@ -22,6 +22,7 @@ from . import scope as capturing
 from .calls import TorchCall, rebuild
 from .changing_numbers import may_change, number_key
 from .dispatch import NOT_RECORDED
+from .dynamo import keep_out
 from .forwards import Forwards
 from .halves import Halves, Unfollowed, leaves_of_graph
 from .modules import ManagedModel
@@ -79,6 +80,7 @@ class Recorder:
         """A model's values belong to the engine now."""
         self._engine = model.handle.engine
         self.models.append(model)
+        keep_out()
 
     def use(self, engine: Any) -> None:
         """The engine, for values that come before the first model."""
@@ -119,6 +121,7 @@ class Recorder:
 
     def call_model(self, model: ManagedModel, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a prepared model gives: recorded where gradients or recorded values are involved, else computed at once."""
+        keep_out()
         token = model.guard.token()
         modes = Modes.now()
         tensors = tensors_in((*args, *kwargs.values()))
