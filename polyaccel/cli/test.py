@@ -18,6 +18,7 @@ STAGES = {
     "train_step": "train with train_step",
     "gather": "gather every sample once",
 }
+_RIGHT, _WRONG = "the numbers are right", "NOT shown to compute the right numbers: see !! above"
 _DEADLINE = (
     "look for a firewall between the processes or a device that another program holds, or give --deadline-s more"
 )
@@ -67,20 +68,18 @@ def run(options: argparse.Namespace) -> int:
         if not probe.is_usable:
             print(f"  -  not usable here: {probe.reason}\n     cure: {probe.cure}")
             if asked:
-                results[name] = False
+                results[name] = "not usable here"
             continue
-        results[name] = True
+        results[name] = _RIGHT
         for finding in _findings(name, options, path, gathered):
             show(finding)
-            results[name] = results[name] and finding.is_good
+            results[name] = results[name] if finding.is_good else _WRONG
     print()
-    for name, is_good in results.items():
-        print(
-            f"{name}: {'the numbers are right' if is_good else 'NOT shown to compute the right numbers: see !! above'}"
-        )
+    for name, verdict in results.items():
+        print(f"{name}: {verdict}")
     if not results:
         raise LaunchError("no engine is installed here", "pip install 'polyaccel[torch]' or 'polyaccel[jax]'")
-    return 0 if all(results.values()) else 1
+    return 0 if set(results.values()) == {_RIGHT} else 1
 
 
 def _engines(flag: str | None, gathered: Gathered) -> tuple[bool, list[str]]:

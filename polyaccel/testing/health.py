@@ -24,7 +24,8 @@ def check(report: Report) -> bool:
     try:
         accelerator = Accelerator()
         say = report if accelerator.is_main_process else nobody
-        say(good(stage, f"{accelerator.backend}, {accelerator.num_processes} process(es)"))
+        count = accelerator.num_processes
+        say(good(stage, f"{accelerator.backend}, {count} process{'' if count == 1 else 'es'}"))
         stage, topology = "devices", accelerator.state
         say(good(stage, f"{topology.num_devices} x {topology.device_kind}"))
         stage = "step"

@@ -94,7 +94,7 @@ def test_an_engine_that_was_asked_for_and_is_not_here_is_a_failure(capsys, tmp_p
     monkeypatch.chdir(tmp_path)
     assert main(["test", "--backend", missing[0]]) == 1
     out = capsys.readouterr().out
-    assert "not usable here" in out
+    assert out.endswith(f"{missing[0]}: not usable here\n")
     assert "cure: pip install" in out
 
 
