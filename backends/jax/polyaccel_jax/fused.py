@@ -130,7 +130,7 @@ class FusedStep:
             grads = unscaled(named, scale, loss_scale)
             is_finite = None if scaler is None else all_finite(grads)
             norm = total_norm(list(grads.values()), 2.0) if max_norm is not None or tells_norm else None
-            if max_norm is not None:
+            if max_norm is not None and norm is not None:
                 factor = clip_factor(norm, max_norm)
                 grads = {name: grad * factor.astype(grad.dtype) for name, grad in grads.items()}
             trained, state, scaler, skipped = apply_update(optimizer, owned, grads, hyper, scaler, is_finite)
