@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from polyaccel.checkpoint.manifest import FileFacts
-from polyaccel.checkpoint.storage import Folder, Kind
+from polyaccel.checkpoint.storage import Folder, Kind, checksum
 from polyaccel.errors import CheckpointError
 
 _CHUNK = 1 << 20  # hashed and written while it is in the processor's cache
@@ -107,7 +107,7 @@ class LocalFolder:
         file = self.open(path)
         try:
             os.fsync(file.descriptor)
-            facts = FileFacts(file.size, hash_of(file))
+            facts = FileFacts(file.size, checksum(file))
         finally:
             file.close()
         folder = os.path.dirname(path)
@@ -196,18 +196,6 @@ class LocalFile:
 
     def close(self) -> None:
         os.close(self.descriptor)
-
-
-def hash_of(file: LocalFile) -> str:
-    """The xxh3_128 of all bytes of a file."""
-    import xxhash
-
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
-    for offset in range(0, file.size, _CHUNK):
-        chunk = buffer[: min(_CHUNK, file.size - offset)]
-        file.read_into(offset, chunk)
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _kind(mode: int) -> Kind:

@@ -10,12 +10,11 @@ from polyaccel.checkpoint.documents import MAX_BYTES, Malformed
 from polyaccel.checkpoint.dtypes import STORED, empty
 from polyaccel.checkpoint.local import LocalFolder
 from polyaccel.checkpoint.manifest import Manifest, decode_manifest
-from polyaccel.checkpoint.storage import Folder, Kind, Location, Readable, open_folder
+from polyaccel.checkpoint.storage import Folder, Kind, Location, Readable, checksum, explained, open_folder
 from polyaccel.checkpoint.tensor_file import Span, read_header
 from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
 
-_CHUNK = 1 << 20
 _OTHER = "load another checkpoint; `polyaccel checkpoint verify` says which are whole"
 
 
@@ -111,7 +110,8 @@ class Saved:
                     data = empty(array.dtype, piece.shape)
                     bits = data.reshape(-1).view("u1")
                     if span.end > span.start:
-                        files[piece.file].read_into(span.start, bits.data)
+                        with explained(f"{self.path}: {piece.file} cannot be read"):
+                            files[piece.file].read_into(span.start, bits.data)
                     if array.dtype == "bool" and bits.max(initial=0) > 1:
                         raise self._broken(piece.file, f"has a truth value other than 0 and 1 in {name!r:.200}")
                     yield Shard(name, array.shape, piece.offset, array.dtype, data)
@@ -144,25 +144,17 @@ class Saved:
 
     def verify(self, files: Collection[str] | None = None) -> None:
         """Read every byte (of these files only) and compare the checksums. Raises CheckpointError for the first file that differs."""
-        import xxhash
-
-        buffer = memoryview(bytearray(_CHUNK))
         for name, facts in self.manifest.files.items():
             if files is not None and name not in files:
                 continue
-            digest = xxhash.xxh3_128()
             file = self._open(name)
             try:
                 if file.size != facts.bytes:
                     raise self._broken(name, f"has {file.size} bytes, and was written with {facts.bytes}")
-                for offset in range(0, file.size, _CHUNK):
-                    chunk = buffer[: min(_CHUNK, file.size - offset)]
-                    file.read_into(offset, chunk)
-                    digest.update(chunk)
+                if checksum(file) != facts.xxh3_128:
+                    raise self._broken(name, "is not what was written: its checksum differs")
             finally:
                 file.close()
-            if digest.hexdigest() != facts.xxh3_128:
-                raise self._broken(name, "is not what was written: its checksum differs")
 
     def _check_headers(self) -> None:
         unclaimed = {(file, key) for file, spans in self._headers.items() for key in spans}

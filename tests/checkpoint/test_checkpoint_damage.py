@@ -1,5 +1,6 @@
 """A flipped bit, a truncated, missing, exchanged or foreign file, wherever it is, is found before any array is handed out."""
 
+import errno
 import os
 import pickle
 import random
@@ -173,6 +174,19 @@ def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path):
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_a_disk_that_fails_while_arrays_are_read_is_named_by_the_file(checkpoint, monkeypatch):
+    saved = open_checkpoint(checkpoint)
+
+    def failing(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Input/output error"):
+        list(saved.shards("model"))
+    with pytest.raises(CheckpointError, match="cannot be read: .*Input/output error"):
+        open_checkpoint(checkpoint)
 
 
 class Bomb:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 from collections import Counter, OrderedDict
 
 import numpy as np
@@ -169,6 +170,21 @@ def test_arrays_that_could_not_be_read_back_are_refused_and_nothing_stays(tmp_pa
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path / "one", Contents({"model": shards}))
     assert listing(tmp_path) == set()
+
+
+def test_neither_writing_nor_reading_copies_what_is_large(tmp_path):
+    size = 48 * 2**20
+    what = Contents({"model": [whole("w", np.zeros((size // 8, 8), np.uint8)), whole("small", np.zeros(3))]})
+    tracemalloc.start()  # numpy tells it of every array
+    try:
+        save(tmp_path / "one", what)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        saved = open_checkpoint(tmp_path / "one")
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+        assert sum(shard.data.nbytes for shard in saved.shards("model")) == size + 24
+        assert tracemalloc.get_traced_memory()[1] < size + 8 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 # -- values ----------------------------------------------------------------------------------------------------------------------
