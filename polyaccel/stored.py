@@ -21,12 +21,13 @@ class StoredArray:
     """An array that is not in memory: `read()` gives it as a host (numpy) array of `shape`, at every call anew.
 
     `dtype` is numpy's or ml_dtypes' name. What numpy alone has no type for may come as its bits ("bfloat16" in uint16, "float8_*"
-    in uint8) or as an ml_dtypes array; whoever takes it accepts both.
+    in uint8) or as an ml_dtypes array; whoever takes it accepts both. `kind` is whose array it is in user code: "torch", "numpy", "jax".
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], Any]
+    kind: str = "torch"
 
 
 class TreeFiles(Protocol):

@@ -15,11 +15,12 @@ from polyaccel.checkpoint import names
 from polyaccel.checkpoint.contents import Contents
 from polyaccel.checkpoint.export import sync_folder
 from polyaccel.checkpoint.formats import accelerate, dcp, huggingface, orbax
-from polyaccel.checkpoint.formats.bundle import Bundle, Choices, of_saved, to_contents
-from polyaccel.checkpoint.formats.meaning import parameters_of
+from polyaccel.checkpoint.formats.bundle import Bundle, Choices, numbered, of_saved, to_contents
+from polyaccel.checkpoint.formats.meaning import complete, is_optimizer, parameters_of
 from polyaccel.checkpoint.read import open_checkpoint
+from polyaccel.checkpoint.run import values_group
 from polyaccel.checkpoint.storage import is_url
-from polyaccel.checkpoint.write import abandon, begin_checkpoint, write_checkpoint
+from polyaccel.checkpoint.write import begin_checkpoint, write_checkpoint
 from polyaccel.errors import CheckpointError, nearest
 from polyaccel.stored import Spool
 
@@ -77,7 +78,7 @@ def convert(
         raise CheckpointError(f"{target} exists already", "choose another folder, or remove it yourself")
     bundle = _read(source, found, choices or Choices())
     bundle.parameters = parameters_of(bundle)
-    _select(bundle, only, source)
+    _select(bundle, only, source, found)
     if to == OURS:
         _write_ours(target, bundle, found)
     else:
@@ -93,42 +94,47 @@ def _read(source: Path, found: str, choices: Choices) -> Bundle:
     return bundle
 
 
-def _select(bundle: Bundle, only: Collection[str], source: Path) -> None:
+def _select(bundle: Bundle, only: Collection[str], source: Path, origin: str) -> None:
     if not only:
         return
-    known = {*bundle.groups, *bundle.shared}
+    groups = bundle.groups
+    known = {*bundle.groups, *bundle.shared.get("values", {})}
     for name in only:
         if name not in known:
             raise CheckpointError(f"--only {name}: {source} has no such group", nearest(name, known))
-    bundle.groups = {name: arrays for name, arrays in bundle.groups.items() if name in only}
-    bundle.shared = {name: value for name, value in bundle.shared.items() if name in only}
-    bundle.own = []
+    kept = {*only, *map(values_group, only)}
+    bundle.groups = {name: arrays for name, arrays in bundle.groups.items() if name in kept}
+    shared, bundle.shared, bundle.own = bundle.shared, {}, []
+    if not any(map(is_optimizer, only)):
+        return  # weights, and nothing that could be continued
+    bundle.shared["values"] = {name: value for name, value in shared.get("values", {}).items() if name in kept}
+    for key in ("parameter_names", "group_sizes"):
+        entries = zip(numbered(groups, "optimizer"), shared.get(key, ()), strict=False)
+        bundle.shared[key] = [entry for group, entry in entries if group in kept]
+    complete(bundle, origin)
 
 
 def _write_ours(target: Path, bundle: Bundle, found: str) -> None:
     num_processes = max(1, len(bundle.own))
-    attempt = begin_checkpoint(target)
-    try:
-        with Spool(target.absolute().parent) as spool:
-            shares = [to_contents(bundle, spool), *(Contents(own=own) for own in bundle.own[1:])]
-            with ThreadPoolExecutor(num_processes) as pool:
-                parts = [
-                    pool.submit(
-                        write_checkpoint,
-                        target,
-                        share,
-                        attempt=attempt,
-                        process_index=index,
-                        num_processes=num_processes,
-                        facts={"converted_from": found},
-                    )
-                    for index, share in enumerate(shares)
-                ]
-                for part in parts:
-                    part.result()
-    except BaseException:
-        abandon(target, attempt)
-        raise
+    target.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with Spool(target.absolute().parent) as spool:
+        shares = [to_contents(bundle, spool), *(Contents(own=own) for own in bundle.own[1:])]
+        attempt = begin_checkpoint(target)
+        with ThreadPoolExecutor(num_processes) as pool:
+            parts = [
+                pool.submit(
+                    write_checkpoint,
+                    target,
+                    share,
+                    attempt=attempt,
+                    process_index=index,
+                    num_processes=num_processes,
+                    facts={"converted_from": found},
+                )
+                for index, share in enumerate(shares)
+            ]
+            for part in parts:
+                part.result()
 
 
 def _write_foreign(target: Path, bundle: Bundle, module: ModuleType) -> None:

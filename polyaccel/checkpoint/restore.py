@@ -194,7 +194,7 @@ def _changes(saved: Saved, run: Run) -> Iterator[str]:
         ("registered objects", run.registered),
     ):
         if parts and saved.shared[role.partition(" ")[0]] is None:
-            yield f"{role} start anew: the checkpoint comes from another library, which keeps nothing about them"
+            yield f"{role} start anew: the checkpoint was converted, and holds nothing about them"
     scaler = run.engine.read_scaler()
     if scaler is not None and saved.shared["scaler"] is None:
         yield "the loss scale starts anew: there was none when the checkpoint was written"
@@ -206,7 +206,7 @@ def _restore_random(saved: Saved, run: Run) -> list[str]:
     index = run.engine.topology.process_index
     owns = [saved.own(i) for i in range(saved.num_processes)]
     if "generators" not in owns[0]:
-        return ["random numbers go on as they are here: the checkpoint comes from another library, and holds none"]
+        return ["random numbers go on as they are here: the checkpoint was converted, and holds none"]
     fresh = zlib.crc32(f"{run.seed}/{saved.manifest.attempt}/{index}".encode())
     said = []
     mine = owns[min(index, len(owns) - 1)]

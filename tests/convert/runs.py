@@ -21,16 +21,18 @@ class Average:
     def __init__(self) -> None:
         self.mean = torch.zeros(2)
         self.count = 0
+        self.history = np.zeros(3)
 
     def update(self, value: torch.Tensor) -> None:
+        self.history[self.count % 3] = self.count
         self.count += 1
         self.mean = self.mean + value.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "count": self.count}
+        return {"mean": self.mean, "count": self.count, "history": self.history}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean, self.count = state["mean"], state["count"]
+        self.mean, self.count, self.history = state["mean"], state["count"], state["history"]
 
 
 class Net(nn.Module):

@@ -61,6 +61,7 @@ def test_accelerate_continues_a_run_of_ours(tmp_path: Path, backend: str) -> Non
     for name, value in other.weights().items():
         np.testing.assert_array_equal(value, weights[name], err_msg=name)
     assert other.average.count == NUM_STEPS
+    assert isinstance(other.average.history, np.ndarray)
     assert other.schedule.scheduler.milestones == {2: 1, 5: 1}
     continued = other.train(NUM_STEPS, NUM_STEPS + 4)
     np.testing.assert_allclose(continued, losses, rtol=TOLERANCE)
@@ -171,6 +172,22 @@ def test_values_of_every_process_are_kept(tmp_path: Path) -> None:
     assert saved.own(0)["generators"]["torch"] != saved.own(1)["generators"]["torch"]
 
 
+def test_a_part_of_a_checkpoint_can_be_taken(tmp_path: Path) -> None:
+    run, folder = ours(tmp_path)
+    convert(folder, tmp_path / "part", "polyaccel", only=["model", "optimizer"])
+    other = Training(Accelerator(backend="torch", cpu=True), seed=1)
+    other.accelerator.load_state(tmp_path / "part")
+    for name, value in other.weights().items():
+        np.testing.assert_array_equal(value, run.weights()[name], err_msg=name)
+    assert other.optimizer.param_groups[0]["lr"] == run.optimizer.param_groups[0]["lr"] == 0.025
+    assert other.schedule.scheduler.last_epoch == 0
+    convert(folder, tmp_path / "weights", "polyaccel", only=["model"])
+    with pytest.raises(CheckpointError, match="was not written by save_state"):
+        other.accelerator.load_state(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="--only modle"):
+        convert(folder, tmp_path / "none", "polyaccel", only=["modle"])
+
+
 def test_names_that_torch_has_kept_need_no_file(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     accelerator = accelerate.Accelerator(cpu=True)
@@ -194,6 +211,6 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     said = capsys.readouterr().out
     assert "(accelerate) ->" in said
-    assert "model (7), custom_0 (1), optimizer (18)" in said
+    assert "model (7), custom_0 (2), optimizer (18)" in said
     assert main(["checkpoint", "convert", str(folder), target, "--to", "polyaccel"]) == 1
     assert "exists already" in capsys.readouterr().err

@@ -217,9 +217,11 @@ def write(path: Path, bundle: Bundle) -> None:
         values = bundle.shared.get("values", {})
         for index, group in enumerate(numbered(values, "scheduler")):
             files.write(path / f"scheduler{_suffix(index)}.bin", mapped(values_of(bundle, group)))
-        custom = [name for name in values if name.startswith("custom_")]
-        for index in range(len(custom)):
-            files.write(path / f"custom_checkpoint_{index}.pkl", mapped(values_of(bundle, f"custom_{index}")))
+        for name in values:
+            if name.startswith("custom_"):
+                files.write(
+                    path / f"custom_checkpoint_{name.removeprefix('custom_')}.pkl", mapped(values_of(bundle, name))
+                )
     if bundle.shared.get("scaler"):
         files.write(path / "scaler.pt", _scaler(bundle.shared["scaler"]))
     for index, own in enumerate(bundle.own):
@@ -238,7 +240,7 @@ class _Mapping:
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, StoredArray):
-            return StoredArray(value.dtype, value.shape, lambda: self._spool.keep(value.read()))
+            return StoredArray(value.dtype, value.shape, lambda: self._spool.keep(value.read()), value.kind)
         if type(value) is dict:
             return {key: self(item) for key, item in value.items()}
         return type(value)(self(item) for item in value) if type(value) in (list, tuple) else value
@@ -292,7 +294,8 @@ def _random(bundle: Bundle, own: dict[str, Any]) -> dict[str, Any]:
     if "numpy" in generators:
         one = generators["numpy"]
         key = np.frombuffer(one["key"], "<u4").astype(np.uint32)
-        tree["numpy_random_seed"] = (one["kind"], key, one["position"], one["has_gauss"], one["gauss"])
+        stored = StoredArray("uint32", key.shape, lambda: key, "numpy")
+        tree["numpy_random_seed"] = (one["kind"], stored, one["position"], one["has_gauss"], one["gauss"])
     if "torch" in generators:
         state = np.frombuffer(bytearray(generators["torch"]), np.uint8)
         tree["torch_manual_seed"] = StoredArray("uint8", state.shape, lambda: state)

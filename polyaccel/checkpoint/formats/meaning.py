@@ -6,6 +6,7 @@ Where a foreign checkpoint does not say something, the entry is None: `restore` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -43,7 +44,7 @@ def put_stored(value: Any, arrays: Mapping[str, StoredArray]) -> Any:
     """The value with its arrays, which are not read."""
     if type(value) is dict:
         if set(value) == {_MARK, _KIND}:
-            return arrays[value[_MARK]]
+            return replace(arrays[value[_MARK]], kind=value[_KIND])
         return {key: put_stored(item, arrays) for key, item in value.items()}
     if type(value) in (list, tuple):
         return type(value)(put_stored(item, arrays) for item in value)
@@ -51,10 +52,10 @@ def put_stored(value: Any, arrays: Mapping[str, StoredArray]) -> Any:
 
 
 def take_stored(value: Any, where: str, into: Arrays) -> Any:
-    """The value as `put_stored` takes it; its arrays, torch's, go to `into`."""
+    """The value as `put_stored` takes it; its arrays go to `into`."""
     if isinstance(value, StoredArray):
         into[where] = value
-        return {_MARK: where, _KIND: "torch"}
+        return {_MARK: where, _KIND: value.kind}
     inside = f"{where}." if where else ""
     if type(value) is dict:
         return {key: take_stored(item, f"{inside}{key}", into) for key, item in value.items()}

@@ -35,9 +35,9 @@ class OrbaxFiles:
             ) from error
         reader = _Reader(folder, uses_zarr3=bool(described.use_zarr3))
         tree = reader.tree(described.tree, ())
-        if described.custom_metadata:
-            tree = {**tree, EXTRA: described.custom_metadata}
-        return tree
+        if not isinstance(tree, dict):
+            tree = {str(position): item for position, item in enumerate(tree)} if isinstance(tree, list) else {"": tree}
+        return {**tree, EXTRA: described.custom_metadata} if described.custom_metadata else tree
 
     def write(self, path: Path, tree: Any) -> None:
         """Write the tree as `StandardCheckpointer().save` would; arrays come from files and are not copied."""

@@ -16,6 +16,7 @@ from polyaccel_torch.files.pickled_data import Pickled, read_pickle
 from polyaccel_torch.files.torch_file import from_torch, import_torch
 
 INDEX = ".metadata"
+_DEEPEST = 64  # levels of a tree
 _CLASSES = "torch.distributed.checkpoint.metadata."
 
 
@@ -27,19 +28,16 @@ class DcpFiles:
     def read(self, path: Path) -> Any:
         """The saved state_dict, nested as it was. Tensors of any sharding are put together when they are read."""
         import_torch()
-        index = _record(read_pickle((path / INDEX).read_bytes()), "Metadata", path)
-        entries = index.attribute("state_dict_metadata")
-        chunks = _chunks(index, path)
-        paths = index.attribute("planner_data") or {}
-        tree: dict[Any, Any] = {}
-        for key, entry in entries.items():
-            value = (
-                _tensor(key, entry, chunks.get(key, {}), path)
-                if entry.name == f"{_CLASSES}TensorStorageMetadata"
-                else _value(key, chunks.get(key, {}), path)
-            )
-            _insert(tree, paths.get(key, (key,)), value)
-        return _with_lists(tree)
+        try:
+            return _tree(_record(read_pickle((path / INDEX).read_bytes()), "Metadata", path), path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path / INDEX} cannot be read: {error.strerror}", "check its permissions"
+            ) from error
+        except (AttributeError, TypeError, KeyError, IndexError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / INDEX} is damaged: {error}", "take another copy of the checkpoint"
+            ) from error
 
     def write(self, path: Path, tree: Any) -> None:
         """Write the tree as a state_dict that `dcp.load` reads: one process, one file, flushed to the disk."""
@@ -47,6 +45,31 @@ class DcpFiles:
         from polyaccel_torch.files.dcp_writer import save
 
         save(path, tree)
+
+
+def _tree(index: Pickled, path: Path) -> Any:
+    entries = index.attribute("state_dict_metadata")
+    chunks = _chunks(index, path)
+    paths = index.attribute("planner_data") or {}
+    tree: dict[Any, Any] = {}
+    for key, entry in entries.items():
+        value = (
+            _tensor(key, entry, chunks.get(key, {}), path)
+            if entry.name == f"{_CLASSES}TensorStorageMetadata"
+            else _value(key, chunks.get(key, {}), path)
+        )
+        _insert(tree, _place(paths.get(key, (key,))), value)
+    return _with_lists(tree)
+
+
+def _place(path: Any) -> tuple[Any, ...]:
+    if (
+        not isinstance(path, tuple)
+        or not 0 < len(path) <= _DEEPEST
+        or not all(type(part) in (str, int) for part in path)
+    ):
+        raise ValueError(f"an array stands at {path!r:.100}")
+    return path
 
 
 def _record(value: Any, name: str, path: Path) -> Pickled:

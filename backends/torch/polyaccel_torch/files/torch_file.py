@@ -69,7 +69,7 @@ def from_torch(value: Any, where: str) -> Any:
             raise CheckpointError(f"{where} is a sparse or quantized tensor", "save it as a dense tensor")
         return store(value)
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return StoredArray(value.dtype.name, value.shape, lambda: value)
+        return StoredArray(value.dtype.name, value.shape, lambda: value, "numpy")
     if isinstance(value, np.generic):
         return value.item()
     return _mapped(value, where, from_torch)
@@ -77,17 +77,23 @@ def from_torch(value: Any, where: str) -> Any:
 
 def to_torch(value: Any, where: str) -> Any:
     """Stored arrays as tensors, numpy numbers as Python's; containers stay. Raises CheckpointError for anything else."""
-    import numpy as np
-
     from polyaccel_torch.files.host_arrays import load
 
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     if isinstance(value, StoredArray):
-        return load(value, where)
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:  # numpy's own generator is kept in one
-        return value
+        # jax's arrays cannot be in a file of torch's; numpy's can, and numpy's own generator is kept in one.
+        return load(value, where) if value.kind == "torch" else _plain(value)
     return _mapped(value, where, to_torch)
+
+
+def _plain(array: StoredArray) -> Any:
+    import numpy as np
+
+    data = np.asarray(array.read())
+    if data.dtype.name == array.dtype:
+        return data
+    raise CheckpointError(f"an array of dtype {array.dtype} is no array that numpy has", "keep it as a torch tensor")
 
 
 def _mapped(value: Any, where: str, one: Callable[[Any, str], Any]) -> Any:
