@@ -185,7 +185,7 @@ def test_a_disk_that_fails_while_arrays_are_read_is_named_by_the_file(checkpoint
     monkeypatch.setattr(os, "preadv", failing)
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Input/output error"):
         list(saved.shards("model"))
-    with pytest.raises(CheckpointError, match="cannot be read: .*Input/output error"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Input/output error"):
         open_checkpoint(checkpoint)
 
 
