@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import MutableMapping
 from typing import Any
 
 from polyaccel import jobs
+from polyaccel.config.resolve import inherited_environment
 from polyaccel.errors import NotStartedError
 
 
@@ -69,7 +69,8 @@ def get_logger(name: str, log_level: str | None = None) -> ProcessLogger:
 
     May be called before the Accelerator exists; logging may not. Same name and meaning as `accelerate.logging.get_logger`.
     """
-    level = log_level or os.environ.get("POLYACCEL_LOG_LEVEL") or os.environ.get("ACCELERATE_LOG_LEVEL")
+    variables = inherited_environment()
+    level = log_level or variables.get("POLYACCEL_LOG_LEVEL") or variables.get("ACCELERATE_LOG_LEVEL")
     logger = logging.getLogger(name)
     if level is not None:
         logger.setLevel(level.upper())

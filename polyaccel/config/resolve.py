@@ -144,7 +144,7 @@ def environment_for(gathered: Gathered, *, launched: str) -> dict[str, str]:
 
 
 def inherited_environment() -> dict[str, str]:
-    """A copy of this process's environment, for the processes that the launcher starts."""
+    """A copy of this process's environment: for processes that it starts, and for variables that are no settings."""
     return dict(os.environ)
 
 

@@ -28,6 +28,14 @@ class Steps(Parts):
         if self._observer is not None:
             self._observer.before_step()
         is_call = callable(loss) and not hasattr(loss, "dtype")
+        result = self._differentiate(loss, is_call, args, kwargs)
+        if self._preemption is not None:
+            self._preemption.after_backward()
+        if self._observer is not None:
+            self._observer.after_backward(result if is_call else loss)
+        return result if is_call else None
+
+    def _differentiate(self, loss: Any, is_call: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         bridge = self._prepared.bridge
         if not is_call and bridge is None and not self._differentiates_values:
             raise UnsupportedError(
@@ -39,13 +47,7 @@ class Steps(Parts):
         if bridge is not None:
             work = bridge.lower(work, "loss")
         result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)
-        if bridge is not None and is_call:
-            result = bridge.lift(result)
-        if self._preemption is not None:
-            self._preemption.after_backward()
-        if self._observer is not None:
-            self._observer.after_backward(result if is_call else loss)
-        return result if is_call else None
+        return bridge.lift(result) if bridge is not None and is_call else result
 
     def train_step(
         self,
