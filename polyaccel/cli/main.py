@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -52,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 0
     try:
-        return int(import_module(f"polyaccel.cli.{options.command}").run(options))
+        code = int(import_module(f"polyaccel.cli.{options.command}").run(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough. What is still buffered must go nowhere, or the interpreter complains at its exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except PolyaccelError as error:
         print(f"polyaccel {options.command}: {error}", file=sys.stderr)
         return 1
