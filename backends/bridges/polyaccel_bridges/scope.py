@@ -111,7 +111,8 @@ class CaptureScope:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
+    with torch._C.DisableTorchFunction():  # to look is no operation of the user's
+        number: int = tensor.untyped_storage()._cdata
     return number
 
 
