@@ -65,7 +65,14 @@ class Manifest:
     @property
     def added(self) -> tuple[str, ...]:
         """Files that belong to no group: a hook has put them there."""
-        return tuple(name for name in self.files if not names.is_data_file(name))
+        data_files = self.data_files
+        return tuple(name for name in self.files if name not in data_files)
+
+    @property
+    def data_files(self) -> frozenset[str]:
+        """Files in which arrays of groups lie."""
+        arrays = (array for group in self.groups.values() for array in group.values())
+        return frozenset(piece.file for array in arrays for piece in array.pieces)
 
 
 @dataclass(frozen=True, slots=True)

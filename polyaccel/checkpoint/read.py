@@ -123,6 +123,7 @@ class Saved:
         """Compare the folder with the manifest: none missing, none too many, each of its size and with its arrays."""
         expected = {*self.manifest.files, names.MANIFEST}
         there = self._folder.files()
+        data_files = self.manifest.data_files
         for name in sorted(expected - there.keys()):
             raise self._broken(name, "is missing")
         for name in sorted(there.keys() - expected):
@@ -134,7 +135,7 @@ class Saved:
             try:
                 if file.size != facts.bytes:
                     raise self._broken(name, f"has {file.size} bytes, and was written with {facts.bytes}")
-                if names.is_data_file(name):
+                if name in data_files:
                     self._headers[name] = read_header(file)
             except Malformed as error:
                 raise self._broken(name, f"has a damaged header: {error}") from None

@@ -145,6 +145,13 @@ def _write_part(work: Folder, contents: Contents, attempt: str, process_index: i
             stored.append((group, file, tensors))
     if num_processes == 1:
         _require_whole(groups)
+    there = work.entries() if work.can_rename else {}
+    for group, file, _ in stored:
+        if file in there:
+            raise CheckpointError(
+                f"a hook has written {file!r} into {work.url}, where the arrays of {group!r} belong",
+                "let it write under another name, or take that model's weights out of the list that it is given",
+            )
     files = {
         file: work.write(file, layout(tensors, {"format": "polyaccel", "group": group}))
         for group, file, tensors in stored
@@ -302,10 +309,11 @@ def _complete(
 
 def _name_plainly(work: Folder, files: dict[str, FileFacts], groups: Groups) -> None:
     """`model.00001-of-00004.safetensors` becomes `model.safetensors` where no other process holds anything of the model."""
+    there = work.entries()
     for group, arrays in groups.items():
         used = {piece.file for array in arrays.values() for piece in array.pieces}
         plain = names.data_file(group, 0, 1)
-        if len(used) != 1 or plain in used:
+        if len(used) != 1 or plain in used or plain in there:
             continue
         (old,) = used
         work.rename_file(old, plain)
@@ -315,13 +323,7 @@ def _name_plainly(work: Folder, files: dict[str, FileFacts], groups: Groups) -> 
 
 
 def _adopted(work: Folder, name: str, kind: str) -> FileFacts:
-    if (
-        kind != "file"
-        or not names.is_safe(name)
-        or names.is_data_file(name)
-        or name == names.MANIFEST
-        or names.is_part(name)
-    ):
+    if kind != "file" or not names.is_safe(name) or name == names.MANIFEST or names.is_part(name):
         raise CheckpointError(
             f"{name!r:.200} was put into {work.url}, and a checkpoint cannot keep it",
             "let hooks write plain files whose names are none of the checkpoint's own",

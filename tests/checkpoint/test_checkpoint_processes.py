@@ -201,21 +201,22 @@ def test_an_abandoned_attempt_leaves_nothing_and_frees_the_name(tmp_path):
 
 
 def test_files_of_hooks_are_kept_with_their_checksum_wherever_they_are(tmp_path):
+    added = ("config.json", "unet/weights.bin", "unet/deep/x", "pytorch_lora_weights.safetensors", "scheduler.bin")
     attempt = begin_checkpoint(tmp_path / "one")
     place = work_folder(tmp_path / "one", attempt)
     os.makedirs(os.path.join(place, "unet", "deep"))
-    for name in ("config.json", "unet/weights.bin", "unet/deep/x"):
+    for name in added:
         with open(os.path.join(place, name), "w") as file:
             file.write(name)
     write_checkpoint(tmp_path / "one", contents(), attempt=attempt, process_index=0, num_processes=1, facts={})
-    assert set(open_checkpoint(tmp_path / "one").manifest.added) == {"config.json", "unet/weights.bin", "unet/deep/x"}
+    assert set(open_checkpoint(tmp_path / "one").manifest.added) == set(added)
     assert (tmp_path / "one/unet/deep/x").read_text() == "unet/deep/x"
     (tmp_path / "one/unet/deep/x").write_text("unet/deep/y")
     with pytest.raises(CheckpointError, match="unet/deep/x is not what was written"):
         open_checkpoint(tmp_path / "one")
 
 
-@pytest.mark.parametrize("name", ["optimizer_7.safetensors", "link", "manifest.json", "new\nline"])
+@pytest.mark.parametrize("name", ["part-00007.json", "link", "manifest.json", "new\nline"])
 def test_files_of_hooks_that_no_checkpoint_can_hold_are_refused(tmp_path, name):
     attempt = begin_checkpoint(tmp_path / "one")
     path = os.path.join(work_folder(tmp_path / "one", attempt), name)
@@ -227,3 +228,20 @@ def test_files_of_hooks_that_no_checkpoint_can_hold_are_refused(tmp_path, name):
     with pytest.raises(CheckpointError, match="a checkpoint cannot keep it"):
         write_checkpoint(tmp_path / "one", contents(), attempt=attempt, process_index=0, num_processes=1, facts={})
     assert listing(tmp_path) == set()
+
+
+def test_a_hook_that_writes_where_the_arrays_belong_is_told_so(tmp_path):
+    attempt = begin_checkpoint(tmp_path / "one")
+    with open(os.path.join(work_folder(tmp_path / "one", attempt), "model.safetensors"), "w") as file:
+        file.write("x")
+    with pytest.raises(
+        CheckpointError, match=r"a hook has written 'model\.safetensors' .* where the arrays of 'model' belong"
+    ):
+        write_checkpoint(tmp_path / "one", contents(), attempt=attempt, process_index=0, num_processes=1, facts={})
+    attempt = begin_checkpoint(tmp_path / "one")
+    with open(os.path.join(work_folder(tmp_path / "one", attempt), "model.safetensors"), "w") as file:
+        file.write("the hook's own")
+    rest = Contents({"optimizer": contents().groups["optimizer"]})
+    write_checkpoint(tmp_path / "one", rest, attempt=attempt, process_index=0, num_processes=1, facts={})
+    assert open_checkpoint(tmp_path / "one").manifest.added == ("model.safetensors",)
+    assert holds(tmp_path / "one", rest)
