@@ -68,10 +68,19 @@ def test_an_sbatch_script_starts_one_launcher_per_node_with_every_setting(script
     run = next(line for line in text.splitlines() if line.startswith("srun"))
     inner = shlex.split(shlex.split(run)[-1])
     assert inner == [
-        *["exec", "polyaccel", "launch", "--mixed-precision", "bf16", "--num-machines=2"],
+        *["exec", "polyaccel", "launch", "--mixed-precision", "bf16", "--preemption", "save", "--num-machines=2"],
         *[str(script), "--name", "a b"],
     ]
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_job_of_slurm_saves_when_it_is_signalled_unless_the_setting_says_otherwise(script, capsys):
+    assert launch("--on", "slurm", "--emit", script) == 0
+    assert "--preemption save" in capsys.readouterr().out
+    assert launch("--on", "slurm", "--emit", "--preemption", "off", script) == 0
+    assert "--preemption" not in capsys.readouterr().out
+    assert launch("--on", "hosts", "--hosts.names", "a,b", "--emit", script) == 0
+    assert "--preemption" not in capsys.readouterr().out
 
 
 def test_the_job_is_handed_to_sbatch_and_its_number_told(script, capsys, fake_tool):
