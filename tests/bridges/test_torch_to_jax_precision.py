@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bridge_scripts import PlainTorch, on_jax, run
+from captured_parity import train_both
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -142,3 +143,14 @@ def test_one_seed_gives_the_same_dropout_again():
         return seen
 
     assert losses() == losses()
+
+
+def test_attention_in_float64_is_computed_in_float64():
+    model = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def step(modules, x):
+        out, _ = modules["model"](x, x, x, need_weights=False)
+        return out.square().mean()
+
+    assert train_both(step, {"model": model}, [x], floor=1e-3).worst < 1e-12

@@ -32,6 +32,7 @@ from .module_state import ModuleState, collect_state, filled
 from .raising_branches import poisoned
 from .recomputation import hold_back_recomputation
 from .sources import SourceNotes
+from .upstream_dtypes import correct_dtypes
 
 CAPTURE_LOCK = threading.RLock()  # capture exchanges module slots and process-wide flags
 Kind = Literal["training", "forward", "vjp"]
@@ -118,6 +119,7 @@ def trace(
             refuse_host_random(
                 module, traced_graph, ", ".join(type(root).__name__ for root in modules.values()) or "the function"
             )
+    correct_dtypes(module.graph)
     hold_back_recomputation(module.graph)
     nodes = list(module.graph.nodes)
     results = list(nodes[-1].args[0])
