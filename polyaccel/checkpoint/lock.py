@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +56,8 @@ class Lock:
         if self._holds == 0:
             del _held[self._path]
             # While it is still locked: whoever opened it before notices, in `_acquire`, that the name is gone.
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # a lock file that stays is swept, and locks nothing
+                self._path.unlink()
             os.close(self._descriptor)
 
     def __enter__(self) -> Lock:
