@@ -19,7 +19,7 @@ from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
 from polyaccel.plan import Plan, make_plan
-from polyaccel.preemption import Preemption
+from polyaccel.preemption import TRACKERS_S, Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.protocols import CompileEvent, LoaderSpec
 from polyaccel.registry import choose_backend
@@ -144,7 +144,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
             self._engine.collectives.store,
             process_index=topology.process_index,
             num_processes=topology.num_processes,
-            is_in_loader=lambda: state.active_dataloader is not None,
+            outermost_loader=lambda: state.outermost_dataloader,
             closes_window=lambda: state.sync_gradients,
             project_dir=self.project_configuration.project_dir,
             save=lambda: self.save_state(blocking=True),
@@ -250,6 +250,8 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
 
     def _leave_preempted(self) -> None:
         self._engine.collectives.barrier("polyaccel.preemption")  # a launcher ends the others when the first leaves
+        project = self.project_configuration
+        project.tracker_finish_timeout_s = min(project.tracker_finish_timeout_s, TRACKERS_S)
         self.tracking.finish("preempted")
         self.end_training()
 

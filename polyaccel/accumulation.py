@@ -57,6 +57,11 @@ class GradientState:
         return self._running[-1]() if self._running else None
 
     @property
+    def outermost_dataloader(self) -> Any:
+        """The running loader that started first, or None: the loop over it holds all others."""
+        return next((loader for ref in self._running if (loader := ref()) is not None), None)
+
+    @property
     def end_of_dataloader(self) -> bool:
         """True while the active loader's last batch is being used."""
         loader = self.active_dataloader

@@ -27,6 +27,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.5  # between two looks at the store
 _ANSWER_POLL_S = 0.02
 _ANSWER_TIMEOUT_S = 120.0  # a process answers from a thread, whatever its main thread does
+TRACKERS_S = 5.0  # to send what they hold: the exit code must not be late, and the run folder has all of it
 _GOODBYE_S = 2 * POLL_S
 _ENDED = "ended"
 
@@ -40,8 +41,8 @@ class Preemption:
     Args:
         open_store: gives a connection to the job's store; not called in a job of one process.
         process_index, num_processes: this process in its job.
-        is_in_loader: whether a prepared loader is being iterated over. Then its requests for a batch are the boundaries, else the calls
-            that begin a step.
+        outermost_loader: the prepared loader whose loop holds all others that run, if one runs. Then its requests for a batch are the
+            boundaries, else the calls that begin a step.
         closes_window: whether the current micro batch ends in an update.
         project_dir: where `save` saves to; without one a signal ends the run with an error, and `start` says so.
         save: saves everything and returns when it is saved.
@@ -54,7 +55,7 @@ class Preemption:
         *,
         process_index: int,
         num_processes: int,
-        is_in_loader: Callable[[], bool],
+        outermost_loader: Callable[[], Any],
         closes_window: Callable[[], bool],
         project_dir: Any,
         save: Callable[[], Any],
@@ -63,7 +64,7 @@ class Preemption:
         self._open_store = open_store
         self._process_index = process_index
         self._num_processes = num_processes
-        self._is_in_loader = is_in_loader
+        self._outermost_loader = outermost_loader
         self._closes_window = closes_window
         self._project_dir = project_dir
         self._save = save
@@ -108,14 +109,14 @@ class Preemption:
 
     # -- called by the facade, at every step -----------------------------------------------------------------------------------
 
-    def before_batch(self) -> None:
-        """A prepared loader is asked for a batch: the step before it, if there was one, is over."""
-        if self._has_updated:
+    def before_batch(self, loader: Any) -> None:
+        """A prepared loader is asked for a batch: the step before it is over, unless this is an evaluation inside the step."""
+        if self._has_updated and self._outermost_loader() is loader:
             self._at_boundary()
 
     def before_call(self) -> None:
         """A call begins a step: the one before it is over, unless that is for a loader to say."""
-        if self._has_updated and not self._is_in_loader():
+        if self._has_updated and self._outermost_loader() is None:
             self._at_boundary()
 
     def after_backward(self) -> None:

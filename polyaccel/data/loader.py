@@ -108,7 +108,7 @@ class PreparedLoader:
         self._host = host
         self._place = place
         self._lift = lift
-        self.before_batch: list[Callable[[], None]] = []  # called whenever the loop asks for a batch
+        self.before_batch: list[Callable[[PreparedLoader], None]] = []  # called whenever a loop asks for a batch
         self._observer = observer
         self._prefetch = prefetch
         self._skip = skip  # of every pass
@@ -257,7 +257,7 @@ class PreparedLoader:
             is_exhausted = False
             while True:
                 for call in self.before_batch:  # may save: nothing of this pass has begun then
-                    call()
+                    call(self)
                 if source is None:
                     source, present = self._begin()
                     position.running = running

@@ -85,7 +85,7 @@ class Observer:
             self._seen += new
             self._save("start", self._seen)
 
-    def before_step(self) -> None:
+    def before_step(self, loader: Any = None) -> None:
         """Note the time, or end the script where the updates asked for are done.
 
         Called when the loop asks for a batch, which is when a step is over, and again before a backward, for scripts whose loader is not

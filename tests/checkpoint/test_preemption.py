@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,21 +20,25 @@ from polyaccel.preemption import Preemption
 from polyaccel.registry import register_backend
 from polyaccel.store import MemoryStore
 from polyaccel.testing.fake import FakeBackend, FakeLoader, FakeModel, FakeSGD
+from polyaccel.tracking import list_runs
 
 register_backend(FakeBackend())
+
+
+LOADER = object()
 
 
 class Watched:
     """A Preemption of one process, what it did, and a loop that takes steps."""
 
-    def __init__(self, *, in_loader=True, save=None):
+    def __init__(self, *, loader=LOADER, save=None):
         self.done = []
         self.closes = True
         self.preemption = Preemption(
             MemoryStore,
             process_index=0,
             num_processes=1,
-            is_in_loader=lambda: in_loader,
+            outermost_loader=lambda: loader,
             closes_window=lambda: self.closes,
             project_dir="project",
             save=save or (lambda: self.done.append("save")),
@@ -42,7 +47,7 @@ class Watched:
         self.preemption.start()
 
     def step(self):
-        self.preemption.before_batch()
+        self.preemption.before_batch(LOADER)
         self.preemption.after_backward()
 
 
@@ -101,11 +106,11 @@ def test_a_second_signal_is_harmless_before_during_and_after_the_save(watched):
 def test_a_signal_before_the_first_update_waits_for_it(watched):
     one = watched()
     signal.raise_signal(signal.SIGTERM)  # while preparing, or compiling
-    one.preemption.before_batch()
+    one.preemption.before_batch(LOADER)
     assert one.done == []
     one.preemption.after_backward()
     with pytest.raises(SystemExit):
-        one.preemption.before_batch()
+        one.preemption.before_batch(LOADER)
 
 
 def test_an_open_window_is_completed_first(watched):
@@ -131,13 +136,15 @@ def test_a_signal_after_the_last_step_lets_the_script_end(watched):
 
 
 def test_inside_a_loader_its_request_for_a_batch_is_the_boundary_and_else_the_call(watched):
-    inside, outside = watched(in_loader=True), watched(in_loader=False)
+    inside, outside = watched(), watched(loader=None)
     for one in (inside, outside):
         one.preemption.after_backward()
     signal.raise_signal(signal.SIGTERM)  # the second has taken the signal, and passes it on to the first
     inside.preemption.before_call()  # the second backward of an iteration: of a GAN, say
+    inside.preemption.before_batch(object())  # an evaluation inside the iteration
     assert inside.done == []
-    for one, boundary in ((inside, inside.preemption.before_batch), (outside, outside.preemption.before_call)):
+    before_batch = partial(inside.preemption.before_batch, LOADER)
+    for one, boundary in ((inside, before_batch), (outside, outside.preemption.before_call)):
         with pytest.raises(SystemExit):
             boundary()
         assert one.done == ["save", "leave"]
@@ -212,7 +219,7 @@ def test_a_boundary_costs_less_than_a_microsecond(watched):
     def cost_s():
         start = time.perf_counter()
         for _ in range(10_000):
-            before_batch()
+            before_batch(LOADER)
             after_backward()
         return (time.perf_counter() - start) / 10_000
 
@@ -239,7 +246,7 @@ class Job:
             lambda: self.store,
             process_index=index,
             num_processes=num_processes,
-            is_in_loader=lambda: True,
+            outermost_loader=lambda: LOADER,
             closes_window=lambda: True,
             project_dir="project",
             save=lambda: self.saved.setdefault(index, self.begun[index]),
@@ -260,7 +267,7 @@ class Job:
             member.start()  # off the main thread: signals come through `signal`
             try:
                 for _ in range(num_steps):
-                    member.before_batch()
+                    member.before_batch(LOADER)
                     self.begun[index] += 1
                     end = time.monotonic() + 20
                     while min(self.begun) < self.begun[index] - self._runs_ahead:
@@ -268,7 +275,7 @@ class Job:
                         time.sleep(0.0002)
                     time.sleep(pause())
                     member.after_backward()
-                member.before_batch()
+                member.before_batch(LOADER)
             except SystemExit as left:
                 codes[index] = left.code
             member.close()
@@ -322,7 +329,7 @@ def test_a_process_that_does_not_answer_is_named(monkeypatch):
     alone.after_backward()
     time.sleep(0.05)
     with pytest.raises(LaunchError, match="process 1 did not say"):
-        alone.before_batch()
+        alone.before_batch(LOADER)
     alone.close()
 
 
@@ -341,7 +348,7 @@ def test_a_job_that_can_no_longer_be_reached_trains_on(monkeypatch):
     time.sleep(0.05)
     for _ in range(3):
         alone.after_backward()
-        alone.before_batch()
+        alone.before_batch(LOADER)
     assert job.saved == {}
     alone.close()
 
@@ -468,6 +475,46 @@ def test_a_run_that_left_goes_on_with_the_next_batch(tmp_path):
         first, code = run(folder, signalled_at=cut)
         assert (first, code) == (whole[:cut], PREEMPTED)
         assert run(folder) == (whole[cut:], None)
+
+
+def test_an_evaluation_inside_a_step_belongs_to_it(accelerator):
+    model, optimizer, loader = accelerator.prepare(*tiny())
+    evaluation = accelerator.prepare(tiny()[2])
+    step = accelerator.train_step(squared, model, optimizer)
+    evaluated = []
+    with pytest.raises(SystemExit):  # noqa: PT012 - the loop is what a user writes
+        for batch in loader:
+            step(batch)
+            signal.raise_signal(signal.SIGTERM)
+            evaluated.append([float(squared(model, one)) for one in evaluation])
+    assert len(evaluated) == 1  # to its end, and then the next batch was asked for
+    assert loader.state.epoch == 0
+
+
+def test_two_loaders_that_run_side_by_side_are_both_at_the_same_batch(accelerator, tmp_path):
+    model, optimizer, one, other = accelerator.prepare(*tiny(), tiny()[2])
+    taken = 0
+    with pytest.raises(SystemExit):  # noqa: PT012 - the loop is what a user writes
+        for batch, _ in zip(one, other, strict=True):
+            taken += 1
+            accelerator.backward(squared, model, batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            signal.raise_signal(signal.SIGTERM)
+    saved = open_checkpoint(tmp_path / "checkpoints" / "checkpoint_0").shared["loaders"]
+    assert [state["batch"] for state in saved] == [taken, taken] == [1, 1]
+
+
+def test_a_run_that_left_says_so_and_its_trackers_do_not_keep_it(accelerator, tmp_path):
+    model, optimizer, loader = accelerator.prepare(*tiny())
+    step = accelerator.train_step(squared, model, optimizer)
+    with pytest.raises(SystemExit):  # noqa: PT012 - the loop is what a user writes
+        for batch in loader:
+            accelerator.log({"loss": step(batch)})
+            signal.raise_signal(signal.SIGTERM)
+    (run,) = list_runs(tmp_path / "runs")
+    assert run.status == "preempted"
+    assert accelerator.project_configuration.tracker_finish_timeout_s == preemption.TRACKERS_S
 
 
 def test_a_signal_in_the_last_step_is_no_reason_to_come_back(accelerator):
