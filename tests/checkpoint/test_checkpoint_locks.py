@@ -154,7 +154,8 @@ def test_a_forked_worker_does_not_keep_the_lock_of_its_parent(tmp_path):
         held = lock_folder(sys.argv[1])
         if os.fork() == 0:
             os.close(1)
-            time.sleep(30)
+            time.sleep(10)
+            os._exit(0)
         print("forked", flush=True)
         os._exit(0)
     """
