@@ -152,7 +152,7 @@ class Ranks(nn.Module):
 
 
 def test_torchs_own_check_of_a_tensor_gives_nan_where_it_would_raise():
-    # What transformers compares the number of image tokens with that of patches by.
+    # What transformers compares the number of image tokens with that of patches by; holds the lowering of `aten._is_all_true.default`.
     class Checked(nn.Module):
         def __init__(self):
             super().__init__()

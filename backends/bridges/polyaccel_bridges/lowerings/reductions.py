@@ -211,7 +211,7 @@ def any_of(self: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Arra
     return _truth(jnp.any, self, dim, keepdim)
 
 
-@lowers(aten.all.default, aten.all.dim, aten.all.dims)
+@lowers(aten.all.default, aten.all.dim, aten.all.dims, aten._is_all_true.default)
 def all_of(self: jax.Array, dim: Dims = None, keepdim: bool = False) -> jax.Array:
     return _truth(jnp.all, self, dim, keepdim)
 
