@@ -6,7 +6,7 @@ import sys
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback():
     command = [sys.executable, "-m", "polyaccel.cli.main", "config", "show"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.close()  # what `| head` does
-    said = process.stderr.read()
-    assert (process.wait(60), said) == (141, b"")  # 128 + SIGPIPE, as other programs of a pipe end
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # what `| head` does
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")  # 128 + SIGPIPE, as other programs of a pipe end
