@@ -23,7 +23,13 @@ class Finding:
 
 
 def launched(
-    module: str, flags: Sequence[str], stages: Mapping[str, str], deadline_s: float, *, cure: str
+    module: str,
+    flags: Sequence[str],
+    stages: Mapping[str, str],
+    deadline_s: float,
+    *,
+    cure: str,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Finding]:
     """The findings of a module that `polyaccel launch` runs; a framework that hangs or crashes takes nobody with it.
 
@@ -33,8 +39,9 @@ def launched(
         stages: in their order, what each does, in words that follow "did not".
         deadline_s: for all of them together.
         cure: what to do where they are not through by then.
+        arguments: of the module, before the report.
     """
-    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", *flags, "-m", module]
+    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", *flags, "-m", module, *arguments]
     yield from reported(command, stages, deadline_s, cure=cure, by_hand=["polyaccel", *command[3:]])
 
 

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config-file", "--config_file", type=Path, help="as for launch (default: the file that is in force here)"
     )
+    parser.add_argument(
+        "--dialect", metavar="torch|flax", help="language of the script that is tried (default: each engine's own)"
+    )
     parser.add_argument("--num-processes", "--num_processes", metavar="N", help="as for launch")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where an accelerator is present")
     parser.add_argument(
@@ -105,12 +108,14 @@ def _findings(backend: str, options: argparse.Namespace, path: Path | None, gath
         flags += ["--num-machines", "1", "--machine-rank", "0", "--main-process-ip", "127.0.0.1"]
         count = None if count is None else count // machines
     flags += ["--num-processes", str(count)] if count is not None else []
-    yield from launched("polyaccel.testing.trial", flags, STAGES, options.deadline_s, cure=_DEADLINE)
+    dialect = [] if options.dialect is None else [options.dialect]
+    module = "polyaccel.testing.trial"
+    yield from launched(module, flags, STAGES, options.deadline_s, cure=_DEADLINE, arguments=dialect)
     if options.conformance:
-        yield from _conformance(backend, options.deadline_s)
+        yield from _conformance(backend, dialect, options.deadline_s)
 
 
-def _conformance(backend: str, deadline_s: float) -> Iterator[Finding]:
+def _conformance(backend: str, dialect: list[str], deadline_s: float) -> Iterator[Finding]:
     """The suite asks for settings itself: none of this configuration reaches it."""
     import sys
 
@@ -120,7 +125,7 @@ def _conformance(backend: str, deadline_s: float) -> Iterator[Finding]:
 
     environment = environment_without_settings()
     environment |= load_backend(backend).worker_slots(1, use_cpu=True)[0].environment
-    command = [sys.executable, "-m", "polyaccel.testing.suite", backend]
+    command = [sys.executable, "-m", "polyaccel.testing.suite", backend, *dialect]
     stages = {"conformance": "run the conformance suite"}
     yield from reported(
         command, stages, deadline_s, cure="give --deadline-s more", by_hand=command, environment=environment

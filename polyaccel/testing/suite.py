@@ -1,6 +1,6 @@
 """Runs the conformance suite on one backend with pytest, and reports: what `polyaccel test --conformance` starts.
 
-python -m polyaccel.testing.suite BACKEND REPORT
+python -m polyaccel.testing.suite BACKEND [DIALECT] REPORT
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from polyaccel.registry import load_backend
 from polyaccel.testing import suite
+from polyaccel.testing.cases import case_for
 from polyaccel.testing.conformance import Conformance
 from polyaccel.testing.findings import writer
 
@@ -42,10 +42,11 @@ class Outcomes:
 
 def main() -> int:
     """Run the suite; the exit code says whether every test passed."""
-    backend, report = sys.argv[1], writer(sys.argv[2])
+    backend, *dialect, path = sys.argv[1:]
+    report = writer(path)
 
     class TestHere(Conformance):
-        case = load_backend(backend).case()
+        case = case_for(backend, *dialect)
 
     # pytest finds tests in modules: this one, by the name that it imports it under.
     suite.TestHere = TestHere  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """What `polyaccel test` runs in the processes of an engine: a small training under the configuration in force, held against numpy.
 
-    polyaccel launch --backend NAME -m polyaccel.testing.trial REPORT
+    polyaccel launch --backend NAME -m polyaccel.testing.trial [DIALECT] REPORT
 
 Every form of a step trains the same linear model on the same rows, over the mesh, in the precision and with the accumulation that
 are configured; each loss and the final weights are compared with those of float64. Process 0 appends a JSON line per stage to REPORT.
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from polyaccel import Accelerator
+from polyaccel.case import Case
 from polyaccel.registry import load_backend
+from polyaccel.testing.cases import case_for
 from polyaccel.testing.findings import Report, bad, good, nobody, writer
 from polyaccel.testing.reference import BIAS, LR, WEIGHT, number, on_host, reference
 
@@ -49,21 +51,24 @@ _GPU = _Tolerance(5e-3, "float32, products in TF32")
 _TPU = _Tolerance(3e-2, "float32, products in bfloat16")
 
 
-def run(report: Report) -> bool:
-    """Run all stages; True if all went well. Every process of the job must call it."""
+def run(report: Report, dialect: str | None = None) -> bool:
+    """Run all stages in the engine's dialect, or another; True if all went well. Every process of the job must call it."""
     stage = "open"
     try:
         accelerator = Accelerator()
         say = report if accelerator.is_main_process else nobody
-        backend = load_backend(accelerator.backend)
+        case = case_for(accelerator.backend, dialect)
+        is_native = case.dialect == load_backend(accelerator.backend).capabilities.dialect
+        takes_values = "backward_value" in load_backend(accelerator.backend).capabilities.features
         tolerance = _tolerance(accelerator)
         say(good(stage, f"{_job(accelerator)}; within {tolerance.relative:g} ({tolerance.reason})"))
         for stage in ("value", "function", "train_step"):
-            if stage == "value" and "backward_value" not in backend.capabilities.features:
+            # Loss values of torch can be differentiated on every engine: a bridge records how they came about.
+            if stage == "value" and not (takes_values if is_native else case.dialect == "torch"):
                 say(good(stage, "the engine differentiates functions, not values: the forms below are the ones to use"))
                 continue
             start = time.perf_counter()
-            losses, apart = _train(accelerator, stage, tolerance)
+            losses, apart = _train(accelerator, case, stage, tolerance)
             say(
                 good(
                     stage,
@@ -72,7 +77,7 @@ def run(report: Report) -> bool:
                 )
             )
         stage = "gather"
-        say(good(stage, _gather(accelerator)))
+        say(good(stage, _gather(accelerator, case)))
         return True
     except Exception as error:  # noqa: BLE001 - whatever the engine raises is the finding
         report(bad(stage, error))
@@ -102,9 +107,8 @@ def _tolerance(accelerator: Accelerator) -> _Tolerance:
     return _TOLERANCES[accelerator.mixed_precision]
 
 
-def _train(accelerator: Accelerator, form: str, tolerance: _Tolerance) -> tuple[list[float], float]:
+def _train(accelerator: Accelerator, case: Case, form: str, tolerance: _Tolerance) -> tuple[list[float], float]:
     """The losses of one form, and the greatest difference from the reference. Raises ArithmeticError above the tolerance."""
-    case = load_backend(accelerator.backend).case()
     accumulate, shards = accelerator.gradient_accumulation_steps, accelerator.num_data_shards
     # Two whole accumulation windows and a short one at the end of the loader.
     count = 2 * accumulate + 1
@@ -130,7 +134,7 @@ def _train(accelerator: Accelerator, form: str, tolerance: _Tolerance) -> tuple[
 
 
 def _losses(
-    accelerator: Accelerator, form: str, case: Any, model: Any, optimizer: Any, loader: Any
+    accelerator: Accelerator, form: str, case: Case, model: Any, optimizer: Any, loader: Any
 ) -> tuple[list[float], list[int]]:
     """Every loss as its mean over the processes, and after which of them an update was skipped (float16 looks for its scale)."""
     losses: list[float] = []
@@ -175,9 +179,8 @@ def _difference(form: str, name: str, mine: Any, theirs: Any, tolerance: _Tolera
     return float(gaps.max())
 
 
-def _gather(accelerator: Accelerator) -> str:
+def _gather(accelerator: Accelerator, case: Case) -> str:
     """Every sample of a loader that does not divide comes back once and in order, and objects of every process reach all."""
-    case = load_backend(accelerator.backend).case()
     shards = accelerator.num_data_shards
     x = np.arange(3 * (ROWS * shards + 1), dtype=np.float32).reshape(-1, 3)
     batch_size = ROWS * shards if accelerator.plan.split_batches else ROWS
@@ -193,7 +196,8 @@ def _gather(accelerator: Accelerator) -> str:
 
 def main() -> int:
     """Run the stages and write them down; the exit code says whether all went well."""
-    return 0 if run(writer(sys.argv[1])) else 1
+    *dialect, path = sys.argv[1:]
+    return 0 if run(writer(path), *dialect) else 1
 
 
 if __name__ == "__main__":

@@ -43,6 +43,20 @@ def test_an_engine_gives_the_right_numbers_through_the_users_file(tmp_path, back
     assert done.stdout.endswith(f"{backend}: the numbers are right\n")
 
 
+@pytest.mark.skipif("jax" not in INSTALLED, reason="the xla environment has no jax; the main one runs it")
+def test_a_script_of_another_dialect_is_tried_through_its_bridge(tmp_path):
+    done = polyaccel("--backend", "jax", "--dialect", "torch", "--cpu", folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("losses and the weights differ from numpy by at most") == 3  # a loss value, too
+
+
+def test_a_dialect_that_nobody_speaks_is_refused_with_a_cure(monkeypatch):
+    made = []
+    monkeypatch.setattr(trial, "Accelerator", lambda: Accelerator(backend="fake"))
+    assert not trial.run(made.append, "cobol")
+    assert "no engine that speaks cobol is installed here" in made[0]["words"]
+
+
 def findings(monkeypatch, **settings):
     """What the trial reports of the engine without a framework, in this process."""
     made = []
