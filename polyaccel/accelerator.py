@@ -144,7 +144,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
             self._engine.collectives.store,
             process_index=topology.process_index,
             num_processes=topology.num_processes,
-            outermost_loader=lambda: state.outermost_dataloader,
+            outermost_loader=state.outermost_dataloader,
             closes_window=lambda: state.sync_gradients,
             project_dir=self.project_configuration.project_dir,
             save=lambda: self.save_state(blocking=True),

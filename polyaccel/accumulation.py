@@ -56,10 +56,9 @@ class GradientState:
         """The innermost running loader, or None."""
         return self._running[-1]() if self._running else None
 
-    @property
     def outermost_dataloader(self) -> Any:
         """The running loader that started first, or None: the loop over it holds all others."""
-        return next((loader for ref in self._running if (loader := ref()) is not None), None)
+        return self._running[0]() if self._running else None
 
     @property
     def end_of_dataloader(self) -> bool:
