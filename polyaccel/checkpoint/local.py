@@ -18,7 +18,8 @@ from polyaccel.errors import CheckpointError
 
 _CHUNK = 1 << 20  # hashed and written while it is in the processor's cache
 _MAX_BUFFERS = 512  # of one writev; the system's own limit is 1024
-_WRITEBACK = 64 << 20  # the disk starts on this much while the rest is still being copied
+_WRITEBACK = 32 << 20  # the disk starts on this much while the rest is still being copied,
+_BEHIND = 16 << 20  # this far behind, since a page that is on its way to the disk cannot be written to
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _SAFE = os.O_NOFOLLOW | os.O_CLOEXEC
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2
@@ -95,9 +96,9 @@ class LocalFolder:
                 for chunk in batch:
                     digest.update(chunk)
                 size += _write_all(descriptor, batch)
-                if size - started >= _WRITEBACK:
-                    _start_writeback(descriptor, started, size - started)
-                    started = size
+                if size - _BEHIND - started >= _WRITEBACK:
+                    _start_writeback(descriptor, started, _WRITEBACK)
+                    started += _WRITEBACK
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
