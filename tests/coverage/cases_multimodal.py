@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +49,6 @@ def seen_and_told(step: int) -> Batch:
 
 
 def _llava() -> Any:
-    os.environ["TRANSFORMERS_DISABLE_TORCH_CHECK"] = "1"  # of the process that measures this case
     text = transformers.LlamaConfig(**TEXT)
     vision = transformers.CLIPVisionConfig(**VISION)
     config = transformers.LlavaConfig(
@@ -90,8 +88,7 @@ CASES = (
           lambda step: (lambda b: b | {"labels": b["input_ids"]})(pairs(step)), own_loss),
     _case("ViLT", made("ViltForQuestionAnswering", "ViltConfig", **VISION | TEXT, num_labels=5, type_vocab_size=2),
           vision_and_question, own_loss, "chooses patches at random among those that the mask leaves, at a shape that depends on it"),
-    _case("LLaVA", _llava, seen_and_told, own_loss,
-          "TRANSFORMERS_DISABLE_TORCH_CHECK=1: transformers compares the number of image tokens with that of patches by value"),
+    _case("LLaVA", _llava, seen_and_told, own_loss),
     _case("GIT", lambda: transformers.GitForCausalLM(without_dropout(transformers.GitConfig(vision_config=dict(VISION), **TEXT))),
           lambda step: (lambda b: b | {"labels": b["input_ids"]})(pairs(step)), own_loss),
     _case("VisionEncoderDecoder (ViT and BERT)", lambda: transformers.VisionEncoderDecoderModel(
