@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,8 @@ import torch
 import torch_job
 from torch import nn
 from torch_network import X, Y, mean_squared_error, network
+
+from polyaccel_torch.parallel import _await_threads
 
 JOB = Path(torch_job.__file__)
 
@@ -184,3 +189,24 @@ def test_models_without_gradients_are_not_wrapped(answers):
 def test_a_barrier_that_not_everyone_reaches_names_itself(answers):
     assert "LaunchError" in answers[0]["a_process_that_does_not_come"]
     assert "'epoch end' within 1 s" in answers[0]["a_process_that_does_not_come"]
+
+
+def test_a_process_waits_for_threads_that_still_compute_before_it_ends_and_not_for_ever():
+    """gloo's, which let go of the last exchange: an interpreter that is taken down under them aborts."""
+    _await_threads(5.0)
+    started = time.perf_counter()
+    _await_threads(5.0)
+    assert time.perf_counter() - started < 4  # nothing computes
+    stop = threading.Event()
+    data = bytes(2**24)
+    waits = (lambda: [hashlib.sha256(data) for _ in iter(stop.is_set, True)], stop.wait)  # hashing holds no GIL
+    for target, seconds in zip(waits, (0.5, 0.0), strict=True):
+        stop.clear()
+        thread = threading.Thread(target=target)
+        thread.start()
+        started = time.perf_counter()
+        _await_threads(0.5)
+        taken = time.perf_counter() - started
+        stop.set()
+        thread.join()
+        assert taken >= seconds

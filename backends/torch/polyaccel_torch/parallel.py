@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +132,29 @@ def _leave_at_exit() -> None:
     # After an uncaught exception the peers may never answer, and a goodbye could wait for them.
     if dist.is_initialized() and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
+    _await_threads()
+
+
+def _await_threads(limit_s: float = 1.0) -> None:
+    """Return when no other thread of this process computes, or after `limit_s` seconds.
+
+    A thread of gloo takes the GIL to let go of the tensors of the last exchange. Where the interpreter is being taken down by
+    then, Python ends that thread, and C++ the process, with SIGABRT after a training that went well (pytorch/pytorch#179291).
+    """
+    mine, tasks = str(threading.get_native_id()), Path("/proc/self/task")
+    deadline, quiet = time.monotonic() + limit_s, 0
+    # Several looks: a thread that waits for the GIL, which is held while we look, seems to rest. It gets it while we sleep.
+    while time.monotonic() < deadline and quiet < 3:
+        time.sleep(0.005)
+        is_busy = tasks.is_dir() and any(_computes(task) for task in tasks.iterdir() if task.name != mine)
+        quiet = 0 if is_busy else quiet + 1
+
+
+def _computes(task: Path) -> bool:
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"  # on a core, or waiting for one
+    except OSError:
+        return False  # it has ended
 
 
 def wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
