@@ -30,7 +30,15 @@ Array = Any  # an array of the engine's framework
 T = TypeVar("T")
 
 Feature = Literal[
-    "backward_value", "gradient_sync", "compile", "multi_process", "compile_events", "device_stats", "fence", "flops", "profile"
+    "backward_value",
+    "gradient_sync",
+    "compile",
+    "multi_process",
+    "compile_events",
+    "device_stats",
+    "fence",
+    "flops",
+    "profile",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication

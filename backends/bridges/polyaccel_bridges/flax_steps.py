@@ -88,9 +88,7 @@ class _FusedStep:
 class _Program(Compiled):
     """Loss and gradients of a call as in Compiled, with the update behind them."""
 
-    def __init__(
-        self, runtime: FlaxRuntime, call: Any, specs: Any, optimizer: OptaxOptimizer, spec: StepSpec
-    ) -> None:
+    def __init__(self, runtime: FlaxRuntime, call: Any, specs: Any, optimizer: OptaxOptimizer, spec: StepSpec) -> None:
         super().__init__(runtime, call, specs, with_grads=True)
         self._prefix = f"{optimizer.held.name}."
         self._update = optimizer.traced_update

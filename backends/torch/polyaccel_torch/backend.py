@@ -26,7 +26,9 @@ class TorchBackend:
         mesh_axes=frozenset({"replica", "data"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
-        features=frozenset({"backward_value", "gradient_sync", "compile", "multi_process", "device_stats", "fence", "profile"}),
+        features=frozenset(
+            {"backward_value", "gradient_sync", "compile", "multi_process", "device_stats", "fence", "profile"}
+        ),
     )
 
     def probe(self) -> Probe:
