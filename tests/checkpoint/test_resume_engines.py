@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from polyaccel.checkpoint import open_checkpoint
 from polyaccel.launch.rendezvous import Rendezvous, free_port
 from polyaccel.registry import load_backend
 
@@ -70,9 +71,10 @@ def largest_difference(rest: dict, whole: dict, cut: int) -> float:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_run_cut_in_mid_pass_and_mid_window_goes_on_bit_for_bit(engine, tmp_path):
-    # Batch 11 is the fourth of pass 1, and the first of an accumulation window of two.
-    whole, rest = cut_in_two(engine, tmp_path, cut=11, end=21, accumulate=2, dropout=0.2)
-    assert_same_rest(whole, rest, 11)
+    # Batch 10 is the third of pass 1, and the first of an accumulation window of two.
+    whole, rest = cut_in_two(engine, tmp_path, cut=10, end=20, accumulate=2, dropout=0.2)
+    assert "gradients" in open_checkpoint(whole["path"]).groups
+    assert_same_rest(whole, rest, 10)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -123,6 +125,7 @@ def test_what_an_optimizer_remembers_reaches_another_engine(optimizer, tmp_path)
 @pytest.mark.parametrize(("origin", "goal"), PAIRS)
 def test_an_open_window_is_closed_by_another_engine(origin, goal, tmp_path):
     whole, rest = cut_in_two(origin, tmp_path, cut=3, end=12, to=goal, accumulate=2)
+    assert "gradients" in open_checkpoint(whole["path"]).groups
     assert largest_difference(rest, whole, 3) < CLOSE
 
 
@@ -132,8 +135,10 @@ def test_an_open_window_is_closed_by_another_engine(origin, goal, tmp_path):
 @functools.cache
 def saved_by_two_processes(folder: str) -> dict:
     """Two torch processes, saved in the middle of a window, where each holds gradients of its own; the whole run's numbers."""
-    whole, other = job("torch", 2, folder=folder, num_batches=21, save_at=11, accumulate=2)
+    whole, other = job("torch", 2, folder=folder, num_batches=20, save_at=10, accumulate=2)
     assert whole["losses"] == other["losses"]
+    shapes = [shape for _, shape in open_checkpoint(whole["path"]).arrays("gradients").values()]
+    assert all(shape[0] == 2 for shape in shapes)  # one entry per process
     return whole
 
 
@@ -146,13 +151,13 @@ def ddp(tmp_path_factory) -> Path:
 
 def test_two_processes_take_back_their_own_gradients(ddp):
     whole = saved_by_two_processes(str(ddp))
-    rest, other = job("torch", 2, folder=str(ddp), num_batches=21, load=True, accumulate=2, seed=5)
-    assert_same_rest(whole, rest, 11)
+    rest, other = job("torch", 2, folder=str(ddp), num_batches=20, load=True, accumulate=2, seed=5)
+    assert_same_rest(whole, rest, 10)
     assert rest["losses"] == other["losses"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_process_on_any_engine_goes_on_from_two(engine, ddp):
     whole = saved_by_two_processes(str(ddp))
-    (rest,) = job(engine, 1, folder=str(ddp), num_batches=21, load=True, accumulate=2, seed=5)
-    assert largest_difference(rest, whole, 11) < CLOSE
+    (rest,) = job(engine, 1, folder=str(ddp), num_batches=20, load=True, accumulate=2, seed=5)
+    assert largest_difference(rest, whole, 10) < CLOSE
