@@ -150,6 +150,8 @@ def main():
     model.train()
     per_update = GLOBAL_BATCH * args.accumulate
     left = args.updates - progress.updates
+    if left <= 0:
+        raise SystemExit(f"{progress.updates} updates were made already: ask for more with --updates")
     with accelerator.progress(total=left, description="updates", batch_size=per_update) as bar:
         while progress.updates < args.updates:
             for window in train_loader:
