@@ -118,7 +118,6 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self._differentiates_values = "backward_value" in capabilities.features
         self._features = capabilities.features
         self._lists_compiles = "compile_events" in capabilities.features
-        self._checkpoints = self._checkpointing()
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
 
@@ -243,7 +242,8 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         if self._observer is not None:
             self._observer.finish()
         try:
-            self._checkpoints.close()
+            if "_checkpoints" in vars(self):  # something was saved or loaded
+                self._checkpoints.close()
         finally:
             self.tracking.finish()
             self._engine.close()

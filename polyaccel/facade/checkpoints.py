@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from polyaccel.checkpoint.export import export_weights, metadata_of, require_safe, save_arrays
-from polyaccel.checkpoint.manager import Job, Manager, RemovableHandle
-from polyaccel.checkpoint.run import Run, parts_of, settings_of
-from polyaccel.checkpoint.weights import state_dict_of
 from polyaccel.data import PreparedLoader, skip_first_batches
 from polyaccel.facade.parts import Parts
 from polyaccel.tracking import describe_job, package_versions
 
+if TYPE_CHECKING:  # loaded by the first script that saves or loads
+    from polyaccel.checkpoint.manager import Manager, RemovableHandle
+    from polyaccel.checkpoint.run import Run
+
 
 class Checkpoints(Parts):
     """Saving and continuing a run."""
-
-    _checkpoints: Manager
 
     def save_state(
         self,
@@ -40,6 +39,8 @@ class Checkpoints(Parts):
         Returns the folder. Every process must call it, outside of `is_main_process`. Raises CheckpointError, before anything is written,
         where the folder cannot be used, and naming what cannot be saved.
         """
+        from polyaccel.checkpoint.export import require_safe
+
         require_safe(safe_serialization)
         return self._checkpoints.save(output_dir, blocking=bool(blocking))
 
@@ -102,6 +103,8 @@ class Checkpoints(Parts):
 
         Tied parameters are written once, under their first name. Every process must call it; process 0 writes. Raises CheckpointError.
         """
+        from polyaccel.checkpoint.export import export_weights, metadata_of, require_safe
+
         require_safe(safe_serialization)
         handle = self._prepared.handle_of(model, "model", argument="model")
         entry = self._prepared.entry_of(model)
@@ -119,6 +122,8 @@ class Checkpoints(Parts):
 
         Raises CheckpointError for anything but a dict of arrays by name, and for a file name that promises a pickle (.pt, .bin).
         """
+        from polyaccel.checkpoint.export import require_safe, save_arrays
+
         require_safe(safe_serialization)
         if self._engine.topology.is_main_process:
             save_arrays(obj, f)
@@ -134,6 +139,8 @@ class Checkpoints(Parts):
         torch scripts get what `model.state_dict()` gives, flax scripts numpy arrays. `unwrap` is Accelerate's, and names have no wrapper's
         prefix in any case.
         """
+        from polyaccel.checkpoint.weights import state_dict_of
+
         handle = self._prepared.handle_of(model, "model", argument="model")
         bridge = self._prepared.bridge
         own = self._engine.unwrap(handle)
@@ -145,7 +152,11 @@ class Checkpoints(Parts):
         that is continued, so that what was skipped is not skipped twice."""
         return skip_first_batches(dataloader, num_batches)
 
-    def _checkpointing(self) -> Manager:
+    @cached_property
+    def _checkpoints(self) -> Manager:
+        from polyaccel.checkpoint.manager import Job, Manager
+        from polyaccel.checkpoint.run import settings_of
+
         topology, collectives = self._engine.topology, self._engine.collectives
         job = Job(
             run=self._live_run,
@@ -167,6 +178,8 @@ class Checkpoints(Parts):
         )
 
     def _live_run(self, registered: tuple[Any, ...]) -> Run:
+        from polyaccel.checkpoint.run import Run, parts_of
+
         entries = self._prepared.entries
         return Run(
             engine=self._engine,

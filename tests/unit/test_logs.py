@@ -31,7 +31,7 @@ def job(monkeypatch):
         jobs.adopt(made[-1])
         return made[-1]
 
-    yield start
+    return start
 
 
 def test_logging_before_the_first_accelerator_says_what_to_do(job):
