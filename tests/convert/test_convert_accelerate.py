@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from trained_runs import NUM_STEPS, Training, bits
 
 from polyaccel import Accelerator
 from polyaccel.checkpoint import open_checkpoint
 from polyaccel.checkpoint.convert import convert
 from polyaccel.checkpoint.formats.bundle import Choices
 from polyaccel.errors import CheckpointError
-from runs import NUM_STEPS, Training, bits
 
 # Ours updates with torch's fused kernels, or in jax: the same formulas, rounded in another order.
 TOLERANCE = 1e-5

@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from trained_runs import NUM_STEPS, Net, Training, bits
 
 from polyaccel import Accelerator
 from polyaccel.checkpoint import open_checkpoint
 from polyaccel.checkpoint.convert import convert
 from polyaccel.checkpoint.formats.bundle import Choices
 from polyaccel.errors import CheckpointError
-from runs import NUM_STEPS, Net, Training, bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

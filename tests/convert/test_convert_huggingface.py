@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from trained_runs import bits
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from polyaccel import Accelerator
 from polyaccel.checkpoint.convert import convert
 from polyaccel.checkpoint.formats import huggingface
 from polyaccel.errors import CheckpointError
-from runs import bits
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:

@@ -12,12 +12,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from trained_runs import bits
 
 from polyaccel import Accelerator
 from polyaccel.checkpoint import open_checkpoint
 from polyaccel.checkpoint.convert import convert
 from polyaccel.errors import CheckpointError
-from runs import bits
 
 BATCH = np.linspace(-1, 1, 24, dtype=np.float32).reshape(8, 3)
 
