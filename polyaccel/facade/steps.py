@@ -43,7 +43,9 @@ class Steps(Parts):
                 " a value after it was computed",
                 "pass the function instead: loss = accelerator.backward(loss_fn, model, batch), or use accelerator.train_step",
             )
-        work: Any = LossCall(loss, args, kwargs) if is_call else loss_value(loss, args, kwargs)
+        work: Any = (
+            LossCall(loss, args, kwargs) if is_call else loss_value(loss, args, kwargs) if kwargs or args else loss
+        )
         if bridge is not None:
             work = bridge.lower(work, "loss")
         result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)

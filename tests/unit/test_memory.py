@@ -60,11 +60,11 @@ def test_other_errors_pass_through_at_once():
 
 
 def test_where_nothing_fits_the_error_names_the_function_and_the_start():
-    @find_executable_batch_size(starting_batch_size=16)
+    @find_executable_batch_size(starting_batch_size=2)
     def train(batch_size):
         raise MemoryError
 
-    with pytest.raises(NoBatchSizeError, match="train ran out of memory with every batch size from 16 down") as caught:
+    with pytest.raises(NoBatchSizeError, match="train ran out of memory with every batch size from 2 down") as caught:
         train()
     assert isinstance(caught.value, RuntimeError)
 
