@@ -11,6 +11,7 @@ import torch.distributed as dist
 from polyaccel import wire
 from polyaccel.errors import LaunchError, UnsupportedError
 from polyaccel.store import MemoryStore
+from polyaccel_torch.dialect.stores import GroupStore
 
 # Renamed in torch 2.13, where the old name warns.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,9 +81,9 @@ class ProcessCollectives:
                 f"the processes wait at different barriers: {places}", "make every process take the same path"
             )
 
-    def store(self) -> JobStore:
+    def store(self) -> GroupStore:
         """A connection of its own to the store through which the processes found each other."""
-        return JobStore(dist.distributed_c10d._get_default_store())  # also where the script made the group itself
+        return GroupStore()  # also where the script made the group itself
 
     def mean_and_sum(
         self, means: list[torch.Tensor], sums: list[torch.Tensor]
@@ -115,21 +116,6 @@ class ProcessCollectives:
                 f"{operation} needs tensors of one shape and dtype on all processes ({seen})",
                 "use accelerator.pad_across_processes first",
             )
-
-
-class JobStore:
-    """See `polyaccel.store.Store`. A clone: a store of torch is for one thread, and the original is used by the main one."""
-
-    def __init__(self, store: dist.Store) -> None:
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's own annotations lack it
-
-    def set(self, key: str, value: str) -> None:
-        """Write a text for all processes."""
-        self._store.set(key, value)
-
-    def get(self, key: str) -> str | None:
-        """The text of this key, or None; does not wait."""
-        return self._store.get(key).decode() if self._store.check([key]) else None
 
 
 class SingleCollectives:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from polyaccel import wire
 from polyaccel.store import MemoryStore, Store
+from polyaccel_torch.dialect.stores import GroupStore
 
 
 class SpmdCollectives:
@@ -91,22 +92,7 @@ class SpmdCollectives:
         """A connection of its own to the store through which the hosts found each other."""
         if self._num_processes == 1:
             return MemoryStore()
-        return HostStore(dist.distributed_c10d._get_default_store())
-
-
-class HostStore:
-    """See `polyaccel.store.Store`. A clone: a store of torch is for one thread, and the original is used by the main one."""
-
-    def __init__(self, store: dist.Store) -> None:
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # torch's own annotations lack it
-
-    def set(self, key: str, value: str) -> None:
-        """Write a text for all hosts."""
-        self._store.set(key, value)
-
-    def get(self, key: str) -> str | None:
-        """The text of this key, or None; does not wait."""
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        return GroupStore()
 
 
 def join(process_index: int, num_processes: int, address: str | None, port: int | None) -> bool:
