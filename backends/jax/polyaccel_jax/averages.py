@@ -29,10 +29,10 @@ class ModelAverage:
         def start(leaves: Leaves) -> Leaves:
             return _copied(leaves, dtypes)
 
-        def update(averages: Leaves, leaves: Leaves, weight: Any) -> Leaves:
+        def update(averages: Leaves, leaves: Leaves, weight: Any) -> tuple[Leaves, jax.Array]:
             engine.compiles.tracing("EMA.update", {"averages": f"{len(averages)} arrays"})
             moved = [a + weight * (leaf.astype(a.dtype) - a) for a, leaf in zip(averages, leaves, strict=True)]
-            return tuple(engine.constrain(moved))
+            return tuple(engine.constrain(moved)), jnp.asarray(weight) + 0  # a result that nobody donates, to wait for
 
         # Copies: what the model holds is donated to its next update.
         self._averages: Leaves = self._run(jax.jit(start), tuple(params.values()))
@@ -44,8 +44,8 @@ class ModelAverage:
         if not self.shapes:
             return
         self._model.source.settle(for_writing=False)
-        self._averages = self._run(self._update, self._averages, self._leaves(), weight)
-        self._engine.pace(self._averages[0])
+        self._averages, done = self._run(self._update, self._averages, self._leaves(), weight)
+        self._engine.pace(done)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -71,10 +71,9 @@ class ModelAverage:
                 self._engine.mesh.replicate([np.array(arrays[name]).astype(old.dtype) for name, old in pairs])
             )
 
-    def _run(self, function: Any, *args: Any) -> Leaves:
+    def _run(self, function: Any, *args: Any) -> Any:
         with self._engine.dtypes(self._model.wants_64bit):
-            result: Leaves = self._engine.compiles.run(function, *args)
-        return result
+            return self._engine.compiles.run(function, *args)
 
     def _leaves(self) -> Leaves:
         leaves, positions = self._model.leaves, self._model.positions
