@@ -13,7 +13,10 @@ class ParameterAverage(Protocol):
     Averages have the parameter's dtype, and no less than float32: what one update adds is lost in 16 bits.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]  # by the parameter's name in the dialect, tied ones once
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the averages by the parameter's name in the dialect, tied ones once."""
+        ...
 
     def update(self, weight: float) -> None:
         """average += weight * (parameter - average). Waits for no device, and no value of `weight` compiles anew."""

@@ -23,7 +23,7 @@ class ModelAverage:
         self._engine = engine = model.engine
         model.source.settle(for_writing=False)
         params = {name: leaf for name, leaf in model.params.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
-        self.shapes = {name: tuple(leaf.shape) for name, leaf in params.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(leaf.shape) for name, leaf in params.items()}
         dtypes = tuple(jnp.promote_types(leaf.dtype, jnp.float32) for leaf in params.values())
 
         def start(leaves: Leaves) -> Leaves:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -269,7 +269,7 @@ class XlaEngine:
             self.synchronize()
         return ModuleAverage(model, upload=self._placement.upload, move=self._move)
 
-    def _move(self, averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], weight: float) -> None:
+    def _move(self, averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> None:
         # As data: a Python number would be part of the graph, and another graph at every change.
         sent = self._placement.upload_scalar(torch.tensor(weight, dtype=torch.float64))
         for average, value in zip(averages, values, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-Move = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], float], None]
+Move = Callable[[list[torch.Tensor], list[torch.Tensor], float], None]
 
 
-def _lerp(averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], weight: float) -> None:
+def _lerp(averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> None:
     torch._foreach_lerp_(averages, values, weight)
 
 
@@ -71,6 +71,6 @@ class ModuleAverage:
             return parameter.to(dtype, copy=True)
         return self._upload(parameter.cpu().to(dtype))
 
-    def _assign(self, values: Sequence[torch.Tensor]) -> None:
+    def _assign(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
