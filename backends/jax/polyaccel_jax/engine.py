@@ -15,7 +15,17 @@ from jax import lax
 
 from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import ArraySpec, Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.protocols import (
+    ArraySpec,
+    Collectives,
+    CompileEvent,
+    LoaderSpec,
+    LossCall,
+    ParameterAverage,
+    ProgramCall,
+    Shard,
+    StepSpec,
+)
 from polyaccel.topology import Topology
 from polyaccel_jax import dialect, looking, state
 from polyaccel_jax.averages import ModelAverage
@@ -214,7 +224,7 @@ class JaxEngine:
         """Nothing to enter: gradients are averaged inside every compiled backward."""
         return nullcontext()
 
-    def parameter_average(self, model: Any) -> ModelAverage:
+    def parameter_average(self, model: Any) -> ParameterAverage:
         """Placed as the parameters are."""
         return ModelAverage(_model(model))
 
