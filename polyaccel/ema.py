@@ -27,7 +27,8 @@ class EMA:
     B. Polyak and A. Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
 
     Floating-point and complex parameters are averaged, in float32 at least; buffers (running statistics) are the model's own in both
-    cases. Create it, and make all of its calls, on every process.
+    cases. Create it, and make all of its calls, on every process; inside a `LocalSGD` block right after an average, for between two of
+    them the processes have different parameters.
 
     Args:
         model: a prepared model.

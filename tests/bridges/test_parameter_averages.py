@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -64,8 +67,12 @@ def test_changing_decays_compile_one_program() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
-def test_evaluation_inside_sees_the_averages_and_training_goes_on_from_the_parameters(backend: str) -> None:
-    _, model, ema = trained(backend, nn.BatchNorm1d, decay=0.9)  # whose running statistics stay the model's own
+def test_evaluation_inside_sees_the_averages_and_training_goes_on_from_the_parameters(
+    backend: str, tmp_path: Path
+) -> None:
+    accelerator, model, ema = trained(
+        backend, nn.BatchNorm1d, decay=0.9
+    )  # whose running statistics stay the model's own
     model.eval()
     averages = ema.state_dict()["averages"]
     reference = network(nn.BatchNorm1d)
@@ -76,7 +83,11 @@ def test_evaluation_inside_sees_the_averages_and_training_goes_on_from_the_param
         before = model(X)
         with ema.applied():
             inside = model(X)
+            accelerator.save_model(model, tmp_path)
         after = model(X)
+    written = load_file(tmp_path / "model.safetensors")
+    for name, average in averages.items():
+        np.testing.assert_array_equal(written[name], average, err_msg=name)
     np.testing.assert_allclose(np.asarray(inside), reference(X).detach().numpy(), rtol=1e-5, atol=1e-6)
     assert not np.allclose(np.asarray(inside), np.asarray(before), rtol=1e-3)
     np.testing.assert_array_equal(np.asarray(after), np.asarray(before))
