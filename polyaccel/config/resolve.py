@@ -152,7 +152,8 @@ def inherited_environment() -> dict[str, str]:
 
 def environment_without_settings() -> dict[str, str]:
     """This process's environment for a process to which none of the settings applies, those of the user's file included."""
-    return {**{name: text for name, text in os.environ.items() if not name.startswith(PREFIX)}, _FILE: "off"}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith((PREFIX, _ACCELERATE_DEBUG))}
+    return {**kept, _FILE: "off"}
 
 
 @contextmanager
