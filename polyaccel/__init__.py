@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from polyaccel.accelerator import Accelerator as Accelerator
     from polyaccel.config import Config as Config
     from polyaccel.data import skip_first_batches as skip_first_batches
+    from polyaccel.ema import EMA as EMA
     from polyaccel.errors import PolyaccelError as PolyaccelError
     from polyaccel.launch.notebook import debug_launcher as debug_launcher
     from polyaccel.launch.notebook import notebook_launcher as notebook_launcher
+    from polyaccel.local_sgd import LocalSGD as LocalSGD
     from polyaccel.mesh import MeshSpec as MeshSpec
     from polyaccel.plan import Plan as Plan
     from polyaccel.seeding import set_seed as set_seed
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Accelerator": "polyaccel.accelerator",
     "Config": "polyaccel.config",
+    "EMA": "polyaccel.ema",
+    "LocalSGD": "polyaccel.local_sgd",
     "MeshSpec": "polyaccel.mesh",
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
@@ -35,6 +39,8 @@ _HOME = {
 __all__ = [
     "Accelerator",
     "Config",
+    "EMA",
+    "LocalSGD",
     "MeshSpec",
     "Plan",
     "PolyaccelError",

@@ -21,6 +21,7 @@ from polyaccel.mesh import MeshSpec
 from polyaccel.plan import Plan, make_plan
 from polyaccel.preemption import TRACKERS_S, Preemption
 from polyaccel.prepare import Preparation
+from polyaccel.processes import Trigger
 from polyaccel.protocols import CompileEvent, LoaderSpec
 from polyaccel.registry import choose_backend
 from polyaccel.tracking import Observer, Session, describe_job
@@ -105,7 +106,8 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
-        self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
+        self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge, debug=self.config.debug)
+        self._trigger = Trigger(lambda flag: self._gathering.any_process(flag, "check_trigger"))
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)
         self.tracking = Session(
             log_with,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from polyaccel import trees
+from polyaccel.agreement import require_equal
 from polyaccel.errors import ConfigError, UnsupportedError, nearest
 from polyaccel.protocols import Bridge, Engine
 
@@ -16,11 +17,14 @@ class Gathering:
     """Collectives over nested values of user code; the script's bridge translates each array into the engine's and back.
 
     With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
+    With `debug` the processes first tell each other what they called and with what: another call, another number of arrays, another
+    shape or dtype is an UnsupportedError on all of them, before any array moves.
     """
 
-    def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None]) -> None:
+    def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None], *, debug: bool = False) -> None:
         self._engine = engine
         self._script_bridge = script_bridge
+        self._debug = debug
 
     @property
     def num_processes(self) -> int:
@@ -29,12 +33,16 @@ class Gathering:
 
     def gather(self, tree: Any) -> Any:
         """Every array concatenated along dim 0 over processes; a scalar becomes shape (num_processes,)."""
-        return tree if self.num_processes == 1 else self._map(self._engine.collectives.all_gather, tree, "gather")
+        if self.num_processes == 1:
+            return tree
+        self._check("gather", tree)
+        return self._map(self._engine.collectives.all_gather, tree, "gather")
 
     def gather_object(self, value: list[Any]) -> list[Any]:
         """The lists of all processes, joined in process order."""
         if self.num_processes == 1:
             return value
+        self._check("gather_object")
         return [item for part in self._engine.collectives.all_gather_object(value) for item in part]
 
     def gather_for_metrics(self, tree: Any, num_real: int) -> Any:
@@ -59,6 +67,7 @@ class Gathering:
             return tree
         operation: Any = reduction
         if self.num_processes > 1:
+            self._check(f"reduce({reduction})", tree)
             tree = self._map(lambda array: self._engine.collectives.all_reduce(array, operation), tree, "reduce")
         return tree if scale == 1.0 else trees.map_leaves(lambda leaf: leaf * scale if is_array(leaf) else leaf, tree)
 
@@ -67,12 +76,14 @@ class Gathering:
         self._check_process(from_process)
         if self.num_processes == 1:
             return tree
+        self._check(f"broadcast(from_process={from_process})", tree)
         return self._map(lambda array: self._engine.collectives.broadcast(array, from_process), tree, "broadcast")
 
     def broadcast_object_list(self, values: list[Any], from_process: int = 0) -> list[Any]:
         """The list of process `from_process`, written into `values` in place on all processes and returned."""
         self._check_process(from_process)
         if self.num_processes > 1:
+            self._check(f"broadcast_object_list(from_process={from_process})")
             mine = values if self._engine.topology.process_index == from_process else []
             values[:] = self._engine.collectives.all_gather_object(mine)[from_process]
         return values
@@ -81,6 +92,7 @@ class Gathering:
         """Every array padded along `dim` with `pad_index` to the longest on any process; arrays without that dim stay."""
         if self.num_processes == 1:
             return tree
+        self._check(f"pad_across_processes(dim={dim})", tree, any_shape=True)
         leaves, structure = trees.flatten(tree)
         shapes = [list(leaf.shape) if is_array(leaf) else None for leaf in leaves]
         everyone = self._engine.collectives.all_gather_object(shapes)
@@ -93,6 +105,31 @@ class Gathering:
             return _pad(leaf, axis, max(other[position][axis] for other in everyone), pad_index, pad_first)
 
         return structure.unflatten([pad(position, leaf) for position, leaf in enumerate(leaves)])
+
+    def any_process(self, flag: bool, call: str) -> bool:
+        """Whether `flag` is set on one process at least; `call` is what user code called."""
+        if self.num_processes == 1:
+            return flag
+        self._check(call)
+        return any(self._engine.collectives.all_gather_object(flag))
+
+    def _check(self, call: str, tree: Any = (), *, any_shape: bool = False) -> None:
+        """With `debug`: raises UnsupportedError unless every process is at this call, with arrays like these."""
+        if not self._debug:
+            return
+        mine = [_described(leaf, any_shape) for leaf in trees.flatten(tree)[0]]
+        calls, arrays = zip(*self._engine.collectives.all_gather_object((call, mine)), strict=True)
+        path = "make every process take the same path through the script"
+        require_equal("the processes called different collectives", calls, path)
+        counts = [f"{len(given)} values" for given in arrays]
+        require_equal(f"{call} needs trees of one structure on all processes", counts, path)
+        for position, rows in enumerate(zip(*arrays, strict=True)):
+            which = f" (value {position} of {len(mine)} differs)" if len(mine) > 1 else ""
+            require_equal(
+                f"{call} needs arrays of one {'dtype and number of dims' if any_shape else 'shape and dtype'} on all processes{which}",
+                rows,
+                "use accelerator.pad_across_processes first, or convert the dtype",
+            )
 
     def _map(self, operation: Callable[[Any], Any], tree: Any, name: str) -> Any:
         bridge = self._script_bridge()
@@ -118,6 +155,13 @@ class Gathering:
 def is_array(value: Any) -> bool:
     """True for an array of any framework."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _described(leaf: Any, any_shape: bool) -> str:
+    if not is_array(leaf):
+        return type(leaf).__name__
+    dtype = str(leaf.dtype).removeprefix("torch.")
+    return f"{len(leaf.shape)} dims {dtype}" if any_shape else f"{tuple(leaf.shape)} {dtype}"
 
 
 def _pad(array: Any, axis: int, size: int, value: float, first: bool) -> Any:

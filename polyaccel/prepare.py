@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,21 @@ class Prepared:
     public: Any
 
 
+_preparations: list[weakref.ref[Preparation]] = []  # of every Accelerator that is still in use, the oldest first
+
+
+def engine_of_model(model: Any) -> tuple[Engine, Any]:
+    """The engine that a model was last prepared for, and its handle there. Raises PrepareError for one that is not prepared."""
+    _preparations[:] = [reference for reference in _preparations if reference() is not None]
+    for reference in reversed(_preparations):
+        preparation = reference()
+        if preparation is not None and (entry := preparation.entry_of(model)) is not None and entry.role == "model":
+            return preparation._engine, entry.handle
+    raise PrepareError(
+        f"model, a {type(model).__name__}, is not a prepared model", "pass what accelerator.prepare returned for it"
+    )
+
+
 class Preparation:
     """Everything that one Accelerator has prepared, and the dialect of its script once a model told it."""
 
@@ -37,6 +53,7 @@ class Preparation:
         self._script: Dialect | None = None
         self._expected: Bridge | None = None
         self.on_prepared: list[Callable[[], None]] = []  # called after every prepare
+        _preparations.append(weakref.ref(self))
 
     @property
     def script_bridge(self) -> Bridge | None:

@@ -46,6 +46,24 @@ class MainProcessOnly:
         return None
 
 
+class Trigger:
+    """A flag that any process raises and that all of them see once. `any_process` tells whether it is up anywhere."""
+
+    def __init__(self, any_process: Callable[[bool], bool]) -> None:
+        self._any_process = any_process
+        self._is_set = False
+
+    def set(self) -> None:
+        """Raise it here."""
+        self._is_set = True
+
+    def check(self) -> bool:
+        """Whether it is up on any process; then it is down on all of them. Every process must call it."""
+        found = self._any_process(self._is_set)
+        self._is_set = self._is_set and not found
+        return found
+
+
 @contextmanager
 def one_first(is_first: bool, barrier: Callable[[str], None]) -> Iterator[None]:
     """The first process runs the block, then all others do. Every process must enter it."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
+from polyaccel.averages import ParameterAverage as ParameterAverage
 from polyaccel.case import Case as Case
 from polyaccel.config import Config
 from polyaccel.dialects import Dialect, Role
@@ -41,7 +42,8 @@ Feature = Literal[
     "profile",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
-# gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication
+# gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
+#                 of its own: `engine.average_parameters(model)` replaces them by their mean over all processes, in place
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here
 # compile_events: the engine lists every program that it compiles, as `engine.compile_events`
@@ -328,6 +330,10 @@ class Engine(StatefulEngine, Protocol):
 
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """Inside with enabled=False, backward does not exchange gradients between processes."""
+        ...
+
+    def parameter_average(self, model: Any) -> ParameterAverage:
+        """A new moving average of a model's parameters."""
         ...
 
     def backward(self, loss: Any, *, scale: float) -> Any:

@@ -108,6 +108,7 @@ _KINDS: Mapping[str, Mapping[str, str]] = {
 _SAME = {
     "mixed_precision": "mixed_precision",
     "use_cpu": "cpu",
+    "debug": "debug",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "num_processes": "launch.num_processes",
     "num_machines": "launch.num_machines",
@@ -126,7 +127,6 @@ _NEUTRAL: Mapping[str, Callable[[str], bool]] = {
     "rdzv_backend": lambda text: text in ("static", "c10d"),
     "same_network": _any,
     "main_training_function": _any,
-    "debug": _off,
     "enable_cpu_affinity": _off,
     "downcast_bf16": _off,
     "tpu_use_cluster": _off,
@@ -145,7 +145,6 @@ _POD = "a TPU pod is started with `polyaccel launch --on tpu-pod`"
 _WHY: Mapping[str, str] = {
     "compute_environment": "jobs are started on this machine or on a cluster, not on SageMaker",
     "rdzv_backend": "machines meet at main_process_ip",
-    "debug": "leave it out",
     "enable_cpu_affinity": "bind processes with numactl or the scheduler",
     "downcast_bf16": "parameters stay float32; mixed_precision: bf16 computes in bfloat16",
     "tpu_use_cluster": _POD,

@@ -25,6 +25,8 @@ _LAUNCHED_BACKEND = "POLYACCEL_LAUNCHED_BACKEND"
 _SOURCES = "POLYACCEL_CONFIG_SOURCES"
 # A user's: the configuration file, or "off".
 _FILE = "POLYACCEL_CONFIG_FILE"
+# Accelerate's name of POLYACCEL_DEBUG, which counts where both are set.
+_ACCELERATE_DEBUG = "ACCELERATE_DEBUG_MODE"
 
 
 @dataclass(slots=True)
@@ -150,7 +152,8 @@ def inherited_environment() -> dict[str, str]:
 
 def environment_without_settings() -> dict[str, str]:
     """This process's environment for a process to which none of the settings applies, those of the user's file included."""
-    return {**{name: text for name, text in os.environ.items() if not name.startswith(PREFIX)}, _FILE: "off"}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith((PREFIX, _ACCELERATE_DEBUG))}
+    return {**kept, _FILE: "off"}
 
 
 @contextmanager
@@ -183,6 +186,8 @@ def _add_file(gathered: Gathered, path: Path) -> None:
 
 def _add_environment(gathered: Gathered, environment: Mapping[str, str]) -> None:
     sources = _sources_of(environment)
+    if environment.get(_ACCELERATE_DEBUG):
+        _add_text(gathered, "debug", environment[_ACCELERATE_DEBUG], f"environment {_ACCELERATE_DEBUG}")
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in (_LAUNCHED_BACKEND, _SOURCES, _FILE):
             continue

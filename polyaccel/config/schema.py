@@ -55,6 +55,9 @@ class Config:
         f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
         choices=PREEMPTIONS,
     )
+    debug: bool = _setting(
+        False, "before each collective of the script, compare calls, shapes and dtypes of all processes (slower)"
+    )
     seed: int = _setting(0, "seed of the engine's random stream until set_seed is called")
     record: str = _setting(
         "", "new folder where losses, gradient norms and parameters are recorded, for `polyaccel compare`"

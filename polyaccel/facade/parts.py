@@ -10,6 +10,7 @@ from polyaccel.gathering import Gathering
 from polyaccel.plan import Plan
 from polyaccel.preemption import Preemption
 from polyaccel.prepare import Preparation
+from polyaccel.processes import Trigger
 from polyaccel.protocols import Engine
 from polyaccel.tracking import Observer, Session
 
@@ -26,6 +27,7 @@ class Parts:
     _engine: Engine
     _prepared: Preparation
     _gathering: Gathering
+    _trigger: Trigger
     _observer: Observer | None
     _preemption: Preemption | None
     _differentiates_values: bool

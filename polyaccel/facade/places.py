@@ -74,6 +74,17 @@ class Places(Parts):
         """Return when every process has called it."""
         self._engine.collectives.barrier("polyaccel.wait_for_everyone")
 
+    def set_trigger(self) -> None:
+        """Raise a flag on this process, for the next `check_trigger` of all processes. Exchanges nothing."""
+        self._trigger.set()
+
+    def check_trigger(self) -> bool:
+        """True on every process if any of them has called `set_trigger` since a check last found one; the flags are then down again.
+
+        Every process must call it, equally often: it exchanges one flag.
+        """
+        return self._trigger.check()
+
     def print(self, *args: Any, **kwargs: Any) -> None:
         """print, once per host, above the progress bars that are up."""
         if self.is_local_main_process:

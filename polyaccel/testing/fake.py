@@ -191,6 +191,33 @@ class _Collectives:
         return MemoryStore()
 
 
+class FakeAverage:
+    """A moving average of a model's parameters."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self.shapes = {name: param.shape for name, param in model.params.items()}
+        self._model = model
+        self._averages = {name: param.copy() for name, param in model.params.items()}
+
+    def update(self, weight: float) -> None:
+        for name, param in self._model.params.items():
+            self._averages[name] += np.float32(weight) * (param - self._averages[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        kept, self._model.params = self._model.params, self.read()
+        try:
+            yield
+        finally:
+            self._model.params = kept
+
+    def read(self) -> dict[str, Any]:
+        return {name: average.copy() for name, average in self._averages.items()}
+
+    def write(self, arrays: Mapping[str, Any]) -> None:
+        self._averages = {name: np.array(arrays[name], np.float32) for name in self.shapes}
+
+
 class FakeTracer:
     """Writes the spans that the core names, and nothing else, since nothing else happens here."""
 
@@ -296,6 +323,9 @@ class FakeEngine:
             raise PrepareError(f"backward got a {type(value).__name__}, not a loss", "pass model.squared_error(x, y)")
         value.backward(scale)
         return (value.value, *aux) if aux else value.value
+
+    def parameter_average(self, model: FakeModel) -> FakeAverage:
+        return FakeAverage(model)
 
     def clip_grad_norm(self, target: FakeModel, max_norm: float, norm_type: float) -> Any:
         flat = np.concatenate([grad.ravel() for grad in target.grads.values()])

@@ -31,6 +31,16 @@ def test_switches_read_the_usual_words(text, value):
     assert resolve({}, {"POLYACCEL_SPLIT_BATCHES": text}).split_batches is value
 
 
+def test_accelerates_variable_switches_debug_mode_on_and_our_own_counts_more():
+    config = resolve({}, {"ACCELERATE_DEBUG_MODE": "1"})
+    assert config.debug
+    assert config.sources == {"debug": "environment ACCELERATE_DEBUG_MODE"}
+    assert not resolve({}, {"POLYACCEL_DEBUG": "false", "ACCELERATE_DEBUG_MODE": "true"}).debug
+    assert not resolve({}, {"ACCELERATE_DEBUG_MODE": ""}).debug
+    with pytest.raises(ConfigError, match="environment ACCELERATE_DEBUG_MODE='maybe' is not true or false"):
+        resolve({}, {"ACCELERATE_DEBUG_MODE": "maybe"})
+
+
 def test_every_mistake_is_named_with_its_source_in_one_error():
     environment = {"POLYACCEL_MIXED_PRECISON": "bf16", "POLYACCEL_CPU": "perhaps", "POLYACCEL_MESH__TENSOR": "two"}
     with pytest.raises(ConfigError) as caught:

@@ -36,6 +36,7 @@ def test_a_cpu_configuration_of_two_processes(tmp_path):
     assert found.problems == []
     assert found.values == {
         "cpu": True,
+        "debug": False,
         "mixed_precision": "no",
         "launch.machine_rank": 0,
         "launch.num_machines": 1,

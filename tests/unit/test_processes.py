@@ -59,3 +59,20 @@ def test_a_decorated_function_keeps_its_name_and_returns_none_elsewhere():
 
     here, elsewhere = processes.only_if(lambda: True, work), processes.only_if(lambda: False, work)
     assert (here(), elsewhere(), here.__name__, here.__doc__) == (1, None, "work", "Doc.")
+
+
+def test_a_trigger_is_seen_once_by_all_and_stays_up_until_it_is_seen():
+    flags = {}
+
+    def any_process(index):
+        def exchange(flag):  # of two processes that check one after the other in this one
+            flags[index] = flag
+            return any(flags.values())
+
+        return exchange
+
+    first, second = (processes.Trigger(any_process(index)) for index in range(2))
+    second.set()
+    flags[1] = True
+    assert [first.check(), second.check()] == [True, True]
+    assert [second.check(), first.check()] == [False, False]

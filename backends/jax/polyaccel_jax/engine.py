@@ -15,9 +15,20 @@ from jax import lax
 
 from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
-from polyaccel.protocols import ArraySpec, Collectives, CompileEvent, LoaderSpec, LossCall, ProgramCall, Shard, StepSpec
+from polyaccel.protocols import (
+    ArraySpec,
+    Collectives,
+    CompileEvent,
+    LoaderSpec,
+    LossCall,
+    ParameterAverage,
+    ProgramCall,
+    Shard,
+    StepSpec,
+)
 from polyaccel.topology import Topology
 from polyaccel_jax import dialect, looking, state
+from polyaccel_jax.averages import ModelAverage
 from polyaccel_jax.collectives import JaxCollectives
 from polyaccel_jax.compiles import CompileLog
 from polyaccel_jax.dialect import compilation_cache
@@ -212,6 +223,10 @@ class JaxEngine:
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """Nothing to enter: gradients are averaged inside every compiled backward."""
         return nullcontext()
+
+    def parameter_average(self, model: Any) -> ParameterAverage:
+        """Placed as the parameters are."""
+        return ModelAverage(_model(model))
 
     # -- Engine: the step ------------------------------------------------------------------------------------------------
 

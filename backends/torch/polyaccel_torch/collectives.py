@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from polyaccel import wire
+from polyaccel.agreement import require_equal
 from polyaccel.errors import LaunchError, UnsupportedError
 from polyaccel.store import MemoryStore
 from polyaccel_torch.dialect.stores import GroupStore
@@ -95,6 +96,20 @@ class ProcessCollectives:
         results = [value.to(tensor.dtype) for value, tensor in zip(together.unbind(), (*means, *sums), strict=True)]
         return results[: len(means)], results[len(means) :]
 
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace tensors, equal in number, shapes and dtypes on all processes, by their mean, in place."""
+        if not tensors:
+            return
+        torch._foreach_div_(tensors, self._num_processes)  # before they are added up: float16 sums could overflow
+        parts = [tensor.contiguous() for tensor in tensors]  # itself, where it is
+        exchanges = [dist.all_reduce(part, group=self._group_for(part), async_op=True) for part in parts]
+        for exchange in exchanges:
+            if exchange is not None:
+                exchange.wait()
+        for tensor, part in zip(tensors, parts, strict=True):
+            if part is not tensor:
+                tensor.copy_(part)
+
     def _group_for(self, tensor: torch.Tensor) -> Any:
         return self._host_group if tensor.device.type == "cpu" else None  # NCCL takes no tensors in host memory
 
@@ -110,12 +125,11 @@ class ProcessCollectives:
             raise UnsupportedError(f"{operation} got a tensor of {tensor.dim()} dimensions", "reshape it to fewer")
         gathered = self._gather_on_host(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         rows = [bytes(row.numpy()).decode().strip() for row in gathered.view(self._num_processes, 64)]
-        if len(set(rows)) > 1:
-            seen = "; ".join(f"process {index}: {row}" for index, row in enumerate(rows))
-            raise UnsupportedError(
-                f"{operation} needs tensors of one shape and dtype on all processes ({seen})",
-                "use accelerator.pad_across_processes first",
-            )
+        require_equal(
+            f"{operation} needs tensors of one shape and dtype on all processes",
+            rows,
+            "use accelerator.pad_across_processes first",
+        )
 
 
 class SingleCollectives:
@@ -136,6 +150,9 @@ class SingleCollectives:
     def all_gather_object(self, value: Any) -> list[Any]:
         """The value, as the wire would give it back."""
         return [wire.decode(wire.encode(value))]
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """They are their mean."""
 
     def barrier(self, tag: str) -> None:
         """Nobody to wait for."""

@@ -16,6 +16,7 @@ from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel_torch import looking, parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers
+from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
 from polyaccel_torch.placement import StreamFeeder
 from polyaccel_torch.precision import LossScaler, autocast_of
@@ -184,6 +185,15 @@ class TorchEngine:
         """With enabled=False, DistributedDataParallel.no_sync: forward and backward must both be inside."""
         part = None if enabled else parallel.parallel_part(model)
         return _NOTHING if part is None else part.no_sync()
+
+    def parameter_average(self, model: nn.Module) -> ModuleAverage:
+        """On the device; every process has the same one, as it has the same parameters."""
+        return ModuleAverage(self.unwrap(model))
+
+    def average_parameters(self, model: nn.Module) -> None:
+        """Replace the floating-point parameters by their mean over processes, in the memory that they are in."""
+        parameters = self.unwrap(model).parameters()
+        self.collectives.average([p.detach() for p in parameters if p.is_floating_point() or p.is_complex()])
 
     def backward(self, loss: Any, *, scale: float) -> Any:
         """Accumulate gradients of `scale * loss`; a LossCall is computed first and its result returned, detached."""

@@ -25,6 +25,7 @@ from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
 from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel.topology import Topology
+from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
 from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
@@ -261,6 +262,18 @@ class XlaEngine:
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """The partitioner places the exchange of gradients; there is nothing to hold back."""
         return nullcontext()
+
+    def parameter_average(self, model: torch.nn.Module) -> ModuleAverage:
+        """Repeated on every device, and moved as part of the traced work."""
+        with self._same_random_stream():
+            self.synchronize()
+        return ModuleAverage(model, upload=self._placement.upload, move=self._move)
+
+    def _move(self, averages: list[torch.Tensor], values: list[torch.Tensor], weight: float) -> None:
+        # As data: a Python number would be part of the graph, and another graph at every change.
+        sent = self._placement.upload_scalar(torch.tensor(weight, dtype=torch.float64))
+        for average, value in zip(averages, values, strict=True):
+            average.add_((value - average).mul_(sent.to(average.dtype)))
 
     def backward(self, loss: Any, *, scale: float) -> Any:
         """Trace the backward pass. A micro batch that closes no window ends its graph here."""

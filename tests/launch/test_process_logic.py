@@ -1,0 +1,37 @@
+"""What processes do together beside a step: triggers, debug mode, local SGD, on two real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_two_processes_agree_on_triggers_mistakes_and_averages(backend):
+    pytest.importorskip("torch")
+    pytest.importorskip(backend)
+    command = [
+        sys.executable,
+        "-m",
+        "polyaccel.cli.main",
+        "launch",
+        "--backend",
+        backend,
+        "--num-processes",
+        "2",
+        "--cpu",
+    ]
+    two_devices = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # per jax process
+    done = subprocess.run(
+        [*command, "--debug", HERE / "launched_process_logic.py"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=two_devices,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("the logic of processes holds") == 1
