@@ -12,7 +12,8 @@ def script(job: Job, slurm: SlurmSettings) -> str:
     """The sbatch script.
 
     Slurm sends SIGTERM to the tasks of a preempted job. A script that saves and leaves in time counts as completed, and Slurm
-    would not queue it again: so the job asks for that itself when its exit code is 75.
+    would not queue it again: so the job asks for that itself when its processes left with 75. A task that does so ends well for srun,
+    which would otherwise kill the tasks that still leave; the first node's task says so in a file beside the batch shell.
     """
     options: dict[str, object] = {
         "job-name": slurm.job_name,
@@ -33,12 +34,26 @@ def script(job: Job, slurm: SlurmSettings) -> str:
     if slurm.requeue:
         lines.append("#SBATCH --requeue")
     command = shlex.join(job.launch_command(f"--num-machines={job.settings.num_machines}"))
-    inner = f"{slurm.setup} && exec {command}" if slurm.setup else f"exec {command}"
-    # The batch shell waits for srun when it is signalled; without the trap it would end, and srun with it. (An ignored signal
-    # would be ignored by srun too: a command that does nothing is not inherited.)
-    lines += ["", "trap : TERM USR1", f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(inner)}", "code=$?"]
+    step = f"{slurm.setup} && {command}" if slurm.setup else command
+    # Shells wait for what they run when they are signalled; without a trap they would end first. (An ignored signal would be ignored by
+    # the command too: a trap that does nothing is not inherited.)
+    lines += ["", "trap : TERM USR1"]
     if slurm.requeue:
-        lines += [f"if [ $code -eq {PREEMPTED} ]; then", '    scontrol requeue "$SLURM_JOB_ID"', "fi"]
+        left = f'[ $code -ne {PREEMPTED} ] || {{ [ ! -e "$1" ] || echo left > "$1"; exit 0; }}'
+        inner = f"trap : TERM USR1; {step}; code=$?; {left}; exit $code"
+        lines += [
+            "left=$(mktemp)",
+            f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(inner)} polyaccel "$left"',
+            "code=$?",
+            'if [ $code -eq 0 ] && [ -s "$left" ]; then',
+            f"    code={PREEMPTED}",
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'rm -f "$left"',
+        ]
+    else:
+        inner = f"{slurm.setup} && exec {command}" if slurm.setup else f"exec {command}"
+        lines += [f"srun --kill-on-bad-exit=1 bash -c {shlex.quote(inner)}", "code=$?"]
     return "\n".join([*lines, "exit $code", ""])
 
 

@@ -185,10 +185,31 @@ def test_a_job_that_saves_and_leaves_when_it_is_signalled_is_queued_again(cluste
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "SLURM_END_TO_END" not in os.environ,
-    reason="waits for Slurm's own timers, which it does not always keep on a busy machine: SLURM_END_TO_END=1",
-)
+def test_a_node_that_leaves_later_than_another_is_waited_for_and_the_job_is_queued_again(cluster, tmp_path):
+    """srun kills a step at its first bad exit, and 75 would be one."""
+    script = tmp_path / "leaves.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "node = os.environ['SLURM_NODEID']\n"
+        "def leave(number, frame):\n"
+        "    time.sleep(4 * int(node)); (here / f'saved{node}').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, leave)\n"
+        "(here / f'started{node}').touch()\ntime.sleep(120)\n"
+    )
+    job = submit(cluster, tmp_path, "--num_machines", 2, "--num_processes", 2, script)
+    wait_until(lambda: (tmp_path / "started0").exists() and (tmp_path / "started1").exists())
+    subprocess.run(["scancel", "--signal=TERM", job], env=cluster, check=True)
+    wait_until((tmp_path / "saved0").exists)
+    wait_until(
+        lambda: state(cluster, job) not in ("RUNNING", "COMPLETING"),
+        shows=lambda: state(cluster, job) + (tmp_path / "out").read_text(),
+    )
+    assert state(cluster, job) == "PENDING", (tmp_path / "out").read_text()
+    assert (tmp_path / "saved1").exists()
+    subprocess.run(["scancel", job], env=cluster, check=True)
+
+
 def test_a_preempted_training_goes_on_where_it_was_and_its_losses_are_those_of_one_that_ran_through(cluster, tmp_path):
     """Two nodes, one process each, with loader workers; Slurm signals all of these processes at once."""
     script, whole, losses = HERE / "preempted_training.py", tmp_path / "whole", tmp_path / "losses"
