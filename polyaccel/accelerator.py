@@ -7,7 +7,7 @@ from dataclasses import fields
 from os import PathLike
 from typing import Any, Literal
 
-from polyaccel import seeding
+from polyaccel import jobs, seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config
 from polyaccel.config.profile import ProfileKwargs, profile_handler
@@ -104,6 +104,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self.gradient_state = GradientState(self.plan.gradient_accumulation_steps)
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
+        jobs.own(self._engine, self)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 from polyaccel.protocols import Engine
 
 _engines: list[weakref.ref[Engine]] = []
+_owners: weakref.WeakKeyDictionary[Engine, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def adopt(engine: Engine) -> None:
@@ -24,6 +26,17 @@ def current() -> Engine | None:
     """The newest engine that is still in use, or None before the first Accelerator."""
     found = engines()
     return found[-1] if found else None
+
+
+def own(engine: Engine, accelerator: Any) -> None:
+    """This Accelerator is what user code drives the engine by."""
+    _owners[engine] = weakref.ref(accelerator)
+
+
+def accelerator() -> Any:
+    """The newest Accelerator that is still in use, or None."""
+    found = [owner() for engine in reversed(engines()) if (owner := _owners.get(engine)) is not None]
+    return next((one for one in found if one is not None), None)
 
 
 def forget() -> None:
