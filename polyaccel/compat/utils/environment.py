@@ -135,5 +135,9 @@ def _purged(function: Any) -> Any:
 def _purge_tests(cls: type) -> None:
     for name in dir(cls):
         method = inspect.getattr_static(cls, name)
-        if name.startswith("test") and isinstance(method, types.FunctionType) and not hasattr(method, _IS_PURGED):
+        if not name.startswith("test") or hasattr(method, _IS_PURGED):
+            continue
+        if isinstance(method, types.FunctionType):
             setattr(cls, name, _purged(method))
+        elif isinstance(method, staticmethod) and not hasattr(method.__func__, _IS_PURGED):
+            setattr(cls, name, staticmethod(_purged(method.__func__)))
