@@ -104,7 +104,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self.gradient_state = GradientState(self.plan.gradient_accumulation_steps)
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
-        jobs.own(self._engine, self)
+        jobs.own(self)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)

@@ -70,6 +70,7 @@ def array(request):
 @pytest.fixture
 def job(monkeypatch):
     monkeypatch.setattr(jobs, "_engines", [])
+    monkeypatch.setattr(jobs, "_accelerators", [])
     monkeypatch.setattr(states, "_own", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "fake")
 

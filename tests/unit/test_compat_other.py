@@ -31,6 +31,7 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(autouse=True)
 def on_torch(monkeypatch):
     monkeypatch.setattr(jobs, "_engines", [])
+    monkeypatch.setattr(jobs, "_accelerators", [])
     monkeypatch.setattr(states, "_own", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "torch")
 

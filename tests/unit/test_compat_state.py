@@ -22,6 +22,7 @@ register_backend(FakeBackend())
 def no_job(monkeypatch):
     """Engines of other tests are not this one's."""
     monkeypatch.setattr(jobs, "_engines", [])
+    monkeypatch.setattr(jobs, "_accelerators", [])
     monkeypatch.setattr(states, "_own", None)
     monkeypatch.setattr(states, "_gradients", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "fake")

@@ -321,15 +321,16 @@ def gather_object(object: Any) -> Any:
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:
-    """Every tensor as process `from_process` has it; tensors of torch are overwritten and returned."""
+    """Every tensor as process `from_process` has it; torch's own tensors and parameters are overwritten and returned."""
     received = _job().broadcast(tensor, from_process)
     return tensor if received is tensor else trees.map_leaves(_overwrite, tensor, received)
 
 
 def _overwrite(mine: Any, received: Any) -> Any:
-    if mine is received or not is_torch_tensor(mine):
-        return received
-    with sys.modules["torch"].no_grad():
+    torch = sys.modules.get("torch")
+    if torch is None or mine is received or type(mine) not in (torch.Tensor, torch.nn.Parameter):
+        return received  # what a model on another engine gave is a value, not memory of torch
+    with torch.no_grad():
         mine.copy_(received)
     return mine
 
