@@ -104,7 +104,6 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self.gradient_state = GradientState(self.plan.gradient_accumulation_steps)
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
-        jobs.own(self)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge)
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)
@@ -121,6 +120,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self._lists_compiles = "compile_events" in capabilities.features
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
+        jobs.own(self)  # now that it is whole
 
     def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)
