@@ -4,6 +4,7 @@ import dataclasses
 import os
 import sys
 import unittest
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from polyaccel.utils import (
     PrecisionType,
     RNGType,
     are_libraries_initialized,
+    check_cuda_fp8_capability,
     clear_environment,
     compare_versions,
     convert_dict_to_env_variables,
@@ -152,6 +154,32 @@ def test_devices_are_those_that_torch_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not packages.is_cuda_available()
     assert packages.is_bf16_available()
+
+
+def test_devices_of_one_generation_are_told_from_the_next(monkeypatch):
+    torch = pytest.importorskip("torch")
+    gaudi = SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "GAUDI")
+    monkeypatch.setattr(torch, "hpu", gaudi, raising=False)
+    assert packages.is_hpu_available()
+    assert packages.is_habana_gaudi1()
+    gaudi.get_device_name = lambda: "GAUDI2"
+    assert not packages.is_habana_gaudi1()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, has_fp8 in (((8, 0), False), ((8, 9), True), ((10, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert check_cuda_fp8_capability() is has_fp8
+
+
+def test_the_library_is_asked_for_what_it_can_do(monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    assert not packages.is_transformer_engine_mxfp8_available()
+    engine = SimpleNamespace(check_mxfp8_support=lambda: (False, "too old a GPU"))
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.fp8", engine)
+    assert not packages.is_transformer_engine_mxfp8_available()
+    engine.check_mxfp8_support = lambda: (True, "")
+    assert packages.is_transformer_engine_mxfp8_available()
 
 
 def test_versions_are_compared_as_versions():

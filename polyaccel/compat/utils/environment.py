@@ -12,6 +12,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from polyaccel.compat.utils.imports import check_cuda_fp8_capability
+
+__all__ = [
+    "are_libraries_initialized",
+    "check_cuda_fp8_capability",
+    "clear_environment",
+    "convert_dict_to_env_variables",
+    "get_int_from_env",
+    "parse_choice_from_env",
+    "parse_flag_from_env",
+    "patch_environment",
+    "purge_accelerate_environment",
+    "str_to_bool",
+]
+
 log = logging.getLogger("polyaccel.utils.environment")
 
 _TRUE = frozenset({"y", "yes", "t", "true", "on", "1"})

@@ -45,6 +45,7 @@ is_msamp_available = _installed("msamp")
 is_pandas_available = _installed("pandas")
 is_peft_available = _installed("peft")
 is_pynvml_available = _installed("pynvml")
+is_pippy_available = _installed("torch")  # torch.distributed.pipelining is in every torch that polyaccel runs with
 is_pytest_available = _installed("pytest")
 is_rich_available = _installed("rich")
 is_sagemaker_available = _installed("sagemaker")
@@ -133,6 +134,11 @@ def is_hpu_available(init_hccl: bool = False) -> bool:
     return _has_device("hpu")
 
 
+def is_habana_gaudi1() -> bool:
+    """Whether torch sees an Intel Gaudi of the first generation."""
+    return is_hpu_available() and str(_device_module("hpu").get_device_name()).upper() == "GAUDI"
+
+
 def is_neuron_available(check_device: bool = False) -> bool:
     """Whether torch sees an AWS Neuron core."""
     return _has_device("neuron")
@@ -159,3 +165,15 @@ def is_fp16_available() -> bool:
 def is_fp8_available() -> bool:
     """Whether a library for 8-bit training is installed."""
     return is_transformer_engine_available() or is_torchao_available() or is_msamp_available()
+
+
+def is_transformer_engine_mxfp8_available() -> bool:
+    """Whether transformer_engine is installed and this GPU has its block-scaled 8-bit format."""
+    if not is_transformer_engine_available():
+        return False
+    return bool(_module("transformer_engine.pytorch.fp8").check_mxfp8_support()[0])
+
+
+def check_cuda_fp8_capability() -> bool:
+    """Whether torch sees a CUDA GPU with 8-bit floating point: compute capability 8.9 or newer."""
+    return is_cuda_available() and tuple(_device_module("cuda").get_device_capability()) >= (8, 9)
