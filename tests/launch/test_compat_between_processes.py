@@ -13,6 +13,7 @@ ENGINES = [name for name in ("torch", "jax") if load_backend(name).probe().is_us
 
 SCRIPT = """
 import random
+import sys
 from polyaccel import notebook_launcher
 
 def main():
@@ -56,7 +57,7 @@ def main():
         assert share == [[1, 2], [3]][me]
     assert state.on_last_process(lambda: "last")() == ("last" if me else None)
     state.wait_for_everyone()
-    print(f"process {me} agrees", flush=True)
+    sys.stdout.write(f"process {me} agrees\\n")  # in one piece: the other process writes at the same time
 
 notebook_launcher(main, num_processes=2, cpu=True, backend=BACKEND, mixed_precision="no")
 """
