@@ -5,11 +5,14 @@ Names are loaded when they are first used: importing the package imports no fram
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyaccel.accelerator import Accelerator as Accelerator
+    from polyaccel.compat.enums import DistributedType as DistributedType
+    from polyaccel.compat.state import PartialState as PartialState
     from polyaccel.config import Config as Config
     from polyaccel.data import skip_first_batches as skip_first_batches
     from polyaccel.ema import EMA as EMA
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from polyaccel.launch.notebook import debug_launcher as debug_launcher
     from polyaccel.launch.notebook import notebook_launcher as notebook_launcher
     from polyaccel.local_sgd import LocalSGD as LocalSGD
+    from polyaccel.memory import find_executable_batch_size as find_executable_batch_size
     from polyaccel.mesh import MeshSpec as MeshSpec
     from polyaccel.plan import Plan as Plan
     from polyaccel.seeding import set_seed as set_seed
@@ -26,12 +30,15 @@ __version__ = "0.1.0"
 _HOME = {
     "Accelerator": "polyaccel.accelerator",
     "Config": "polyaccel.config",
+    "DistributedType": "polyaccel.compat.enums",
     "EMA": "polyaccel.ema",
     "LocalSGD": "polyaccel.local_sgd",
     "MeshSpec": "polyaccel.mesh",
+    "PartialState": "polyaccel.compat.state",
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
     "debug_launcher": "polyaccel.launch.notebook",
+    "find_executable_batch_size": "polyaccel.memory",
     "notebook_launcher": "polyaccel.launch.notebook",
     "set_seed": "polyaccel.seeding",
     "skip_first_batches": "polyaccel.data",
@@ -39,13 +46,16 @@ _HOME = {
 __all__ = [
     "Accelerator",
     "Config",
+    "DistributedType",
     "EMA",
     "LocalSGD",
     "MeshSpec",
+    "PartialState",
     "Plan",
     "PolyaccelError",
     "__version__",
     "debug_launcher",
+    "find_executable_batch_size",
     "notebook_launcher",
     "set_seed",
     "skip_first_batches",
@@ -61,3 +71,43 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Accelerate:
+    """Finds Accelerate's module names (`polyaccel.state`, `polyaccel.utils.operations`, ...) in `polyaccel.compat`.
+
+    First in line: `polyaccel.utils` is the package `polyaccel.compat.utils` itself, and the ordinary finder would load a second copy
+    of the modules in its folder. What is imported under both names is one module.
+    """
+
+    names = frozenset({"logging", "memory_utils", "state", "utils"})
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith("polyaccel.") or name.split(".", 2)[1] not in cls.names:
+            return None
+        from importlib.machinery import ModuleSpec
+        from importlib.util import find_spec
+
+        home = f"polyaccel.compat.{name.removeprefix('polyaccel.')}"
+        try:
+            found = find_spec(home)
+        except ModuleNotFoundError as error:
+            if not str(error.name).startswith("polyaccel.compat"):
+                raise  # something that the module needs
+            return None
+        loader: Any = cls
+        return found and ModuleSpec(name, loader, origin=found.origin)
+
+    @staticmethod
+    def create_module(spec: Any) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: Any) -> None:
+        name = module.__spec__.name
+        sys.modules[name] = import_module(f"polyaccel.compat.{name.removeprefix('polyaccel.')}")
+
+
+if not any(getattr(finder, "__qualname__", "") == "_Accelerate" for finder in sys.meta_path):
+    sys.meta_path.insert(0, _Accelerate)

@@ -7,7 +7,7 @@ from dataclasses import fields
 from os import PathLike
 from typing import Any, Literal
 
-from polyaccel import seeding
+from polyaccel import jobs, seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config
 from polyaccel.config.profile import ProfileKwargs, profile_handler
@@ -122,6 +122,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         self._lists_compiles = "compile_events" in capabilities.features
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
+        jobs.own(self)  # now that it is whole
 
     def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)

@@ -73,8 +73,8 @@ class NoBatchSizeError(PolyaccelError, RuntimeError):
     """Not even one sample fits into memory."""
 
 
-class NotStartedError(PolyaccelError, RuntimeError):
-    """Something that needs an Accelerator was used before there was one."""
+class NotStartedError(PolyaccelError, RuntimeError, ValueError):
+    """Something that needs an Accelerator was used before there was one. Accelerate raises one or the other of the two bases."""
 
 
 class TrackerError(PolyaccelError):

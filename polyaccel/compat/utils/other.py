@@ -1,0 +1,154 @@
+"""`accelerate.utils.other`: models without their wrappers, weights in a file, and small helpers of training scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import platform
+import re
+import socket
+import types
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+from polyaccel import jobs
+from polyaccel.compat.state import PartialState
+from polyaccel.errors import PrepareError, UnsupportedError
+
+log = logging.getLogger("polyaccel.utils.other")
+
+_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"})
+_OLDEST_KERNEL = (5, 5, 0)
+
+
+def wait_for_everyone() -> None:
+    """Return when every process has called it."""
+    PartialState().wait_for_everyone()
+
+
+def is_compiled_module(module: Any) -> bool:
+    """Whether this is what torch.compile made of a module."""
+    return "_orig_mod" in getattr(module, "_modules", {})
+
+
+def extract_model_from_parallel(
+    model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True, recursive: bool = False
+) -> Any:
+    """The user's own model: without what `prepare`, DistributedDataParallel, DataParallel or FullyShardedDataParallel put around it.
+
+    Args:
+        model: prepared or not.
+        keep_fp32_wrapper: False: its `forward` is the one from before `convert_outputs_to_fp32`, where `_original_forward` holds that.
+        keep_torch_compile: a compiled model stays compiled, around the user's own; False: without that.
+        recursive: also in place of its wrapped layers.
+    """
+    accelerator = jobs.accelerator()
+    if accelerator is not None:
+        with contextlib.suppress(PrepareError):  # a model that this Accelerator has not prepared
+            model = accelerator.unwrap_model(model)
+    compiled = model if is_compiled_module(model) else None
+    own = _unwrapped(model if compiled is None else compiled._orig_mod)
+    if recursive:
+        own = _without_wrapped_layers(own)
+    if not keep_fp32_wrapper:
+        _restore_forward(own)
+    if compiled is None or not keep_torch_compile:
+        return own
+    compiled._orig_mod = own
+    return compiled
+
+
+def _unwrapped(model: Any) -> Any:
+    while any(kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch.") for kind in type(model).__mro__):
+        model = model.module
+    return model
+
+
+def _without_wrapped_layers(module: Any) -> Any:
+    module = _unwrapped(module)
+    for name, layer in list(module.named_children()):
+        setattr(module, name, _without_wrapped_layers(layer))
+    return module
+
+
+def _restore_forward(model: Any) -> None:
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    forward = model.forward
+    while forward != original and hasattr(forward, "__wrapped__"):
+        forward = forward.__wrapped__
+    function = getattr(forward, "__func__", forward)
+    if function is getattr(type(model), "forward", None):
+        vars(model).pop("forward", None)  # the class's own: an attribute would only hide it
+    else:
+        model.forward = types.MethodType(function, model)
+
+
+def save(obj: Any, f: str | PathLike[str], save_on_each_node: bool = False, safe_serialization: bool = True) -> None:
+    """Write a dict of arrays (a state_dict) as one safetensors file, from process 0.
+
+    `safe_serialization` is True by default, which it is not in Accelerate: a pickle runs code when it is loaded, and is refused with
+    CheckpointError. Raises UnsupportedError for `save_on_each_node`.
+    """
+    if save_on_each_node:
+        raise UnsupportedError(
+            "save_on_each_node=True: process 0 alone writes",
+            "write to a folder that all machines see, or copy the file",
+        )
+    PartialState()
+    jobs.accelerator().save(obj, f, safe_serialization)
+
+
+def merge_dicts(source: Mapping[str, Any], destination: dict[str, Any]) -> dict[str, Any]:
+    """Write `source` into `destination`, dicts within dicts, and return that."""
+    for name, value in source.items():
+        if isinstance(value, Mapping):
+            merge_dicts(value, destination.setdefault(name, {}))
+        else:
+            destination[name] = value
+    return destination
+
+
+def recursive_getattr(obj: Any, attr: str) -> Any:
+    """`obj.a.b` for "a.b"."""
+    return functools.reduce(getattr, attr.split("."), obj)
+
+
+def get_pretty_name(obj: Any) -> str:
+    """The name of a class or function, else that of the object's class."""
+    named = obj if hasattr(obj, "__qualname__") or hasattr(obj, "__name__") else type(obj)
+    return str(getattr(named, "__qualname__", None) or named.__name__)
+
+
+def convert_bytes(size: float) -> str:
+    """A number of bytes for people, in powers of 1024: "1.5 KB"."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if size < 1024:
+            return f"{round(size, 2)} {unit}"
+        size /= 1024
+    return f"{round(size, 2)} PB"
+
+
+def is_port_in_use(port: int | str | None = None) -> bool:
+    """Whether a server of this machine listens on a port, by default 29500."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as connection:
+        return connection.connect_ex(("localhost", 29500 if port is None else int(port))) == 0
+
+
+def get_free_port() -> int:
+    """A port that nobody of this machine listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def check_os_kernel() -> None:
+    """Warn of a Linux kernel older than 5.5, on which processes of torch may hang."""
+    machine = platform.uname()
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", machine.release)
+    if machine.system == "Linux" and found is not None and tuple(map(int, found.groups())) < _OLDEST_KERNEL:
+        oldest = ".".join(map(str, _OLDEST_KERNEL))
+        log.warning(f"kernel {found[0]} is older than {oldest}, with which processes may hang; a newer one cures that")
