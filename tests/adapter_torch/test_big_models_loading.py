@@ -72,7 +72,9 @@ def test_an_empty_model_keeps_what_its_parameters_are() -> None:
         module = nn.Module()
         module.frozen = Marked(torch.ones(2), requires_grad=False)
         lazy = nn.LazyLinear(3)
-    assert type(module.frozen) is Marked and module.frozen.is_meta and not module.frozen.requires_grad
+    assert type(module.frozen) is Marked
+    assert module.frozen.is_meta
+    assert not module.frozen.requires_grad
     assert lazy(torch.ones(2, 4)).shape == (2, 3)
 
 
@@ -173,8 +175,10 @@ def test_names_that_differ_are_a_warning_or_an_error(
     assert not torch.equal(model.linear1.weight, saved.linear1.weight)
     with caplog.at_level(logging.WARNING):
         load_checkpoint_in_model(model, tmp_path)
-    assert "linear1.bias" in caplog.text and "extra" in caplog.text
-    assert torch.equal(model.linear1.weight, saved.linear1.weight) and torch.equal(model.linear1.bias, kept)
+    assert "linear1.bias" in caplog.text
+    assert "extra" in caplog.text
+    assert torch.equal(model.linear1.weight, saved.linear1.weight)
+    assert torch.equal(model.linear1.bias, kept)
 
 
 def test_what_cannot_be_right_is_refused_before_anything_changes(saved: nn.Module, tmp_path: Path) -> None:
@@ -226,7 +230,7 @@ def test_what_is_not_served_says_what_is(saved: nn.Module, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential", None])
 def test_a_map_may_be_made_on_the_way(device_map: str | None, saved: nn.Module, tmp_path: Path) -> None:
-    memory = {"cpu": 236} if device_map else None
+    memory = {"cpu": 200} if device_map else None
     model = load_checkpoint_and_dispatch(
         _empty(), _file(tmp_path, saved), device_map, memory, offload_folder=tmp_path / "offload"
     )

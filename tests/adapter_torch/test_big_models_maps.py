@@ -110,7 +110,8 @@ def test_a_smaller_module_fills_a_device_that_would_stay_empty(caplog: pytest.Lo
     model = nn.Sequential(nn.Sequential(nn.Linear(10, 4), nn.Linear(4, 4), nn.Linear(4, 8)))
     with caplog.at_level(logging.INFO):
         assert infer_auto_device_map(model, max_memory={0: 256}) == {"": "disk"}
-    assert "insufficient memory" in caplog.text and "0: 336 bytes" in caplog.text
+    assert "insufficient memory" in caplog.text
+    assert "0: 336 bytes" in caplog.text
     placed = infer_auto_device_map(model, max_memory={0: 256}, fallback_allocation=True)
     assert placed == {"0.0": "disk", "0.1": 0, "0.2": "disk"}
 
@@ -136,7 +137,8 @@ def test_buffers_that_stay_on_the_accelerator_and_do_not_fit_are_announced() -> 
 def test_verbose_prints_the_decisions(capsys: pytest.CaptureFixture[str]) -> None:
     infer_auto_device_map(Net(), max_memory={0: 200, 1: 200}, verbose=True)
     printed = capsys.readouterr().out
-    assert "linear1 (64 bytes) goes to 0" in printed and "batchnorm (72 bytes) does not fit on 0" in printed
+    assert "linear1 (64 bytes) goes to 0" in printed
+    assert "batchnorm (72 bytes) does not fit on 0" in printed
 
 
 def test_balanced_memory_gives_each_accelerator_its_part_and_the_last_one_everything() -> None:
@@ -150,7 +152,8 @@ def test_balanced_memory_gives_each_accelerator_its_part_and_the_last_one_everyt
 
 def test_balanced_memory_can_spare_device_zero() -> None:
     spared = get_balanced_memory(three_nets(), max_memory={0: 900, 1: 900, 2: 900}, low_zero=True)
-    assert spared[0] == 0 and spared[2] == 900
+    assert spared[0] == 0
+    assert spared[2] == 900
     assert 708 // 2 < spared[1] < 900
 
 

@@ -35,8 +35,10 @@ def test_cpu_offload_gives_the_same_outputs_and_leaves_nothing_behind() -> None:
     model = evaluated(Net())
     expected = model(X)
     assert cpu_offload(model) is model
-    assert _are_away(model) and not model.batchnorm.running_mean.is_meta
-    assert torch.equal(model(X), expected) and torch.equal(model(X), expected)
+    assert _are_away(model)
+    assert not model.batchnorm.running_mean.is_meta
+    assert torch.equal(model(X), expected)
+    assert torch.equal(model(X), expected)
     assert _are_away(model)
 
 
@@ -51,7 +53,8 @@ def test_disk_offload_writes_safetensors_and_reads_them_for_a_model_without_valu
     model = evaluated(Net())
     expected = model(X)
     disk_offload(model, tmp_path, offload_buffers=True)
-    assert _are_away(model) and torch.equal(model(X), expected)
+    assert _are_away(model)
+    assert torch.equal(model(X), expected)
     assert not list(tmp_path.glob("*.dat"))
     with init_empty_weights(include_buffers=True):
         empty = Net().eval()
@@ -66,7 +69,8 @@ def test_disk_offload_takes_the_values_of_the_model_and_not_old_ones_of_the_fold
     expected = new(X)
     disk_offload(old, tmp_path)
     disk_offload(new, tmp_path)
-    assert torch.equal(new(X), expected) and not torch.equal(was, expected)
+    assert torch.equal(new(X), expected)
+    assert not torch.equal(was, expected)
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -84,7 +88,8 @@ def test_a_model_on_cpu_and_disk_computes_as_before(keys: str, tmp_path: Path) -
     model = evaluated(Net())
     expected = model(X, scale=torch.tensor(2.0))
     dispatch_model(model, {"linear1": "disk", "batchnorm": "cpu", "linear2": "disk"}, offload_dir=tmp_path)
-    assert _are_away(model.linear1, model.linear2) and not _are_away(model.batchnorm)
+    assert _are_away(model.linear1, model.linear2)
+    assert not _are_away(model.batchnorm)
     assert model.hf_device_map == {"linear1": "disk", "batchnorm": "cpu", "linear2": "disk"}
     given = model(x=X, scale=torch.tensor(2.0)) if keys == "keyword" else model(X, scale=torch.tensor(2.0))
     assert torch.equal(given, expected)
@@ -100,7 +105,8 @@ def test_weights_that_are_safetensors_already_are_not_copied(tmp_path: Path) -> 
     assert [file.name for file in (tmp_path / "offload").iterdir()] == ["index.json"]
     entry = json.loads((tmp_path / "offload" / "index.json").read_text())["layer2.linear1.weight"]
     assert entry["safetensors_file"] == str(tmp_path / "model.safetensors")
-    assert _are_away(model.layer2.linear1) and not _are_away(model.layer1)
+    assert _are_away(model.layer2.linear1)
+    assert not _are_away(model.layer1)
     running = model.layer3.batchnorm.running_mean
     assert torch.equal(running, saved.layer3.batchnorm.running_mean)  # Accelerate leaves it at its initial value
     pair = nn.Sequential(model.layer1.linear1, model.layer2.batchnorm)
@@ -125,7 +131,8 @@ def test_tied_weights_stay_tied_wherever_they_are(tmp_path: Path) -> None:
         dispatch_model(model, device_map, offload_dir=tmp_path / where, force_hooks=True)
         assert model.head.weight is model.embedding.weight
         outputs = model(TOKENS)
-        assert torch.equal(outputs["logits"], expected["logits"]) and outputs.keys() == expected.keys()
+        assert torch.equal(outputs["logits"], expected["logits"])
+        assert outputs.keys() == expected.keys()
     assert len(list((tmp_path / "disk").glob("*.safetensors"))) == 1
 
 
@@ -137,7 +144,8 @@ def test_weights_used_without_calling_their_module_come_in_with_its_parent(tmp_p
     with pytest.raises((RuntimeError, NotImplementedError)):
         plain(x).sum().item()
     dispatch_model(model, {"": "disk"}, offload_dir=tmp_path, preload_module_classes=["Direct"])
-    assert torch.equal(model(x), expected) and _are_away(model)
+    assert torch.equal(model(x), expected)
+    assert _are_away(model)
 
 
 def test_a_second_device_gets_inputs_and_weights_and_outputs_come_back() -> None:
@@ -209,7 +217,8 @@ def test_weights_leave_after_an_exception_and_the_next_call_works() -> None:
     cpu_offload(model)
     with pytest.raises(RuntimeError, match="shapes"):
         model(torch.ones(2, 7))
-    assert _are_away(model) and torch.equal(model(X), expected)
+    assert _are_away(model)
+    assert torch.equal(model(X), expected)
 
 
 def test_hooks_can_be_removed_and_the_model_is_as_before(tmp_path: Path) -> None:
@@ -220,7 +229,8 @@ def test_hooks_can_be_removed_and_the_model_is_as_before(tmp_path: Path) -> None
         cpu_offload(model)
     remove_hook_from_submodules(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.head.weight is model.embedding.weight and model.head.weight.requires_grad
+    assert model.head.weight is model.embedding.weight
+    assert model.head.weight.requires_grad
     model(TOKENS)["logits"].sum().backward()
     assert model.head.weight.grad is not None
 
@@ -231,7 +241,9 @@ def test_a_copy_of_an_offloaded_model_works_by_itself(tmp_path: Path) -> None:
     disk_offload(model, tmp_path)
     twin = copy.deepcopy(model)
     remove_hook_from_submodules(model)
-    assert _are_away(twin) and torch.equal(twin(X), expected) and torch.equal(model(X), expected)
+    assert _are_away(twin)
+    assert torch.equal(twin(X), expected)
+    assert torch.equal(model(X), expected)
 
 
 def test_half_of_an_offloaded_model_computes_in_half(tmp_path: Path) -> None:
@@ -245,7 +257,8 @@ def test_one_device_needs_no_hooks_unless_they_are_asked_for() -> None:
     assert dispatch_model(model, {"": "cpu"}) is model
     assert not model._forward_pre_hooks
     dispatch_model(model, {"": "cpu"}, force_hooks=True)
-    assert model._forward_pre_hooks and torch.equal(model(X), expected)
+    assert model._forward_pre_hooks
+    assert torch.equal(model(X), expected)
 
 
 def test_an_index_of_the_callers_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import os
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,51 @@ from polyaccel_torch.big_models.tensors import resolve_dtype
 
 INDEX = "index.json"
 _SAFETENSORS = ".safetensors"
+# Pages that were read count as memory of the process while their file is mapped; after so many, it is mapped anew.
+_MAPPED_BYTES = 64 * 2**20
 
 
-class OpenFiles(ExitStack):
+class OpenFiles:
     """Files that are open while weights are read. What was read on the CPU lies in the map, and the map goes with the last of it."""
 
     def __init__(self) -> None:
-        super().__init__()
         self._open: dict[str, Any] = {}
+        self._given: dict[str, int] = {}
+
+    def __enter__(self) -> OpenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all; tensors that are still in use keep their part mapped."""
+        for path in list(self._open):
+            self._close(path)
 
     def tensor(self, file: str | os.PathLike[str], key: str) -> torch.Tensor:
         """An array of a file, not copied; what is written to it stays in this process. Raises CheckpointError."""
         path = os.fspath(file)
         try:
+            if self._given.get(path, 0) > _MAPPED_BYTES:
+                self._close(path)
             if path not in self._open:
-                if path.endswith(_SAFETENSORS):
-                    self._open[path] = self.enter_context(safe_open(path, framework="pt"))
-                else:
-                    self._open[path] = read_torch_file(Path(path))
-            held = self._open[path]
-            return held.get_tensor(key) if path.endswith(_SAFETENSORS) else held[key]
+                is_safetensors = path.endswith(_SAFETENSORS)
+                self._open[path] = (
+                    safe_open(path, framework="pt") if is_safetensors else _TorchFile(read_torch_file(Path(path)))
+                )
+                self._given[path] = 0
+            found: torch.Tensor = self._open[path].get_tensor(key)
+            self._given[path] += found.nbytes
+            return found
         except (OSError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{path} does not give {key!r}: {error}",
                 "the file was moved, replaced or damaged; load the model again",
             ) from error
+
+    def _close(self, path: str) -> None:
+        self._open.pop(path).__exit__(None, None, None)
 
     def weight(self, weight: StoredWeight) -> torch.Tensor:
         """A whole weight; in memory of its own where it lies in several pieces."""
@@ -57,6 +76,16 @@ class OpenFiles(ExitStack):
             box = tuple(slice(start, start + size) for start, size in zip(piece.offset, piece.shape, strict=True))
             whole[box] = self.tensor(piece.file, piece.key)
         return whole
+
+
+class _TorchFile(dict[str, torch.Tensor]):
+    """A torch file that is used as a safetensors file is."""
+
+    def get_tensor(self, key: str) -> torch.Tensor:
+        return self[key]
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
 
 
 def read_torch_file(path: Path) -> dict[str, torch.Tensor]:
