@@ -33,7 +33,7 @@ def init_on_device(device: torch.device | str | int, include_buffers: bool | Non
             return None
         return like(parameter, parameter.detach().to(target))
 
-    hook = register_module_parameter_registration_hook(moved)
+    hook = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # torch's annotation allows no result
     try:
         yield
     finally:

@@ -64,8 +64,9 @@ class WeightsHook:
             place = place_in(module, name)
             now = place.tensor
             place.put(away)
-            if now is not brought or _version(now) != version:
-                self._keep(name, now)
+            if now is not brought or _version(now) != version or self._is_rewritten(place, name, now):
+                with torch.no_grad():
+                    self.sources[name].write_back(now)
         if call.device is not None:
             return move(outputs, call.device, self._skip)
         return outputs
@@ -79,6 +80,13 @@ class WeightsHook:
                     value = source.read(torch.device("cpu"), place.tensor.dtype, files)
                     moved[source] = like(place.tensor, value.clone())
                 place.put(moved[source])
+
+    def _is_rewritten(self, place: Place, name: str, now: torch.Tensor) -> bool:
+        """Normalization layers write their statistics in training, and torch counts no version for it."""
+        if not (place.is_buffer and place.module.training):
+            return False
+        with OpenFiles() as files:
+            return not torch.equal(now, self.sources[name].read(now.device, now.dtype, files))
 
     def _bring_in(self, module: nn.Module, call: _Call) -> None:
         # Inference tensors count no versions, and a write could not be noticed.
@@ -94,14 +102,6 @@ class WeightsHook:
                     source.remember(self.device, value)
                 place.put(value)
                 call.brought[name] = (away, value, _version(value))
-
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        with torch.no_grad():
-            if not self.sources[name].write_back(value):
-                raise PrepareError(
-                    f"forward wrote to {self._full_name}.{name}, which is on disk and would be lost",
-                    "call model.eval(), or keep buffers on the device with offload_buffers=False",
-                )
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -64,6 +64,7 @@ class OpenFiles:
             ) from error
 
     def _close(self, path: str) -> None:
+        self._given.pop(path)
         self._open.pop(path).__exit__(None, None, None)
 
     def weight(self, weight: StoredWeight) -> torch.Tensor:
@@ -130,12 +131,9 @@ class Source:
         """Its values on a device."""
         raise NotImplementedError
 
-    def write_back(self, value: torch.Tensor) -> bool:
-        """Keep what a forward wrote to it; False where it cannot be kept."""
-        return False
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self  # a copy of the model reads the same weights
+    def write_back(self, value: torch.Tensor) -> None:
+        """Keep what a forward wrote to it."""
+        raise NotImplementedError
 
 
 class HostSource(Source):
@@ -148,22 +146,35 @@ class HostSource(Source):
     def read(self, device: torch.device, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
         return self.tensor.to(device, dtype)
 
-    def write_back(self, value: torch.Tensor) -> bool:
+    def write_back(self, value: torch.Tensor) -> None:
         if value.data_ptr() != self.tensor.data_ptr():
             self.tensor.copy_(value)
-        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostSource:
+        return HostSource(self.tensor.clone())
 
 
 class FileSource(Source):
-    """In a safetensors file."""
+    """In a safetensors file; what a forward writes (running statistics) is in host memory from then on, and not in the file."""
 
     def __init__(self, file: str, key: str, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.file, self.key, self.dtype = file, key, dtype
+        self._written: torch.Tensor | None = None
 
     def read(self, device: torch.device, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
+        if self._written is not None:
+            return self._written.to(device, dtype, copy=True)
         value = files.tensor(self.file, self.key)
         return value.to(self.dtype or value.dtype).to(device, dtype)
+
+    def write_back(self, value: torch.Tensor) -> None:
+        self._written = value.detach().to("cpu", copy=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FileSource:
+        twin = FileSource(self.file, self.key, self.dtype)
+        twin._written = None if self._written is None else self._written.clone()
+        return twin
 
 
 def index_entry(file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
