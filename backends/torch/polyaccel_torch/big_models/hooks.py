@@ -65,7 +65,7 @@ class WeightsHook:
             now = place.tensor
             place.put(away)
             if now is not brought or _version(now) != version or self._is_rewritten(place, name, now):
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
                     self.sources[name].write_back(now)
         if call.device is not None:
             return move(outputs, call.device, self._skip)
