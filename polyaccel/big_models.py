@@ -299,4 +299,9 @@ def remove_hook_from_submodules(module: Model) -> None:
 
 def _backend() -> Any:
     backend: Any = choose_backend("torch")
+    if not hasattr(backend, "big_models"):
+        raise UnsupportedError(
+            f"backend 'torch' is {type(backend).__name__} here, which serves no big models",
+            "use polyaccel's own adapter",
+        )
     return backend.big_models()

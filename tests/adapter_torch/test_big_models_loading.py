@@ -224,6 +224,10 @@ def test_what_is_not_served_says_what_is(saved: nn.Module, tmp_path: Path) -> No
         load_checkpoint_in_model(_empty(), path, device_map={"": "disk"})
     with pytest.raises(ConfigError, match="'autos' is unknown"):
         load_checkpoint_and_dispatch(_empty(), path, device_map="autos")
+    model = _empty()
+    with pytest.raises(ConfigError, match=r"no device for batchnorm\.weight"):
+        load_checkpoint_in_model(model, path, device_map={"linear1": "cpu", "linear2": "cpu"})
+    assert model.linear1.weight.is_meta
     with pytest.raises(PlanError, match=r"device_map\['linear1'\] is 97"):
         load_checkpoint_in_model(_empty(), path, device_map={"linear1": 97, "": "cpu"})
 

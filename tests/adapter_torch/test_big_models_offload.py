@@ -306,6 +306,25 @@ def test_maps_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
     assert not any(part._forward_pre_hooks for part in empty.modules())
 
 
+def test_a_model_that_cannot_be_dispatched_keeps_its_values(tmp_path: Path) -> None:
+    model = evaluated(Net())
+    model.linear2.to("meta")
+    expected = model.linear1.weight.detach().clone()
+    with pytest.raises(PrepareError, match=r"linear2\.weight has no values"):
+        disk_offload(model, tmp_path)
+    assert torch.equal(model.linear1.weight, expected)
+    assert not model.linear1._forward_pre_hooks
+
+
+def test_a_module_that_hangs_in_two_places_is_offloaded_once(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    expected = model(X)
+    for offloaded in (cpu_offload(copy.deepcopy(model)), disk_offload(copy.deepcopy(model), tmp_path)):
+        assert torch.equal(offloaded(X), expected)
+        assert len(offloaded[0]._forward_pre_hooks) == 1
+
+
 def test_whole_models_take_turns() -> None:
     first, second = nn.Linear(3, 3), nn.Linear(3, 3)
     expected = second(first(X))

@@ -11,7 +11,7 @@ from torch import nn
 
 from polyaccel.errors import ConfigError, PrepareError
 from polyaccel_torch.big_models.device_map import check_device_map, device_of
-from polyaccel_torch.big_models.hooks import WeightsHook, detach_hooks, hooks_of
+from polyaccel_torch.big_models.hooks import WeightsHook, hooks_of
 from polyaccel_torch.big_models.sizes import Device, class_names
 from polyaccel_torch.big_models.tensors import Place, direct_places, first_names, join, like, places, resolve_device
 from polyaccel_torch.big_models.weights import (
@@ -210,7 +210,7 @@ class _Stores:
 
 
 class _Spread:
-    """One walk over the modules: weights are placed or replaced by meta tensors, and hooks attached."""
+    """One walk over the modules decides; then weights are placed or replaced by meta tensors, and hooks attached."""
 
     def __init__(
         self,
@@ -235,45 +235,46 @@ class _Spread:
         self._firsts = first_names(model)
         self._placed: dict[tuple[str, torch.device], torch.Tensor] = {}
         self._replaced: dict[str, torch.Tensor] = {}
+        self._changes: list[tuple[Place, torch.Tensor]] = []
+        self._hooks: dict[int, tuple[nn.Module, WeightsHook]] = {}
 
     def run(self) -> None:
-        """Place and hook the whole model. Raises before anything changes where hooks are there already."""
+        """Place and hook the whole model. Raises before anything changes."""
         if any(hooks_of(part) for part in self._model.modules()):
             raise PrepareError(
                 "the model is dispatched or offloaded already",
                 "call remove_hook_from_submodules(model) first, which brings its weights back",
             )
-        try:
-            self._visit("", self._model)
-        except BaseException:
-            for part in self._model.modules():
-                detach_hooks(part)
-            raise
+        self._visit("", self._model)
+        for place, tensor in self._changes:
+            place.put(tensor)
+        for module, hook in self._hooks.values():
+            hook.attach(module)
 
     def _visit(self, name: str, module: nn.Module) -> None:
-        if hooks_of(module):
+        if id(module) in self._hooks:
             return  # a module that hangs in two places
         device = self._main if not name else self._executes(name)
         is_preloaded = type(module).__name__ in self._preload
         sources: dict[str, Source] = {}
-        parts = list(module.named_modules()) if is_preloaded else [("", module)]
-        for inner, part in parts:
+        has_tensors = False
+        for inner, part in module.named_modules() if is_preloaded else [("", module)]:
             for place in direct_places(part):
+                has_tensors = True
                 local = join(inner, place.name)
                 found = self._settle(join(name, local), place, device)
                 if found is not None:
                     sources[local] = found
-        if not name or name in self._entries or sources or any(True for _ in direct_places(module)):
-            WeightsHook(device, sources, full_name=name, returns_to_caller=not name, skip_keys=self._skip).attach(
-                module
-            )
+        if not name or name in self._entries or has_tensors:
+            hook = WeightsHook(device, sources, full_name=name, returns_to_caller=not name, skip_keys=self._skip)
+            self._hooks[id(module)] = (module, hook)
         if is_preloaded and sources:
             return
         for child, part in module.named_children():
             self._visit(join(name, child), part)
 
     def _settle(self, name: str, place: Place, device: torch.device) -> Source | None:
-        """Put a tensor on the device, or leave a meta tensor in its place and return where its values are."""
+        """What is to hang there: the tensor on the device, or a meta tensor; then also where its values are."""
         is_movable = place.is_stored and (self._buffers or not place.is_buffer)
         source = self._source(name, place, device) if is_movable else None
         old, first = place.tensor, self._firsts[name]
@@ -281,12 +282,11 @@ class _Spread:
             key = (first, device)
             if key not in self._placed:
                 self._placed[key] = old if old.device == device else like(old, _real(name, place).to(device))
-            place.put(self._placed[key])
-            return None
-        if not old.is_meta:
+            self._changes.append((place, self._placed[key]))
+        elif not old.is_meta:
             if first not in self._replaced:
                 self._replaced[first] = like(old, torch.empty_like(old, device="meta"))
-            place.put(self._replaced[first])
+            self._changes.append((place, self._replaced[first]))
         return source
 
 

@@ -42,6 +42,7 @@ def load_weights(
     _check_shapes(held, weights, checkpoint)
     wanted = resolve_dtype(dtype)
     loading = _Loading(device_map, offload_folder, offload_buffers)
+    loading.check({name: place for name, place in held.items() if name in weights})
     with OpenFiles() as files:
         for group in groups:
             # Where a file has several names of a tied parameter, `load_state_dict` lets the last one win.
@@ -74,6 +75,11 @@ class _Loading:
                 "device_map has 'disk', and offload_folder is not given",
                 "give offload_folder=; safetensors are not copied there, only an index of them is written",
             )
+
+    def check(self, held: Mapping[str, Place]) -> None:
+        """Raises ConfigError for a name without a device."""
+        for name, place in held.items():
+            self._device(name, place.tensor)
 
     def load(
         self, group: list[str], held: Mapping[str, Place], weight: StoredWeight, dtype: torch.dtype, files: OpenFiles
