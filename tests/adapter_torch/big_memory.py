@@ -12,7 +12,7 @@ from torch import nn
 
 from polyaccel import init_empty_weights, load_checkpoint_and_dispatch
 
-LAYERS, SIZE = 12, 2048  # 16 MiB a layer
+LAYERS, SIZE = 10, 2048  # 16 MiB a layer
 
 
 def build() -> nn.Sequential:
