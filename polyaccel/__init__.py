@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyaccel.accelerator import Accelerator as Accelerator
+    from polyaccel.big_models import cpu_offload as cpu_offload
+    from polyaccel.big_models import cpu_offload_with_hook as cpu_offload_with_hook
+    from polyaccel.big_models import disk_offload as disk_offload
+    from polyaccel.big_models import dispatch_model as dispatch_model
+    from polyaccel.big_models import infer_auto_device_map as infer_auto_device_map
+    from polyaccel.big_models import init_empty_weights as init_empty_weights
+    from polyaccel.big_models import init_on_device as init_on_device
+    from polyaccel.big_models import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
+    from polyaccel.big_models import load_checkpoint_in_model as load_checkpoint_in_model
     from polyaccel.compat.enums import DistributedType as DistributedType
     from polyaccel.compat.state import PartialState as PartialState
     from polyaccel.config import Config as Config
@@ -37,8 +46,17 @@ _HOME = {
     "PartialState": "polyaccel.compat.state",
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
+    "cpu_offload": "polyaccel.big_models",
+    "cpu_offload_with_hook": "polyaccel.big_models",
     "debug_launcher": "polyaccel.launch.notebook",
+    "disk_offload": "polyaccel.big_models",
+    "dispatch_model": "polyaccel.big_models",
     "find_executable_batch_size": "polyaccel.memory",
+    "infer_auto_device_map": "polyaccel.big_models",
+    "init_empty_weights": "polyaccel.big_models",
+    "init_on_device": "polyaccel.big_models",
+    "load_checkpoint_and_dispatch": "polyaccel.big_models",
+    "load_checkpoint_in_model": "polyaccel.big_models",
     "notebook_launcher": "polyaccel.launch.notebook",
     "set_seed": "polyaccel.seeding",
     "skip_first_batches": "polyaccel.data",
@@ -54,8 +72,17 @@ __all__ = [
     "Plan",
     "PolyaccelError",
     "__version__",
+    "cpu_offload",
+    "cpu_offload_with_hook",
     "debug_launcher",
+    "disk_offload",
+    "dispatch_model",
     "find_executable_batch_size",
+    "infer_auto_device_map",
+    "init_empty_weights",
+    "init_on_device",
+    "load_checkpoint_and_dispatch",
+    "load_checkpoint_in_model",
     "notebook_launcher",
     "set_seed",
     "skip_first_batches",

@@ -30,6 +30,24 @@ class StoredArray:
     kind: str = "torch"
 
 
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """A box of a weight: the array `key` of a file (safetensors, or torch's own), from `offset` on in the whole weight."""
+
+    file: Path
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight of a checkpoint, not read yet: its whole shape, and the pieces that fill it."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+
+
 class TreeFiles(Protocol):
     """Files of one library, found by entry point ("polyaccel.tree_files"); making one imports no framework."""
 

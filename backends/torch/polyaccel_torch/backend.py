@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
@@ -80,6 +81,12 @@ class TorchBackend:
         from polyaccel_torch import elastic
 
         return elastic.arguments(job)
+
+    def big_models(self) -> ModuleType:
+        """What `polyaccel.big_models` forwards to. Imports torch."""
+        from polyaccel_torch import big_models
+
+        return big_models
 
     def seed(self, value: int) -> None:
         """Seed torch's generators of all devices, if torch is loaded."""
