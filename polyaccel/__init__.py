@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from polyaccel.compat.enums import DistributedType as DistributedType
     from polyaccel.compat.state import PartialState as PartialState
     from polyaccel.config import Config as Config
+    from polyaccel.config.loading import DataLoaderConfiguration as DataLoaderConfiguration
     from polyaccel.data import skip_first_batches as skip_first_batches
     from polyaccel.ema import EMA as EMA
     from polyaccel.errors import PolyaccelError as PolyaccelError
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Accelerator": "polyaccel.accelerator",
     "Config": "polyaccel.config",
+    "DataLoaderConfiguration": "polyaccel.config.loading",
     "DistributedType": "polyaccel.compat.enums",
     "EMA": "polyaccel.ema",
     "LocalSGD": "polyaccel.local_sgd",
@@ -64,6 +66,7 @@ _HOME = {
 __all__ = [
     "Accelerator",
     "Config",
+    "DataLoaderConfiguration",
     "DistributedType",
     "EMA",
     "LocalSGD",

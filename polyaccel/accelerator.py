@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from os import PathLike
 from typing import Any, Literal
 
 from polyaccel import jobs, seeding
 from polyaccel.accumulation import GradientState, SchedulerGate
 from polyaccel.config import Config
+from polyaccel.config.accumulating import GradientAccumulationPlugin
+from polyaccel.config.arguments import config_of_arguments
+from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.profile import ProfileKwargs, profile_handler
 from polyaccel.config.project import ProjectConfiguration
-from polyaccel.config.resolve import resolve
 from polyaccel.dialects import of_script
 from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Steps, Tracking
 from polyaccel.gathering import Gathering
@@ -26,8 +27,6 @@ from polyaccel.protocols import CompileEvent, LoaderSpec
 from polyaccel.registry import choose_backend
 from polyaccel.tracking import Observer, Session, describe_job
 
-SETTINGS = frozenset(field.name for field in fields(Config))
-
 
 class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
     """One training script, on the engine that the configuration names.
@@ -37,10 +36,13 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
             framework the script has imported.
         mixed_precision: "no", "bf16" or "fp16". Parameters stay float32; fp16 scales the loss dynamically.
         gradient_accumulation_steps: batches per optimizer update, counted by `accumulate` and by `train_step`.
+        gradient_accumulation_plugin: a GradientAccumulationPlugin, for everything about accumulation.
         mesh: axis sizes such as {"data": 4}; -1 infers one axis from the devices of the job.
+        dataloader_config: a DataLoaderConfiguration, for everything about prepared loaders.
         split_batches: a loader's batch_size is the global batch and is cut over the data shards; by default it is the batch of
             one data shard.
         even_batches: complete the last global batch from the first samples, so that every shard has the same number of batches.
+        device_placement: move models and batches to the process's device; False: the script does it.
         cpu: use the CPU even where an accelerator is present.
         rng_types: generators that all processes take from process 0 when a loader starts: "generator" (the sampler's own),
             "torch", "numpy", "python", "cuda".
@@ -57,9 +59,9 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         project_config: a ProjectConfiguration, for everything else about them.
         kwargs_handlers: a ProfileKwargs: what `profile` records.
 
-    A value left at None comes from its POLYACCEL_* environment variable, else from its default. Must be created on every process
-    of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError, BackendNotFoundError,
-    BackendUnavailableError or LaunchError before anything is changed.
+    A value left at None comes from its POLYACCEL_* environment variable, else from the configuration file, else it is the default.
+    Must be created on every process of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError,
+    BackendNotFoundError, BackendUnavailableError or LaunchError before anything is changed.
     """
 
     def __init__(
@@ -68,9 +70,12 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         backend: str | None = None,
         mixed_precision: str | None = None,
         gradient_accumulation_steps: int | None = None,
+        gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
         mesh: MeshSpec | Mapping[str, int] | None = None,
+        dataloader_config: DataLoaderConfiguration | None = None,
         split_batches: bool | None = None,
         even_batches: bool | None = None,
+        device_placement: bool | None = None,
         cpu: bool | None = None,
         rng_types: list[str] | tuple[str, ...] | None = None,
         step_scheduler_with_optimizer: bool | None = None,
@@ -84,9 +89,7 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         project_config: ProjectConfiguration | None = None,
         kwargs_handlers: Iterable[ProfileKwargs] | None = None,
     ) -> None:
-        given = locals()
-        arguments = {name: given[name] for name in SETTINGS if name in given}
-        self.config: Config = resolve({**arguments, "backend": None if backend == "auto" else backend})
+        self.config: Config = config_of_arguments(locals())
         chosen = choose_backend(self.config.backend)
         self._profile_handler = profile_handler(kwargs_handlers)
         expected = of_script()  # before the engine imports frameworks of its own
@@ -102,7 +105,9 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
             can_compile="compile" in capabilities.features,
         )
         self._engine.bind(self.plan)
-        self.gradient_state = GradientState(self.plan.gradient_accumulation_steps)
+        self.gradient_state = GradientState(
+            self.plan.gradient_accumulation_steps, sync_with_dataloader=self.config.sync_with_dataloader
+        )
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
@@ -202,8 +207,18 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         return self._prepared.prepare((data_loader,), spec=self._loader_spec(), unknown="loader")[0]
 
     def _loader_spec(self) -> LoaderSpec:
+        config = self.config
         return LoaderSpec(
-            split_batches=self.plan.split_batches, even_batches=self.plan.even_batches, rng_types=self.config.rng_types
+            split_batches=self.plan.split_batches,
+            even_batches=self.plan.even_batches,
+            rng_types=config.rng_types,
+            dispatch_batches=config.dispatch_batches,
+            use_seedable_sampler=config.use_seedable_sampler,
+            data_seed=config.data_seed,
+            use_stateful_dataloader=config.use_stateful_dataloader,
+            non_blocking=config.non_blocking,
+            device_placement=config.device_placement,
+            prefetch=config.prefetch_batches,
         )
 
     def _gated(self, value: Any) -> Any:

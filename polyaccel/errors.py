@@ -13,7 +13,8 @@ PolyaccelError
 ├── NotStartedError         something that needs an Accelerator was used before there was one
 └── TrackerError            a tracker cannot be used
 
-Each says the user's own name and value, why it cannot be, and after `hint:` the way out. Exceptions of the frameworks pass
+Each says the user's own name and value, why it cannot be, and after `hint:` the way out. Where Accelerate raises a built-in exception
+for the same thing, it is a base of ours: a script that catches it goes on doing so. Exceptions of the frameworks pass
 through untouched, with `add_note` where there is something to add.
 """
 
@@ -37,8 +38,8 @@ class PolyaccelError(Exception):
         return type(self), (self.message, self.hint)  # crosses process boundaries with its hint
 
 
-class ConfigError(PolyaccelError):
-    """A value of the configuration is unknown or impossible."""
+class ConfigError(PolyaccelError, ValueError):
+    """A value of the configuration is unknown or impossible. A ValueError too, as Accelerate's is."""
 
 
 class PlanError(PolyaccelError):
@@ -61,7 +62,7 @@ class PrepareError(PolyaccelError):
     """An object cannot be prepared or captured as it is."""
 
 
-class CheckpointError(PolyaccelError):
+class CheckpointError(PolyaccelError, ValueError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
@@ -77,7 +78,7 @@ class NotStartedError(PolyaccelError, RuntimeError, ValueError):
     """Something that needs an Accelerator was used before there was one. Accelerate raises one or the other of the two bases."""
 
 
-class TrackerError(PolyaccelError):
+class TrackerError(PolyaccelError, ValueError):
     """A tracker cannot be used."""
 
 

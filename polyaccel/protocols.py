@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 from polyaccel.averages import ParameterAverage as ParameterAverage
 from polyaccel.case import Case as Case
 from polyaccel.config import Config
+from polyaccel.data.spec import LoaderSpec as LoaderSpec
 from polyaccel.dialects import Dialect, Role
 from polyaccel.shards import ArraySpec as ArraySpec
 from polyaccel.shards import Shard as Shard
@@ -179,16 +180,6 @@ class LossCall:
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class LoaderSpec:
-    """How a loader is cut over data shards. `lift(host_batch, placed_batch)` makes what user code sees of a batch."""
-
-    split_batches: bool = False
-    even_batches: bool = True
-    rng_types: tuple[str, ...] = ("generator",)
-    lift: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,29 @@ class Config:
     backend: str = _setting("auto", "engine: torch, xla, jax, or auto (the one whose framework is loaded)")
     mixed_precision: str = _setting("no", "no, bf16 or fp16", choices=MIXED_PRECISIONS)
     gradient_accumulation_steps: int = _setting(1, "batches per optimizer update", least=1)
+    adjust_scheduler: bool = _setting(
+        True, "a scheduler counts the batches on which it is not stepped, as torch's check of the order expects"
+    )
+    sync_with_dataloader: bool = _setting(True, "a loader's last batch closes its accumulation window, however full")
+    sync_each_batch: bool = _setting(
+        False, "exchange gradients after every batch of a window: more communication, less memory"
+    )
     mesh: MeshSpec = field(default_factory=MeshSpec)
     split_batches: bool = _setting(False, "a loader's batch_size is the global batch, cut over the data shards")
     even_batches: bool = _setting(
         True, "complete the last global batch from the first samples, so that all shards agree"
     )
+    dispatch_batches: bool | None = _setting(
+        None,
+        "process 0 alone reads, and sends every process its part (default: where the data asks for it)",
+        kind="bool",
+    )
+    use_seedable_sampler: bool = _setting(False, "an epoch's order follows from data_seed and the epoch's number alone")
+    data_seed: int | None = _setting(None, "seed of use_seedable_sampler (default: that of set_seed)", kind="int")
+    use_stateful_dataloader: bool = _setting(False, "torch loaders are torchdata's StatefulDataLoader")
+    non_blocking: bool = _setting(False, "copies of batches to the device do not wait for each other")
+    prefetch_batches: int = _setting(2, "batches on their way to the device while one is used", least=1)
+    device_placement: bool = _setting(True, "prepare moves models and batches to the process's device")
     cpu: bool = _setting(False, "use the CPU even where an accelerator is present")
     rng_types: tuple[str, ...] = _setting(
         ("generator",), "random generators that every process takes from process 0 at each epoch", choices=RNG_TYPES

@@ -1,7 +1,9 @@
 """`accelerate.utils`: the names of the modules in this folder, in one place."""
 
 from polyaccel.compat.utils.dataclasses import (
+    DataLoaderConfiguration,
     DistributedType,
+    GradientAccumulationPlugin,
     KwargsHandler,
     LoggerType,
     PrecisionType,
@@ -135,8 +137,10 @@ from polyaccel.looking.bars import tqdm
 __all__ = [
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
+    "DataLoaderConfiguration",
     "DistributedType",
     "GatheredParameters",
+    "GradientAccumulationPlugin",
     "KwargsHandler",
     "LoggerType",
     "PrecisionType",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 from polyaccel.compat.enums import DistributedType, PrecisionType, RNGType
+from polyaccel.config.accumulating import GradientAccumulationPlugin
+from polyaccel.config.handler import KwargsHandler
+from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.tracking.names import LoggerType
 
 __all__ = [
+    "DataLoaderConfiguration",
     "DistributedType",
+    "GradientAccumulationPlugin",
     "KwargsHandler",
     "LoggerType",
     "PrecisionType",
@@ -21,19 +25,6 @@ __all__ = [
     "RNGType",
     "TensorInformation",
 ]
-
-
-class KwargsHandler:
-    """Base of dataclasses whose fields all have defaults."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field, copied."""
-        return copy.deepcopy(vars(self))
-
-    def to_kwargs(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        defaults = type(self)().to_dict()
-        return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
 
 
 @dataclasses.dataclass

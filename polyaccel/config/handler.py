@@ -1,0 +1,36 @@
+"""The base of settings objects that the Accelerator takes: dataclasses that know which of their fields were given."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any, Self
+
+
+class KwargsHandler:
+    """A dataclass whose fields all have defaults. A field that was not given comes from environment, file or default, like any setting."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        # Beside the fields: a default that was written down in the script counts as given, one that was left alone does not.
+        object.__setattr__(self, "_named", frozenset(_names(cls)[: len(args)]) | kwargs.keys())
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, copied."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in _names(type(self))}
+
+    def to_kwargs(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        defaults = type(self)().to_dict()
+        return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
+
+    def given(self) -> dict[str, Any]:
+        """The fields that the script named, or changed since."""
+        changed = self.to_kwargs()
+        named: frozenset[str] = vars(self).get("_named", frozenset())
+        return {name: getattr(self, name) for name in _names(type(self)) if name in named or name in changed}
+
+
+def _names(cls: Any) -> list[str]:
+    return [field.name for field in fields(cls)]

@@ -1,0 +1,27 @@
+"""What the core tells an engine about the loaders that it prepares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class LoaderSpec:
+    """How loaders are cut over data shards and read: the settings of the same names; `prefetch` is `prefetch_batches`.
+
+    `device_placement` False: batches stay where the loader made them. `lift(host_batch, placed_batch)` makes what user code sees.
+    """
+
+    split_batches: bool = False
+    even_batches: bool = True
+    rng_types: tuple[str, ...] = ("generator",)
+    dispatch_batches: bool | None = None
+    use_seedable_sampler: bool = False
+    data_seed: int | None = None
+    use_stateful_dataloader: bool = False
+    non_blocking: bool = False
+    device_placement: bool = True
+    prefetch: int = 2
+    lift: Callable[[Any, Any], Any] | None = None
