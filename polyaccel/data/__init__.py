@@ -9,11 +9,12 @@ from polyaccel.data.loader import (
     refuse_prepared,
     skip_first_batches,
 )
-from polyaccel.data.sharding import DataSharding, IterableShard, ShardedBatchSampler
+from polyaccel.data.sharding import DataSharding, GlobalRows, IterableShard, ShardedBatchSampler
 
 __all__ = [
     "Bucketing",
     "DataSharding",
+    "GlobalRows",
     "HostBatches",
     "IterableShard",
     "LoaderObserver",

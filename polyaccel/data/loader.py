@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from polyaccel import generators
+from polyaccel.data.sharding import GlobalRows
 from polyaccel.errors import CheckpointError, PrepareError
 
 
@@ -37,11 +38,10 @@ class HostBatches(Protocol):
         """Hand the epoch to whatever decides the order; called before every pass."""
         ...
 
-    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
-        """One pass from batch `skip` on: (host batch, remainder); with `seed`, in the order of the pass that had this seed.
+    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, GlobalRows | None]]:
+        """One pass from batch `skip` on: (host batch, rows); with `seed`, in the order of the pass that had this seed.
 
-        `remainder` is the number of real samples of the global batch if it was completed with repeated samples or is short,
-        else -1; real samples come first in shard order.
+        `rows` says which rows of the global batch are real samples; None where all are and every process holds as many.
         """
         ...
 
@@ -86,8 +86,8 @@ class PreparedLoader:
 
     `place(host_batch)` starts the transfer of a batch and is called up to `prefetch` batches ahead of the body of the loop;
     `lift(host_batch, placed_batch)` is called when the batch is handed out and makes what user code sees. While the body of the
-    last batch runs, `end_of_dataloader` is True. `remainder` is the number of real samples in the current global batch if it was
-    completed with repeated samples or is short, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own
+    last batch runs, `end_of_dataloader` is True. `rows` says which rows of the current global batch are real, None where all are;
+    `remainder` is their number, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own
     loader has can be read here too.
     """
 
@@ -104,7 +104,7 @@ class PreparedLoader:
         if prefetch < 1:
             raise ValueError(f"prefetch={prefetch}: at least one batch must be read ahead to know the last one")
         self.end_of_dataloader = False
-        self.remainder = -1
+        self.rows: GlobalRows | None = None
         self._host = host
         self._place = place
         self._lift = lift
@@ -113,6 +113,11 @@ class PreparedLoader:
         self._prefetch = prefetch
         self._skip = skip  # of every pass
         self._position = _Position()
+
+    @property
+    def remainder(self) -> int:
+        """Real samples in the current global batch if it was completed with repeated samples or is short, else -1."""
+        return -1 if self.rows is None else self.rows.num_real
 
     @property
     def total_batch_size(self) -> int | None:
@@ -246,10 +251,10 @@ class PreparedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         position, running = self._position, object()
-        self.end_of_dataloader, self.remainder = False, -1
+        self.end_of_dataloader, self.rows = False, None
         place, lift, ahead = self._place, self._lift, self._prefetch
-        ready: deque[tuple[Any, Any, int]] = deque()
-        source: Iterator[tuple[Any, int]] | None = None
+        ready: deque[tuple[Any, Any, GlobalRows | None]] = deque()
+        source: Iterator[tuple[Any, GlobalRows | None]] | None = None
         present: Mapping[str, Any] | None = None
         if self._observer is not None:
             self._observer.loader_started(self)
@@ -266,14 +271,14 @@ class PreparedLoader:
                     if item is None:
                         is_exhausted = True
                     else:
-                        host, remainder = item
-                        ready.append((host, host if place is None else place(host), remainder))
+                        host, rows = item
+                        ready.append((host, host if place is None else place(host), rows))
                 if present is not None:
                     self._write_generators(present)
                     present = None
                 if not ready:
                     break
-                host, placed, self.remainder = ready.popleft()
+                host, placed, self.rows = ready.popleft()
                 self.end_of_dataloader = is_exhausted and not ready
                 position.batch += 1
                 yield placed if lift is None else lift(host, placed)
@@ -285,7 +290,7 @@ class PreparedLoader:
             if self._observer is not None:
                 self._observer.loader_finished(self)
 
-    def _begin(self) -> tuple[Iterator[tuple[Any, int]], Mapping[str, Any] | None]:
+    def _begin(self) -> tuple[Iterator[tuple[Any, GlobalRows | None]], Mapping[str, Any] | None]:
         """The host batches of the next pass. A pass that is continued draws its order as it did before; the generators' present
         states, to be written back before its first batch is used, come second."""
         position = self._position

@@ -8,11 +8,29 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from polyaccel import trees
 from polyaccel.errors import PrepareError
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalRows:
+    """Which rows of a global batch are real samples, where not all of them are, or where the processes hold different numbers.
+
+    `held[i]` rows are process i's part; over all parts, in process order, the first `num_real` rows are real and the others repeat
+    samples. `full` is a part of a whole global batch, None where sizes change. Every process knows all of it, without asking others.
+    """
+
+    held: tuple[int, ...]
+    num_real: int
+    full: int | None = None
+
+    def real(self, process: int) -> int:
+        """The real ones of a process's rows; they come first."""
+        return max(0, min(self.held[process], self.num_real - sum(self.held[:process])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,16 @@ class DataSharding:
             return None
         return batch_size if self.split_batches else batch_size * self.num_shards
 
+    def rows(self, sizes: Sequence[int], num_real: int, batch_size: int | None) -> GlobalRows | None:
+        """The rows of a global batch whose shards hold `sizes` rows; None where all are real and every process holds as many."""
+        local = self.num_local_shards
+        held = tuple([sum(sizes[first : first + local]) for first in range(0, self.num_shards, local)])
+        total = self.total_batch_size(batch_size)
+        full = None if total is None else total // self.num_shards * local
+        if sum(held) == num_real and len(set(held)) == 1 and full in (None, held[0]):
+            return None
+        return GlobalRows(held, num_real, full)
+
     def check(self, batch_size: int | None) -> None:
         """Raises PrepareError, naming both numbers, when a global batch of this size cannot be cut into equal parts."""
         if self.split_batches and self.num_shards > 1 and (batch_size is None or batch_size % self.num_shards):
@@ -58,8 +86,7 @@ class ShardedBatchSampler:
     batch is completed with whole batches.
 
     `on_start` is called at the start of each pass, right before the first index is drawn: processes agree on the order there.
-    `remainders` belongs to the latest pass: for each batch taken so far and not yet popped, the number of real samples of its
-    global batch if that was completed or is short, else -1.
+    `rows` belongs to the latest pass: for each batch taken so far and not yet popped, the GlobalRows of its global batch, or None.
     """
 
     def __init__(
@@ -69,7 +96,7 @@ class ShardedBatchSampler:
         self.sharding = sharding
         self.batch_size: int | None = getattr(batch_sampler, "batch_size", None)
         self.drop_last: bool = getattr(batch_sampler, "drop_last", False)
-        self.remainders: deque[int] = deque()
+        self.rows: deque[GlobalRows | None] = deque()
         self._on_start = on_start
         self._skip = 0
         sharding.check(self.batch_size)
@@ -111,37 +138,38 @@ class ShardedBatchSampler:
         return int(0 < tail <= cut.first_shard * (self.batch_size // cut.num_shards))
 
     def __iter__(self) -> Iterator[Any]:
-        # Not a generator itself: whoever called iter() finds the queue of exactly this pass in `remainders`.
-        self.remainders = deque()
-        return self._pass(self.remainders)
+        # Not a generator itself: whoever called iter() finds the queue of exactly this pass in `rows`.
+        self.rows = deque()
+        return self._pass(self.rows)
 
-    def _pass(self, remainders: deque[int]) -> Iterator[Any]:
+    def _pass(self, rows: deque[GlobalRows | None]) -> Iterator[Any]:
         # Taken when the pass really starts: a DataLoader with workers calls iter() twice and uses the second.
         skip, self._skip = self._skip, 0
         if self._on_start is not None:
             self._on_start()
         cut = self.sharding
         if cut.num_shards == 1:
-            full = self.batch_size
             for batch in itertools.islice(self.batch_sampler, skip, None):
-                remainders.append(-1 if full is None or len(batch) == full else len(batch))
+                size = len(batch)
+                is_whole = self.batch_size is None or size == self.batch_size
+                rows.append(None if is_whole else GlobalRows((size,), size, self.batch_size))
                 yield batch
             return
         cut_batches = _split if cut.split_batches else _deal
         global_batches = cut_batches(self.batch_sampler, cut, self.batch_size, self.drop_last)
-        for shards, remainder in itertools.islice(global_batches, skip, None):
+        for shards, num_real in itertools.islice(global_batches, skip, None):
             indices = list(itertools.chain.from_iterable(cut.local(shards)))
             if indices:
-                remainders.append(remainder)
+                rows.append(cut.rows([len(shard) for shard in shards], num_real, self.batch_size))
                 yield indices
 
 
 class IterableShard:
-    """The same cut for a stream of samples without indices: yields (samples of this process's shards, remainder) per step.
+    """The same cut for a stream of samples without indices: yields (samples of this process's shards, rows) per step.
 
     `batch_size` None: the elements of the stream are batches already, and a global batch is `num_shards` of them. The stream is
-    read in full by every process, so all must read the same one. `remainder` counts samples (elements, for batch_size None) as in
-    `ShardedBatchSampler.remainders`.
+    read in full by every process, so all must read the same one. `rows` is the GlobalRows of the global batch, or None, as in
+    `ShardedBatchSampler.rows`.
     """
 
     def __init__(
@@ -168,24 +196,43 @@ class IterableShard:
         part = self._chunk // cut.num_shards
         return full + (cut.even_batches or cut.num_shards == 1 or cut.first_shard * part < rest)
 
-    def __iter__(self) -> Iterator[tuple[list[Any], int]]:
+    def __iter__(self) -> Iterator[tuple[list[Any], GlobalRows | None]]:
         cut, size = self.sharding, self._chunk
         part = size // cut.num_shards
         span = slice(cut.first_shard * part, (cut.first_shard + cut.num_local_shards) * part)
         stream = iter(self.iterable)
         first: list[Any] | None = None
         while chunk := list(itertools.islice(stream, size)):
-            remainder = -1
+            num_real = len(chunk)
             if first is None:
                 first = chunk
-            if len(chunk) < size:
+            if num_real < size:
                 if self.drop_last:
                     return
-                remainder = len(chunk)
                 if cut.even_batches and cut.num_shards > 1:
                     chunk = _completed(chunk, first, size)
             if local := chunk[span]:
-                yield local, remainder
+                yield local, self._rows(chunk, num_real, part)
+
+    def _rows(self, chunk: list[Any], num_real: int, part: int) -> GlobalRows | None:
+        cut = self.sharding
+        if self.batch_size is not None:
+            sizes = [max(0, min(part, len(chunk) - first)) for first in range(0, cut.num_shards * part, part)]
+            return cut.rows(sizes, num_real, self.batch_size)
+        counts = [num_rows(element) for element in chunk]
+        counted = [*counts, *([0] * (cut.num_shards - len(counts)))]
+        return cut.rows(counted, sum(counts[:num_real]), None)
+
+
+def num_rows(batch: Any) -> int:
+    """Samples in a batch: dim 0 of its first array that has one, else the length of its first list; 1 for a lone value."""
+    for leaf in trees.flatten(batch)[0]:
+        shape = getattr(leaf, "shape", ())
+        if len(shape):
+            return int(shape[0])
+    while isinstance(batch, Mapping) and batch:
+        batch = next(iter(batch.values()))
+    return len(batch) if isinstance(batch, (list, tuple)) else 1
 
 
 def _deal(
@@ -199,12 +246,12 @@ def _deal(
         if first is None:
             first = list(group)
         is_whole = len(group) == num_shards and (batch_size is None or len(group[-1]) == batch_size)
+        num_real = sum(map(len, group))
         if is_whole:
-            yield group, -1  # type: ignore[misc]
+            yield group, num_real  # type: ignore[misc]
             continue
         if drop_last:
             return
-        num_real = sum(map(len, group))
         if not cut.even_batches:
             yield [*group, *([] for _ in range(num_shards - len(group)))], num_real
         elif batch_size is None:
@@ -226,14 +273,13 @@ def _split(
     for batch in batches:
         if first is None:
             first = list(batch)
-        remainder = -1
-        if len(batch) < batch_size:
+        num_real = len(batch)
+        if num_real < batch_size:
             if drop_last:
                 continue
-            remainder = len(batch)
             if cut.even_batches:
                 batch = _completed(list(batch), list(first), batch_size)
-        yield [batch[i : i + part] for i in range(0, batch_size, part)], remainder
+        yield [batch[i : i + part] for i in range(0, batch_size, part)], num_real
 
 
 def _completed(samples: list[Any], beginning: list[Any], size: int) -> list[Any]:

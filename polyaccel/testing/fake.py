@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from polyaccel.data import DataSharding, PreparedLoader, ShardedBatchSampler
+from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import (
     AgentJob,
@@ -409,11 +409,11 @@ class _HostBatches:
     def set_epoch(self, epoch: int) -> None:
         return None
 
-    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
-        for index, rows in enumerate(self._sampler):
-            remainder = self._sampler.remainders.popleft()
+    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, GlobalRows | None]]:
+        for index, chosen in enumerate(self._sampler):
+            rows = self._sampler.rows.popleft()
             if index >= skip:
-                yield {name: array[np.array(rows)] for name, array in self.loader.arrays.items()}, remainder
+                yield {name: array[np.array(chosen)] for name, array in self.loader.arrays.items()}, rows
 
 
 class _Rows:

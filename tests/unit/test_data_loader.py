@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from polyaccel.data import LoaderState, PreparedLoader, refuse_prepared
+from polyaccel.data import GlobalRows, LoaderState, PreparedLoader, refuse_prepared
 from polyaccel.errors import PrepareError
 
 
@@ -24,7 +24,7 @@ class Host:
         self.epochs.append(epoch)
 
     def read(self, skip: int = 0, seed: int | None = None):
-        batches = [([0, 1], -1), ([2, 3], -1), ([4, 5], -1), ([6], 1)]
+        batches = [([0, 1], None), ([2, 3], None), ([4, 5], None), ([6], GlobalRows((1,), 1, 2))]
         return iter((batches[::-1] if seed == 5 else batches)[skip:])
 
 

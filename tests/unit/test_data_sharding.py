@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyaccel.data import DataSharding, IterableShard, ShardedBatchSampler
+from polyaccel.data import DataSharding, GlobalRows, IterableShard, ShardedBatchSampler
 from polyaccel.errors import PrepareError
 
 
@@ -102,13 +102,13 @@ def test_a_process_with_two_shards_reads_both_of_them_in_shard_order():
     assert list(sampler)[-1] == [16, 17, 18, 19, 20, 21, 0, 1]
 
 
-def test_remainders_count_the_real_samples_of_a_completed_or_short_global_batch():
+def test_rows_count_the_real_samples_of_a_completed_or_short_global_batch():
     sampler = ShardedBatchSampler(Batches(22, 4), DataSharding(2, 1, 1))
     assert len(list(sampler)) == 3
-    assert list(sampler.remainders) == [-1, -1, 6]
+    assert list(sampler.rows) == [None, None, GlobalRows((4, 4), 6, 4)]
     short = ShardedBatchSampler(Batches(5, 2), DataSharding())
     assert len(list(short)) == 3
-    assert list(short.remainders) == [-1, -1, 1]
+    assert list(short.rows) == [None, None, GlobalRows((1,), 1, 2)]
 
 
 def test_the_next_pass_can_begin_at_any_batch():
@@ -116,7 +116,7 @@ def test_the_next_pass_can_begin_at_any_batch():
     whole = list(sampler)
     sampler.skip_next(2)
     assert list(sampler) == whole[2:]
-    assert list(sampler.remainders) == [6]
+    assert list(sampler.rows) == [GlobalRows((4, 4), 6, 4)]
     assert list(sampler) == whole, "only the next pass is shortened"
 
 
@@ -135,13 +135,25 @@ def test_set_epoch_reaches_the_batch_sampler_and_its_sampler():
 
 def test_a_stream_is_cut_like_an_indexed_dataset():
     read = [list(IterableShard(range(22), DataSharding(2, i, 1), batch_size=4)) for i in range(2)]
-    assert read[0] == [([0, 1, 2, 3], -1), ([8, 9, 10, 11], -1), ([16, 17, 18, 19], 6)]
-    assert read[1] == [([4, 5, 6, 7], -1), ([12, 13, 14, 15], -1), ([20, 21, 0, 1], 6)]
+    rows = GlobalRows((4, 4), 6, 4)
+    assert read[0] == [([0, 1, 2, 3], None), ([8, 9, 10, 11], None), ([16, 17, 18, 19], rows)]
+    assert read[1] == [([4, 5, 6, 7], None), ([12, 13, 14, 15], None), ([20, 21, 0, 1], rows)]
 
 
 def test_a_stream_of_whole_batches_is_dealt_out():
-    read = [list(IterableShard("abcde", DataSharding(2, i, 1), batch_size=None)) for i in range(2)]
-    assert read == [[(["a"], -1), (["c"], -1), (["e"], 1)], [(["b"], -1), (["d"], -1), (["a"], 1)]]
+    batches = [["a", "b"], ["c", "d"], ["e", "f"], ["g"], ["h", "i"]]
+    read = [list(IterableShard(batches, DataSharding(2, i, 1), batch_size=None)) for i in range(2)]
+    assert read[0] == [
+        ([["a", "b"]], None),
+        ([["e", "f"]], GlobalRows((2, 1), 3)),
+        ([["h", "i"]], GlobalRows((2, 2), 2)),
+    ]
+    assert read[1] == [([["c", "d"]], None), ([["g"]], GlobalRows((2, 1), 3)), ([["a", "b"]], GlobalRows((2, 2), 2))]
+
+
+def test_every_process_knows_its_real_rows_which_come_first():
+    rows = GlobalRows((4, 4, 4), 6, 4)
+    assert [rows.real(process) for process in range(3)] == [4, 2, 0]
 
 
 sizes = {
@@ -166,8 +178,10 @@ def test_every_sample_is_a_real_one_exactly_once_and_all_shards_have_equal_batch
     if num_shards > 1:
         assert {len(batch) for part in read for batch in part} <= {batch_size}
     seen: list[int] = []
-    for step, remainder in zip(zip(*read, strict=True), samplers[0].remainders, strict=True):
-        seen += list(itertools.chain(*step))[: remainder if remainder >= 0 else None]
+    for step, rows in zip(zip(*read, strict=True), samplers[0].rows, strict=True):
+        assert rows is None or rows.held == tuple(map(len, step))
+        for process, part in enumerate(step):
+            seen += part if rows is None else part[: rows.real(process)]
     expected = num_samples - num_samples % (batch_size * num_shards) if drop_last else num_samples
     assert seen == list(range(expected))
 
@@ -175,11 +189,12 @@ def test_every_sample_is_a_real_one_exactly_once_and_all_shards_have_equal_batch
 @given(num_samples=st.integers(1, 80), global_size=st.sampled_from([4, 8, 12]), drop_last=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_global_batches_do_not_depend_on_the_number_of_shards(num_samples, global_size, drop_last):
-    def global_batches(num_shards: int) -> list[tuple[list[int], int]]:
+    def global_batches(num_shards: int) -> list[tuple[list[int], int | None]]:
         batches = Batches(num_samples, global_size // num_shards, drop_last)
         samplers = [ShardedBatchSampler(batches, DataSharding(num_shards, i, 1)) for i in range(num_shards)]
         steps = [list(itertools.chain(*step)) for step in zip(*samplers, strict=True)]
-        return list(zip(steps, samplers[0].remainders, strict=True))
+        real = [None if rows is None else rows.num_real for rows in samplers[0].rows]
+        return list(zip(steps, real, strict=True))
 
     two, four = global_batches(2), global_batches(4)
     assert two == four
@@ -231,5 +246,5 @@ def test_a_stream_and_an_index_give_the_same_batches(split, even, num_samples, b
         indexed = list(sampler)
         stream = IterableShard(range(num_samples), cut, batch_size=batch_size, drop_last=drop_last)
         assert [batch for batch, _ in stream] == indexed
-        assert [remainder for _, remainder in stream] == list(sampler.remainders)
+        assert [rows for _, rows in stream] == list(sampler.rows)
         assert len(stream) == len(sampler) == len(indexed)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from polyaccel import trees
-from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
+from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, refuse_prepared
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import LoaderSpec
 
@@ -115,8 +115,8 @@ class HostIterable:
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(epoch)
 
-    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
-        """One pass from global batch `skip` on: (this process's part, number of real samples or -1)."""
+    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, GlobalRows | None]]:
+        """One pass from global batch `skip` on: (this process's part, its GlobalRows or None)."""
         cut = self.sharding
         stream = iter(self.loader)
         first: Leaves | None = None
@@ -135,19 +135,20 @@ class HostIterable:
             total = cut.total_batch_size(self.batch_size) or 0
             is_whole = sum(sizes) == total and len(set(sizes)) == 1
             if is_whole and cut.num_local_shards == cut.num_shards and len(group) == 1:
-                yield group[0], -1
+                yield group[0], None
                 continue
             leaves = _joined([one for one, _ in flat], sizes)
-            size, remainder = sum(sizes), -1
-            if size < total:
-                remainder = size
-                if cut.even_batches and cut.num_shards > 1:
-                    leaves, size = _completed(leaves, first, size, total), total
+            num_real = size = sum(sizes)
+            if size < total and cut.even_batches and cut.num_shards > 1:
+                leaves, size = _completed(leaves, first, size, total), total
             part = total // cut.num_shards
+            rows = cut.rows(
+                [max(0, min(part, size - shard * part)) for shard in range(cut.num_shards)], num_real, self.batch_size
+            )
             start, stop = cut.first_shard * part, (cut.first_shard + cut.num_local_shards) * part
             if start >= size:
                 continue
-            yield structure.unflatten([_rows(leaf, size, start, min(stop, size)) for leaf in leaves]), remainder
+            yield structure.unflatten([_rows(leaf, size, start, min(stop, size)) for leaf in leaves]), rows
 
 
 def _num_samples(leaves: Sequence[Any]) -> int:

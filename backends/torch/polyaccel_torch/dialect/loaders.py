@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
 from polyaccel import trees
-from polyaccel.data import DataSharding, IterableShard, ShardedBatchSampler, refuse_prepared
+from polyaccel.data import DataSharding, GlobalRows, IterableShard, ShardedBatchSampler, refuse_prepared
 from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
 from polyaccel_torch.dialect.worker_signals import outliving
 
@@ -71,7 +71,7 @@ class TorchHostBatches:
         self._source._iterator = None  # persistent workers belong to one loader
         self._sampler: ShardedBatchSampler | None = None
         self._length: Sized | None = None
-        self._carries_remainder = False
+        self._carries_rows = False
         if isinstance(loader.dataset, IterableDataset):
             self._cut_stream(sharding)
         else:
@@ -113,7 +113,7 @@ class TorchHostBatches:
         if hasattr(self.loader.dataset, "set_epoch"):
             self.loader.dataset.set_epoch(epoch)
 
-    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, int]]:
+    def read(self, skip: int = 0, seed: int | None = None) -> Iterator[tuple[Any, GlobalRows | None]]:
         """One pass from batch `skip` on; see `HostBatches.read`."""
         if self._source.num_workers:
             self._source.worker_init_fn = outliving(self.loader.worker_init_fn)
@@ -121,20 +121,22 @@ class TorchHostBatches:
         if self._sampler is not None:
             self._sampler.skip_next(skip)
             batches = iter(self._source)
-            return self._with_remainders(batches, self._sampler.remainders)
+            return self._with_rows(batches, self._sampler.rows)
         self._order.draw()
         stream = iter(self._source)
         for _ in range(skip):  # a stream can only be skipped by reading it
             if next(stream, None) is None:
                 break
-        return (tuple(item) for item in stream) if self._carries_remainder else ((batch, -1) for batch in stream)
+        return (tuple(item) for item in stream) if self._carries_rows else ((batch, None) for batch in stream)
 
-    def _with_remainders(self, batches: Iterator[Any], remainders: deque[int]) -> Iterator[tuple[Any, int]]:
+    def _with_rows(
+        self, batches: Iterator[Any], rows: deque[GlobalRows | None]
+    ) -> Iterator[tuple[Any, GlobalRows | None]]:
         is_in_order = getattr(self._source, "in_order", True) or not self._source.num_workers
         for batch in batches:
-            remainder = remainders.popleft()
+            of_batch = rows.popleft()
             # Workers that may overtake each other hide which batch this is; nothing is trimmed then.
-            yield batch, remainder if is_in_order else -1
+            yield batch, of_batch if is_in_order else None
 
     # -- map-style datasets: the batch sampler is wrapped --------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class TorchHostBatches:
         vars(source)["batch_size"] = vars(source)["batch_sampler"] = None
         vars(source)["drop_last"] = False
         source.collate_fn = _as_it_is
-        self._carries_remainder = True
+        self._carries_rows = True
 
 
 class _Stream(IterableDataset[Any]):
@@ -205,7 +207,7 @@ def _sized_stream(iterable: Iterable[Any]) -> _Stream:
 
 
 class _ShardedStream(IterableDataset[Any]):
-    """Yields (collated batch of this process, remainder); the cut runs where the dataset runs, in workers too."""
+    """Yields (collated batch of this process, rows); the cut runs where the dataset runs, in workers too."""
 
     def __init__(
         self,
@@ -221,11 +223,10 @@ class _ShardedStream(IterableDataset[Any]):
         self._drop_last = drop_last
         self._collate = collate
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[tuple[Any, GlobalRows | None]]:
         shard = IterableShard(self._dataset, self._sharding, batch_size=self._batch_size, drop_last=self._drop_last)
-        for samples, remainder in shard:
-            # A stream of whole batches counts batches; how many samples are real is then not known.
-            yield self._collate(samples), remainder if self._batch_size is not None else -1
+        for samples, rows in shard:
+            yield self._collate(samples), rows
 
 
 class _Whole:
