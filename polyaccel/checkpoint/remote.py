@@ -109,14 +109,14 @@ class RemoteFolder:
         return RemoteFile(self._storage.open(full, "rb"), int(facts["size"]), path)
 
     def rename_file(self, old: str, new: str) -> None:
-        raise NotImplementedError("a storage that commits by its manifest renames nothing")
+        self._storage.mv(f"{self._path}/{old}", f"{self._path}/{new}")
 
     def remove_file(self, name: str) -> None:
         with suppress(FileNotFoundError):
             self._storage.rm_file(f"{self._path}/{name}")
 
     def publish(self, target: Folder, aside: Folder | None) -> None:
-        raise NotImplementedError("a storage that commits by its manifest renames nothing")
+        """Nothing is left to do: the manifest, just written, is what makes it a checkpoint."""
 
     def delete(self, aside: Folder) -> None:
         self.remove_file(names.MANIFEST)  # first: without it, what is left is no checkpoint

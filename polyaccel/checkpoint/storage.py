@@ -91,7 +91,7 @@ class Folder(Protocol):
         ...
 
     def rename_file(self, old: str, new: str) -> None:
-        """Give a file another name. Only where `can_rename`."""
+        """Give a file another name; a storage that cannot do that copies it."""
         ...
 
     def remove_file(self, name: str) -> None:
@@ -99,7 +99,7 @@ class Folder(Protocol):
         ...
 
     def publish(self, target: Folder, aside: Folder | None) -> None:
-        """Give this folder its final name, in one step, and bring that to the disk. Only where `can_rename`.
+        """Give this folder its final name, in one step, and bring that to the disk; without `can_rename` it has had it all along.
 
         `aside`: what is there now is replaced, by way of this name where two folders cannot be exchanged in one step. None: raises
         OSError if something is there (an empty folder is nothing).

@@ -201,11 +201,8 @@ def _require_whole(groups: Groups) -> None:
 
 def _hand_in(work: Folder, part: Part, process_index: int) -> None:
     name = names.part_file(process_index)
-    if work.can_rename:  # the main process must never read half of it
-        work.write(f"{name}.new", [memoryview(encode_part(part))])
-        work.rename_file(f"{name}.new", name)
-    else:
-        work.write(name, [memoryview(encode_part(part))])
+    work.write(f"{name}.new", [memoryview(encode_part(part))])  # the main process must never read half of it
+    work.rename_file(f"{name}.new", name)
 
 
 def _report_failure(work: Folder, attempt: str, process_index: int, error: BaseException) -> None:
@@ -302,9 +299,8 @@ def _complete(
     decode_manifest(data)  # whatever a reader would refuse is refused now, and never acknowledged
     _refuse_existing(target, replace)
     work.write(names.MANIFEST, [memoryview(data)])
-    if work.can_rename:
-        aside = target.sibling(names.leftover_name(target.name, manifest.attempt, "replaced"))
-        work.publish(target, aside if replace else None)
+    aside = target.sibling(names.leftover_name(target.name, manifest.attempt, "replaced"))
+    work.publish(target, aside if replace else None)
 
 
 def _name_plainly(work: Folder, files: dict[str, FileFacts], groups: Groups) -> None:
