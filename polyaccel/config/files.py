@@ -116,6 +116,8 @@ def _text_of(path: Path) -> str:
         if path.stat().st_size > _LARGEST_BYTES:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes: that is no configuration file", hint)
         return path.read_text(encoding="utf-8")
+    except ConfigError:
+        raise
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}", hint) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

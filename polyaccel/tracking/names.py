@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
@@ -30,13 +31,36 @@ class LoggerType(enum.StrEnum):
     TRACKIO = "trackio"
 
 
-_registered: dict[str, type[GeneralTracker]] = {}
+_registered: dict[str, type[Any]] = {}
 
 
-def register_tracker_class(name: str, cls: type[Any]) -> None:
-    """Make a tracker class known to this process as `log_with=name`. Raises TrackerError for one that breaks the contract."""
-    check_contract(cls)
-    _registered[name] = cls
+def register_tracker_class(tracker_class: type[Any]) -> None:
+    """Make a tracker class known to this process as `log_with=tracker_class.name`, in place of one that had this name before.
+
+    Raises TrackerError for anything but a subclass of GeneralTracker with a `name` and `requires_logging_directory`.
+    """
+    if not (isinstance(tracker_class, type) and issubclass(tracker_class, GeneralTracker)):
+        raise TrackerError(
+            f"{tracker_class!r} is no subclass of GeneralTracker",
+            "register a class; an instance goes to Accelerator(log_with=...) itself",
+        )
+    check_contract(tracker_class, parts=("name", "requires_logging_directory"))
+    name = tracker_class.name
+    if name in tracker_names() and _registered.get(name) is not tracker_class:
+        warnings.warn(f"{tracker_class.__qualname__} takes the place of the tracker named {name!r}", stacklevel=2)
+    _registered[name] = tracker_class
+
+
+def all_tracker_classes() -> dict[str, type[Any]]:
+    """The table of tracker classes by name, with those that are installed filled in; what is put into it is registered."""
+    for name in tracker_entries():
+        _registered.setdefault(name, tracker_class(name))
+    return _registered
+
+
+def installed_trackers() -> list[str]:
+    """The known trackers whose vendor package is here: what "all" stands for."""
+    return [name for name in tracker_names() if package_of(tracker_class(name)) is None]
 
 
 def tracker_names() -> list[str]:
@@ -46,12 +70,12 @@ def tracker_names() -> list[str]:
 
 def tracker_class(name: str) -> type[Any]:
     """The class of that name; loading it imports no vendor package. Raises TrackerError with the nearest name."""
-    if name in _registered:
-        return _registered[name]
-    entry = tracker_entries().get(name)
-    if entry is None:
-        raise TrackerError(f"log_with={name!r} is no tracker", nearest(name, [*tracker_names(), "all"]))
-    found: type[Any] = entry.load()
+    found = _registered.get(name)
+    if found is None:
+        entry = tracker_entries().get(name)
+        if entry is None:
+            raise TrackerError(f"log_with={name!r} is no tracker", nearest(name, [*tracker_names(), "all"]))
+        found = entry.load()
     check_contract(found)
     return found
 
@@ -73,9 +97,7 @@ def choose(log_with: Any) -> list[type[Any] | Any]:
     for one in asked:
         name = one.value if isinstance(one, enum.Enum) else one
         if name == "all":
-            chosen.update(
-                {known: tracker_class(known) for known in tracker_names() if package_of(tracker_class(known)) is None}
-            )
+            chosen.update({known: tracker_class(known) for known in installed_trackers()})
         elif isinstance(name, str):
             chosen.update(_if_installed(name))
         else:

@@ -48,7 +48,8 @@ def replay(run: Run | str | Path, to: str, **options: Any) -> Replayed:
     tracker.run = RunInfo(source.id, source.project, source.folder, source.config)
     tracker.start()
     try:
-        tracker.store_init_configuration(source.config)
+        if source.config:
+            tracker.store_init_configuration(source.config)
         return _send(source, tracker, to)
     finally:
         tracker.finish()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,7 +49,7 @@ class GeneralTracker:
         """Connect, open files: everything that may take time."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """Take the configuration: nested dicts, lists and plain values."""
+        """Take the configuration, where init_trackers got one: nested dicts, lists and plain values."""
 
     def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
         """Take numbers, texts, and objects of the vendor's own."""
@@ -84,6 +85,21 @@ class GeneralTracker:
         return {}
 
 
+def on_main_process(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a method of a tracker: it does nothing off the main process, unless the tracker's `main_process_only` is False.
+
+    Trackers of polyaccel are only made where they are wanted; this is for classes that say so themselves, as Accelerate's do.
+    """
+
+    @wraps(method)
+    def on_main(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(self, "run", None)
+        is_wanted = run is None or run.is_main_process or not getattr(self, "main_process_only", True)
+        return method(self, *args, **kwargs) if is_wanted else None
+
+    return on_main
+
+
 class CannotTake(TrackerError):
     """A tracker has no place for this kind of thing; it stays in the run folder."""
 
@@ -92,15 +108,17 @@ class CannotTake(TrackerError):
         self.things = things
 
 
-def check_contract(tracker: Any) -> None:
-    """Raise TrackerError for a tracker, class or instance, that misses a part of the contract."""
+CONTRACT = ("name", "requires_logging_directory", "tracker")
+
+
+def check_contract(tracker: Any, parts: tuple[str, ...] = CONTRACT) -> None:
+    """Raise TrackerError for a tracker, class or instance, that misses one of these parts of the contract."""
     kind = tracker if isinstance(tracker, type) else type(tracker)
     missing = [
-        part
-        for part in ("name", "requires_logging_directory", "tracker")
-        if not hasattr(kind, part) and not (tracker is not kind and hasattr(tracker, part))
+        part for part in parts if not hasattr(kind, part) and not (tracker is not kind and hasattr(tracker, part))
     ]
-    if isinstance(kind, type) and issubclass(kind, GeneralTracker) and kind.tracker is GeneralTracker.tracker:
+    is_undefined = issubclass(kind, GeneralTracker) and kind.tracker is GeneralTracker.tracker
+    if "tracker" in parts and is_undefined:
         missing.append("tracker")
     if missing:
         raise TrackerError(

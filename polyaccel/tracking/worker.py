@@ -150,7 +150,8 @@ class Worker(threading.Thread):
     def _start(self, _: Any) -> None:
         made = self._make()
         made.start()
-        made.store_init_configuration(dict(self._config))
+        if self._config:
+            made.store_init_configuration(dict(self._config))
         self.tracker = made
         identity = made.identity() if hasattr(made, "identity") else {}
         self._on_start(self.tracker_name, identity)

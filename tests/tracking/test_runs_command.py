@@ -8,7 +8,7 @@ from doubles import Recorder, accelerator, run_of
 
 from polyaccel.cli.main import main
 from polyaccel.errors import TrackerError
-from polyaccel.tracking import register_tracker_class, replay
+from polyaccel.tracking import names, register_tracker_class, replay
 from polyaccel.tracking.runs import Run
 
 
@@ -22,7 +22,7 @@ class Kept(Recorder):
         self.made.append(self)
 
 
-register_tracker_class("kept_for_replay", Kept)
+register_tracker_class(Kept)
 
 
 @pytest.fixture
@@ -67,8 +67,9 @@ def test_a_run_is_sent_to_a_tracker_as_it_was_logged(written, capsys):
     assert tracker.calls[5][1:] == ("t", ["a"], [[float("inf")]], 1)
 
 
-def test_what_was_logged_to_one_tracker_is_replayed_to_that_one_alone(written):
-    register_tracker_class("recorder", type("Again", (Kept,), {"name": "recorder"}))
+def test_what_was_logged_to_one_tracker_is_replayed_to_that_one_alone(written, monkeypatch):
+    monkeypatch.setattr(names, "_registered", {})
+    register_tracker_class(type("Again", (Kept,), {"name": "recorder"}))
     Kept.made.clear()
     assert replay(written, "recorder").num_metrics == 3
     assert {"only": 1} in Kept.made[0].logged()
@@ -81,7 +82,7 @@ def test_a_tracker_that_fails_ends_the_replay_with_its_own_error(written):
         def log(self, values, step=None, **kwargs):
             raise ConnectionError("the server is gone")
 
-    register_tracker_class("down", Down)
+    register_tracker_class(Down)
     with pytest.raises(ConnectionError, match="gone"):
         replay(written, "down")
     assert Kept.made[-1].calls[-1] == ("finish",)

@@ -9,7 +9,7 @@ from doubles import Broken, Hanging, Recorder, accelerator, run_of, until
 
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.errors import TrackerError
-from polyaccel.tracking import GeneralTracker, Run, Session, names, register_tracker_class
+from polyaccel.tracking import GeneralTracker, Run, RunInfo, Session, names, on_main_process, register_tracker_class
 from polyaccel.tracking.worker import Worker
 from polyaccel.utils import LoggerType
 
@@ -17,7 +17,7 @@ from polyaccel.utils import LoggerType
 
 
 def test_a_tracker_is_made_started_configured_fed_and_finished_in_order(tmp_path):
-    register_tracker_class("recorder", Recorder)
+    register_tracker_class(Recorder)
     made = []
 
     class Kept(Recorder):
@@ -25,7 +25,7 @@ def test_a_tracker_is_made_started_configured_fed_and_finished_in_order(tmp_path
             super().__init__(*project, **options)
             made.append(self)
 
-    register_tracker_class("kept", type("Kept", (Kept,), {"name": "kept"}))
+    register_tracker_class(type("Kept", (Kept,), {"name": "kept"}))
     one = accelerator(tmp_path, "kept")
     one.init_trackers("mine", config={"lr": 0.1}, init_kwargs={"kept": {"colour": "red"}})
     one.log({"loss": np.float32(0.5)}, step=3, log_kwargs={"kept": {"commit": True}})
@@ -46,7 +46,7 @@ def test_a_tracker_is_made_started_configured_fed_and_finished_in_order(tmp_path
 def test_nothing_of_a_tracker_runs_on_the_training_thread(tmp_path):
     tracker = Recorder()
     one = accelerator(tmp_path, tracker)
-    one.init_trackers("threads")
+    one.init_trackers("threads", config={"lr": 0.1})
     one.log({"loss": 1})
     one.log_images({"i": np.zeros((2, 2))})
     one.log_table("t", ["a"], [[1]])
@@ -93,7 +93,7 @@ def test_a_class_of_accelerates_contract_gets_its_logging_directory(tmp_path):
             super().__init__(project)
             seen.append(logging_dir)
 
-    register_tracker_class("needs_folder", NeedsFolder)
+    register_tracker_class(NeedsFolder)
     one = accelerator(tmp_path, "needs_folder")
     one.init_trackers("p")
     one.end_training()
@@ -104,15 +104,52 @@ def test_a_tracker_that_misses_a_part_of_the_contract_is_refused(tmp_path):
     class Nameless(GeneralTracker):
         requires_logging_directory = False
 
-    with pytest.raises(TrackerError, match=r"tracker class .*Nameless has no name, tracker"):
-        register_tracker_class("nameless", Nameless)
-    with pytest.raises(TrackerError, match="has no name"):
+    with pytest.raises(TrackerError, match=r"tracker class .*Nameless has no name"):
+        register_tracker_class(Nameless)
+    with pytest.raises(TrackerError, match=r"<class 'dict'> is no subclass of GeneralTracker"):
+        register_tracker_class(dict)
+    with pytest.raises(ValueError, match="has no name, tracker"):
         accelerator(tmp_path, Nameless())
+
+
+def test_the_names_of_accelerates_tracking_module_are_here():
+    from polyaccel import tracking
+
+    for name in tracking._VENDORS:
+        cls = getattr(tracking, name)
+        assert (cls.__name__, tracking.LOGGER_TYPE_TO_CLASS[cls.name]) == (name, cls)
+    assert "recorder" in tracking.LOGGER_TYPE_TO_CLASS
+    assert {"recorder", "tensorboard"} <= set(tracking.get_available_trackers())
+
+
+def test_a_method_for_the_main_process_does_nothing_elsewhere(tmp_path):
+    class Careful(Recorder):
+        @on_main_process
+        def log(self, values, step=None, **kwargs):
+            self._note("log", values)
+            return "noted"
+
+    tracker = Careful()
+    assert tracker.log({"a": 1}) == "noted"
+    tracker.run = RunInfo("1", "p", tmp_path, is_main_process=False)
+    assert tracker.log({"a": 2}) is None
+    tracker.main_process_only = False
+    assert tracker.log({"a": 3}) == "noted"
+    assert tracker.calls == [("log", {"a": 1}), ("log", {"a": 3})]
+
+
+def test_a_tracker_without_a_configuration_is_given_none(tmp_path):
+    tracker = Recorder()
+    one = accelerator(tmp_path, tracker)
+    one.init_trackers("p")
+    one.end_training()
+    assert tracker.calls == [("start",), ("finish",)]
 
 
 def test_accelerates_enum_names_its_trackers(tmp_path):
     assert {kind.value for kind in LoggerType} == {"all", *names.tracker_entries()}
-    register_tracker_class("wandb", type("Stub", (Recorder,), {"name": "wandb"}))
+    with pytest.warns(UserWarning, match="Stub takes the place of the tracker named 'wandb'"):
+        register_tracker_class(type("Stub", (Recorder,), {"name": "wandb"}))
     try:
         one = accelerator(tmp_path, LoggerType.WANDB)
         one.init_trackers("p")
@@ -139,7 +176,7 @@ def test_a_tracker_whose_package_is_missing_is_named_and_the_run_goes_on(tmp_pat
         name = "absent"
         package = "package_that_does_not_exist"
 
-    register_tracker_class("absent", Absent)
+    register_tracker_class(Absent)
     one = accelerator(tmp_path, "absent")
     assert "the package package_that_does_not_exist is not installed" in caplog.text
     one.init_trackers("p")
@@ -245,7 +282,7 @@ def test_a_tracker_for_the_main_process_needs_no_other_process(tmp_path):
 def test_an_exception_of_a_tracker_never_reaches_the_training_loop(tmp_path, caplog, where):
     bad, good = Broken(where), Recorder()
     one = accelerator(tmp_path, bad, good)
-    one.init_trackers("p")
+    one.init_trackers("p", config={"lr": 0.1})
     for step in range(20):
         one.log({"loss": step}, step=step)
     one.log_images({"i": np.zeros((2, 2))})

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from polyaccel.tracking.vendors.adapter import Adapter, numbers, texts
 
 
-class ClearmlTracker(Adapter):
+class ClearMLTracker(Adapter):
     """A task named after the run folder, in the project. ClearML's own hooks into frameworks and streams are off unless asked for."""
 
     name: ClassVar[str] = "clearml"

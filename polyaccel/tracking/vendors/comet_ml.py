@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from polyaccel.tracking.vendors.adapter import Adapter, numbers, texts
 
 
-class CometTracker(Adapter):
+class CometMLTracker(Adapter):
     """With `online=False` an offline experiment, whose archive stands in the run folder."""
 
     name: ClassVar[str] = "comet_ml"

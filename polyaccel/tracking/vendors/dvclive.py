@@ -8,7 +8,7 @@ from polyaccel.tracking.tracker import CannotTake
 from polyaccel.tracking.vendors.adapter import Adapter, numbers
 
 
-class DvcliveTracker(Adapter):
+class DVCLiveTracker(Adapter):
     """Files stand in the run folder unless `dir` names another place; `live` is an own `Live` to use instead."""
 
     name: ClassVar[str] = "dvclive"

@@ -14,7 +14,7 @@ _PARAMS_PER_BATCH = 100  # MLflow's own limits
 _LONGEST_PARAM = 6000
 
 
-class MlflowTracker(Adapter):
+class MLflowTracker(Adapter):
     """Options: `tracking_uri` (default: MLflow's own choice, MLFLOW_TRACKING_URI), `experiment_name`, `run_id`, `run_name`, `tags`,
     `description`, `http_timeout_s` and `http_retries` of one request."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from polyaccel.tracking.vendors.adapter import Adapter
 
 
-class SwanlabTracker(Adapter):
+class SwanLabTracker(Adapter):
     """Named after the run folder; its local files stand there."""
 
     name: ClassVar[str] = "swanlab"

@@ -15,7 +15,7 @@ from polyaccel.tracking.values import flatten
 from polyaccel.tracking.vendors.adapter import Adapter, numbers, texts
 
 
-class TensorboardTracker(Adapter):
+class TensorBoardTracker(Adapter):
     """Events stand in `<run folder>/tensorboard`; `tensorboard --logdir runs` shows every run by its folder.
 
     Options are those of tensorboard's EventFileWriter (`flush_secs`, `max_queue_size`, `filename_suffix`). TensorBoard keeps numbers as

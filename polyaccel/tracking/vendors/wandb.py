@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from polyaccel.tracking.vendors.adapter import Adapter
 
 
-class WandbTracker(Adapter):
+class WandBTracker(Adapter):
     """The run has the id of the run folder; a run that is continued continues at W&B too."""
 
     name: ClassVar[str] = "wandb"

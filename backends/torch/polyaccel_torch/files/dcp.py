@@ -30,6 +30,8 @@ class DcpFiles:
         import_torch()
         try:
             return _tree(_record(read_pickle((path / INDEX).read_bytes()), "Metadata", path), path)
+        except CheckpointError:
+            raise
         except OSError as error:
             raise CheckpointError(
                 f"{path / INDEX} cannot be read: {error.strerror}", "check its permissions"

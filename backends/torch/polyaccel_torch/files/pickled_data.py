@@ -43,6 +43,8 @@ def read_pickle(data: bytes) -> Any:
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.carry_out(opcode.name, argument)
+    except CheckpointError:
+        raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"the pickle is damaged: {error}", "take another copy of the checkpoint") from error
     raise CheckpointError("the pickle has no end", "take another copy of the checkpoint")
