@@ -18,6 +18,7 @@ import numpy as np
 
 from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
+from polyaccel.prepared import OptimizerHandle
 from polyaccel.protocols import (
     AgentJob,
     ArraySpec,
@@ -146,20 +147,24 @@ class FakeLoader:
 # -- the engine ------------------------------------------------------------------------------------------------------------
 
 
-class _Optimizer:
+class _Optimizer(OptimizerHandle):
     """What user code holds: steps only with the accumulation window."""
 
     def __init__(self, optimizer: FakeSGD, engine: FakeEngine) -> None:
         self.optimizer = optimizer
         self._engine = engine
-        self.step_was_skipped = False
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return bool(self._told_overflow)  # plain descent leaves no step out
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         if self._engine.is_syncing:
+            self._told_overflow = None
             self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

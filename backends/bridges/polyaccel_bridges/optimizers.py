@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.prepared import OptimizerHandle
 from polyaccel.protocols import ArraySpec
 
 from .torch_optimizers import lower_optimizer
@@ -140,7 +141,7 @@ def _models_of(optimizer: Optimizer, recorder: Recorder) -> tuple[ManagedModel, 
     return tuple(model for model in recorder.models if model in owners)
 
 
-class PreparedOptimizer(Optimizer):
+class PreparedOptimizer(Optimizer, OptimizerHandle):
     """What user code holds for a prepared optimizer: it shares the user's groups, and its step runs on the engine."""
 
     def __init__(self, source: TorchOptimizerSource) -> None:
@@ -182,6 +183,7 @@ class PreparedOptimizer(Optimizer):
             )
         if not self._syncs():
             return
+        self._told_overflow = None
         source = self._source
         source.recorder.settle()
         source.push_writes()
@@ -200,7 +202,8 @@ class PreparedOptimizer(Optimizer):
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step changed nothing because of gradients that were not finite (fp16). Waits for the device."""
-        return bool(self._source.handle.step_was_skipped)
+        told = self._told_overflow
+        return bool(self._source.handle.step_was_skipped) if told is None else told
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the compiled update knows its parameters."""

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from polyaccel.errors import CheckpointError, PrepareError
+from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
+from polyaccel.prepared import OptimizerHandle
 from polyaccel.protocols import ArraySpec
 from polyaccel_jax.dialect.functional import Named
 from polyaccel_jax.dialect.host_arrays import check_arrays, spec_of, with_keys
@@ -123,16 +124,22 @@ class OptaxSource:
         self._source.train(self._names)
 
 
-class PreparedOptax:
+class PreparedOptax(OptimizerHandle):
     """A prepared optax transformation or nnx.Optimizer: `step()` after backward, then `zero_grad()`."""
 
     def __init__(self, source: OptaxSource, optimizer: Any) -> None:
         self._polyaccel_optimizer = optimizer
         self._source = source
 
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         """Update the model from its accumulated gradients; does nothing while gradients accumulate."""
+        if closure is not None:
+            raise UnsupportedError(
+                "step(closure) calls the loss several times in one step",
+                "call accelerator.backward(loss_fn, model, batch), then optimizer.step()",
+            )
         if self._is_syncing:
+            self._told_overflow = None
             self._polyaccel_optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -148,7 +155,8 @@ class PreparedOptax:
     @property
     def step_was_skipped(self) -> bool:
         """Whether the last step changed nothing because a gradient was not finite (fp16)."""
-        return bool(self._polyaccel_optimizer.step_was_skipped)
+        told = self._told_overflow
+        return bool(self._polyaccel_optimizer.step_was_skipped) if told is None else told
 
     @property
     def opt_state(self) -> Any:

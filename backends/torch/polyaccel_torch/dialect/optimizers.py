@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
 from polyaccel.errors import PrepareError
+from polyaccel.prepared import OptimizerHandle
 
 Update = Callable[[Optimizer, Any], Any]
 
@@ -21,7 +22,7 @@ class GradientWindow(Protocol):
     sync_gradients: bool
 
 
-class PreparedOptimizer(Optimizer):
+class PreparedOptimizer(Optimizer, OptimizerHandle):
     """The optimizer that user code holds: `step` and `zero_grad` do nothing while gradients accumulate.
 
     It shares `param_groups`, `state` and `defaults` with `optimizer`, the user's own, and shows its other attributes too.
@@ -49,6 +50,7 @@ class PreparedOptimizer(Optimizer):
         window = self._window
         if window is not None and not window.sync_gradients:
             return None
+        self._told_overflow = None
         if self._update is not None:
             return self._update(self.optimizer, closure)
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -66,7 +68,8 @@ class PreparedOptimizer(Optimizer):
     @property
     def step_was_skipped(self) -> bool:
         """True if gradients were not finite at the last real step (fp16) and the parameters were left as they were."""
-        return self._skipped is not None and self._skipped()
+        told = self._told_overflow
+        return told if told is not None else self._skipped is not None and self._skipped()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
