@@ -12,6 +12,7 @@ from polyaccel.errors import PrepareError
 
 if TYPE_CHECKING:
     from polyaccel.data.loader import PreparedLoader
+    from polyaccel.data.sharding import GlobalRows
 
 Key = str | int
 
@@ -222,12 +223,12 @@ def counted(loader: PreparedLoader, accelerator: Any, mask: Key = "mask") -> Ite
     """
     batches = iter(loader)
     while True:
-        window: list[tuple[Any, bool, int]] = []
+        window: list[tuple[Any, bool, GlobalRows | None]] = []
         while len(window) < accelerator.gradient_accumulation_steps:
             batch = next(batches, None)
             if batch is None:
                 break
-            window.append((batch, loader.end_of_dataloader, loader.remainder))
+            window.append((batch, loader.end_of_dataloader, loader.rows))
             if loader.end_of_dataloader:
                 break
         if not window:
@@ -236,8 +237,8 @@ def counted(loader: PreparedLoader, accelerator: Any, mask: Key = "mask") -> Ite
         # The mask of a global array is that of all processes already.
         if accelerator.num_processes > 1 and getattr(window[0][0][mask], "is_fully_addressable", True):
             total, num_parts = float(sum(accelerator.gather_object([total]))), accelerator.num_processes
-        for batch, is_last, remainder in window:
+        for batch, is_last, rows in window:
             # Accumulation asks the loader whether this is the end of the data: it is that for the last batch of the window alone.
-            loader.end_of_dataloader, loader.remainder = is_last, remainder
+            loader.end_of_dataloader, loader.rows = is_last, rows
             num_samples = batch[mask].shape[0] * num_parts
             yield batch, total / (accelerator.gradient_accumulation_steps * num_samples)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from polyaccel import generators
+from polyaccel.data.read_ahead import read_ahead
 from polyaccel.data.sharding import GlobalRows
 from polyaccel.errors import CheckpointError, PrepareError
 
@@ -84,11 +85,11 @@ class _Position:
 class PreparedLoader:
     """Iterates over this process's share of every global batch, placed on the engine's devices.
 
-    `place(host_batch)` starts the transfer of a batch and is called up to `prefetch` batches ahead of the body of the loop;
-    `lift(host_batch, placed_batch)` is called when the batch is handed out and makes what user code sees. While the body of the
-    last batch runs, `end_of_dataloader` is True. `rows` says which rows of the current global batch are real, None where all are;
-    `remainder` is their number, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own
-    loader has can be read here too.
+    `place(host_batch)` starts the transfer of a batch and is called `prefetch` batches ahead of the body of the loop (0: when the
+    batch is handed out); with `in_background` a thread reads the host batches (see `read_ahead`). `lift(host_batch,
+    placed_batch)` is called when the batch is handed out and makes what user code sees. While the body of the last batch runs,
+    `end_of_dataloader` is True. `rows` says which rows of the current global batch are real, None where all are; `remainder` is
+    their number, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own loader has can be read here too.
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class PreparedLoader:
         lift: Callable[[Any, Any], Any] | None = None,
         observer: LoaderObserver | None = None,
         prefetch: int = 2,
+        in_background: bool = False,
         skip: int = 0,
     ) -> None:
-        if prefetch < 1:
-            raise ValueError(f"prefetch={prefetch}: at least one batch must be read ahead to know the last one")
+        if prefetch < 0:
+            raise ValueError(f"prefetch={prefetch} is no number of batches")
         self.end_of_dataloader = False
         self.rows: GlobalRows | None = None
         self._host = host
@@ -111,6 +113,7 @@ class PreparedLoader:
         self.before_batch: list[Callable[[PreparedLoader], None]] = []  # called whenever a loop asks for a batch
         self._observer = observer
         self._prefetch = prefetch
+        self._in_background = in_background
         self._skip = skip  # of every pass
         self._position = _Position()
 
@@ -207,6 +210,7 @@ class PreparedLoader:
             lift=self._lift,
             observer=self._observer,
             prefetch=self._prefetch,
+            in_background=self._in_background,
             skip=self._skip + num_batches,
         )
         position, resume = self._position, self._position.resume
@@ -252,7 +256,9 @@ class PreparedLoader:
     def __iter__(self) -> Iterator[Any]:
         position, running = self._position, object()
         self.end_of_dataloader, self.rows = False, None
-        place, lift, ahead = self._place, self._lift, self._prefetch
+        place, lift = self._place, self._lift
+        ahead = max(1, self._prefetch)  # one host batch more than is handed out, to know the last one
+        places_late = place is not None and not self._prefetch
         ready: deque[tuple[Any, Any, GlobalRows | None]] = deque()
         source: Iterator[tuple[Any, GlobalRows | None]] | None = None
         present: Mapping[str, Any] | None = None
@@ -272,7 +278,7 @@ class PreparedLoader:
                         is_exhausted = True
                     else:
                         host, rows = item
-                        ready.append((host, host if place is None else place(host), rows))
+                        ready.append((host, host if place is None or places_late else place(host), rows))
                 if present is not None:
                     self._write_generators(present)
                     present = None
@@ -280,11 +286,16 @@ class PreparedLoader:
                     break
                 host, placed, self.rows = ready.popleft()
                 self.end_of_dataloader = is_exhausted and not ready
+                if places_late and place is not None:
+                    placed = place(host)
                 position.batch += 1
                 yield placed if lift is None else lift(host, placed)
                 host = placed = None  # the consumer owns the batch: do not keep its memory while the next one is made
             position.epoch += 1
+            self.rows = None
         finally:  # also when the body breaks, raises or the generator is dropped
+            if self._in_background and source is not None:
+                source.close()  # type: ignore[attr-defined]  # a generator; its thread ends with it
             if position.running is running:
                 position.batch, position.start = 0, None  # a pass that was left begins again
             if self._observer is not None:
@@ -302,7 +313,8 @@ class PreparedLoader:
             self._write_generators(resume.start)
             position.start, to_restore = resume.start, present
         self._host.set_epoch(position.epoch)
-        return self._host.read(start, seed), to_restore
+        source = self._host.read(start, seed)
+        return read_ahead(source, self._prefetch, self._generators) if self._in_background else source, to_restore
 
 
 def skip_first_batches(dataloader: Any, num_batches: int = 0) -> PreparedLoader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from polyaccel import trees
@@ -87,16 +87,26 @@ class ShardedBatchSampler:
 
     `on_start` is called at the start of each pass, right before the first index is drawn: processes agree on the order there.
     `rows` belongs to the latest pass: for each batch taken so far and not yet popped, the GlobalRows of its global batch, or None.
+
+    With `deals_out` the indices of every shard of all processes come one after the other, for a process that reads for all;
+    `counts` then goes with `rows`: how many of them make up the global batch.
     """
 
     def __init__(
-        self, batch_sampler: Iterable[Any], sharding: DataSharding, *, on_start: Callable[[], None] | None = None
+        self,
+        batch_sampler: Iterable[Any],
+        sharding: DataSharding,
+        *,
+        on_start: Callable[[], None] | None = None,
+        deals_out: bool = False,
     ) -> None:
         self.batch_sampler = batch_sampler
         self.sharding = sharding
         self.batch_size: int | None = getattr(batch_sampler, "batch_size", None)
         self.drop_last: bool = getattr(batch_sampler, "drop_last", False)
         self.rows: deque[GlobalRows | None] = deque()
+        self.counts: deque[int] = deque()
+        self._deals_out = deals_out
         self._on_start = on_start
         self._skip = 0
         sharding.check(self.batch_size)
@@ -105,6 +115,20 @@ class ShardedBatchSampler:
     def sampler(self) -> Any:
         """The sampler inside the batch sampler, if it has one."""
         return getattr(self.batch_sampler, "sampler", None)
+
+    @property
+    def even_batches(self) -> bool:
+        """Whether the last global batch is completed; may be set between passes."""
+        return self.sharding.even_batches
+
+    @even_batches.setter
+    def even_batches(self, value: bool) -> None:
+        self.sharding = replace(self.sharding, even_batches=value)
+
+    @property
+    def split_batches(self) -> bool:
+        """Whether a batch of the batch sampler is the global batch."""
+        return self.sharding.split_batches
 
     def skip_next(self, num_batches: int) -> None:
         """Leave out the first `num_batches` global batches of the next pass; their samples are not read."""
@@ -139,10 +163,10 @@ class ShardedBatchSampler:
 
     def __iter__(self) -> Iterator[Any]:
         # Not a generator itself: whoever called iter() finds the queue of exactly this pass in `rows`.
-        self.rows = deque()
-        return self._pass(self.rows)
+        self.rows, self.counts = deque(), deque()
+        return self._pass(self.rows, self.counts)
 
-    def _pass(self, rows: deque[GlobalRows | None]) -> Iterator[Any]:
+    def _pass(self, rows: deque[GlobalRows | None], counts: deque[int]) -> Iterator[Any]:
         # Taken when the pass really starts: a DataLoader with workers calls iter() twice and uses the second.
         skip, self._skip = self._skip, 0
         if self._on_start is not None:
@@ -158,6 +182,12 @@ class ShardedBatchSampler:
         cut_batches = _split if cut.split_batches else _deal
         global_batches = cut_batches(self.batch_sampler, cut, self.batch_size, self.drop_last)
         for shards, num_real in itertools.islice(global_batches, skip, None):
+            if self._deals_out:
+                filled = [shard for shard in shards if len(shard)]
+                rows.append(cut.rows([len(shard) for shard in shards], num_real, self.batch_size))
+                counts.append(len(filled))
+                yield from filled
+                continue
             indices = list(itertools.chain.from_iterable(cut.local(shards)))
             if indices:
                 rows.append(cut.rows([len(shard) for shard in shards], num_real, self.batch_size))
@@ -169,11 +199,18 @@ class IterableShard:
 
     `batch_size` None: the elements of the stream are batches already, and a global batch is `num_shards` of them. The stream is
     read in full by every process, so all must read the same one. `rows` is the GlobalRows of the global batch, or None, as in
-    `ShardedBatchSampler.rows`.
+    `ShardedBatchSampler.rows`. With `deals_out`, (a list of the samples of each shard of all processes, rows), for a process that
+    reads for all.
     """
 
     def __init__(
-        self, iterable: Iterable[Any], sharding: DataSharding, *, batch_size: int | None, drop_last: bool = False
+        self,
+        iterable: Iterable[Any],
+        sharding: DataSharding,
+        *,
+        batch_size: int | None,
+        drop_last: bool = False,
+        deals_out: bool = False,
     ) -> None:
         if batch_size is not None:
             sharding.check(batch_size)
@@ -181,6 +218,7 @@ class IterableShard:
         self.sharding = sharding
         self.batch_size = batch_size
         self.drop_last = drop_last
+        self._deals_out = deals_out
 
     @property
     def _chunk(self) -> int:
@@ -211,7 +249,10 @@ class IterableShard:
                     return
                 if cut.even_batches and cut.num_shards > 1:
                     chunk = _completed(chunk, first, size)
-            if local := chunk[span]:
+            if self._deals_out:
+                parts = [chunk[first : first + part] for first in range(0, len(chunk), part)]
+                yield parts, self._rows(chunk, num_real, part)
+            elif local := chunk[span]:
                 yield local, self._rows(chunk, num_real, part)
 
     def _rows(self, chunk: list[Any], num_real: int, part: int) -> GlobalRows | None:
@@ -227,7 +268,7 @@ class IterableShard:
 def num_rows(batch: Any) -> int:
     """Samples in a batch: dim 0 of its first array that has one, else the length of its first list; 1 for a lone value."""
     for leaf in trees.flatten(batch)[0]:
-        shape = getattr(leaf, "shape", ())
+        shape: Any = getattr(leaf, "shape", ())
         if len(shape):
             return int(shape[0])
     while isinstance(batch, Mapping) and batch:

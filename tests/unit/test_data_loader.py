@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import threading
+
 import pytest
 
 from polyaccel.data import GlobalRows, LoaderState, PreparedLoader, refuse_prepared
-from polyaccel.errors import PrepareError
+from polyaccel.errors import PrepareError, UnsupportedError
 
 
 class Host:
@@ -129,3 +133,62 @@ def test_attributes_of_the_users_own_loader_can_be_read():
 def test_a_prepared_loader_is_refused_the_second_time():
     with pytest.raises(PrepareError, match="prepared already"):
         refuse_prepared(PreparedLoader(Host()))
+
+
+def test_without_prefetch_a_batch_is_placed_when_it_is_handed_out_and_the_end_is_known_all_the_same():
+    placed: list[int] = []
+    loader = PreparedLoader(Host(), place=lambda batch: placed.append(batch[0]) or batch, prefetch=0)
+    assert [(list(placed), loader.end_of_dataloader) for _ in loader] == [
+        ([0], False),
+        ([0, 2], False),
+        ([0, 2, 4], False),
+        ([0, 2, 4, 6], True),
+    ]
+
+
+def test_a_thread_reads_the_same_batches_ahead_and_ends_when_the_loop_is_left():
+    def readers() -> int:
+        return sum(thread.name == "polyaccel-read-ahead" for thread in threading.enumerate())
+
+    here, background = PreparedLoader(Host()), PreparedLoader(Host(), prefetch=3, in_background=True)
+    for _ in range(2):  # passes
+        assert [(b, background.end_of_dataloader) for b in background] == [(b, here.end_of_dataloader) for b in here]
+    assert readers() == 0
+
+    class Endless(Host):
+        def read(self, skip: int = 0, seed: int | None = None):
+            return (([number], None) for number in itertools.count(skip))
+
+    loader = PreparedLoader(Endless(), in_background=True)
+    for batch in loader:
+        if batch == [5]:
+            state = loader.state
+            break
+    assert readers() == 0
+    resumed = PreparedLoader(Endless(), in_background=True)
+    resumed.load_state(state)
+    assert next(iter(resumed)) == [6], "what was read ahead and not handed out is read again"
+
+
+def test_an_error_while_reading_in_the_background_reaches_the_loop_where_its_batch_was_due():
+    class Broken(Host):
+        def read(self, skip: int = 0, seed: int | None = None):
+            yield from (([number], None) for number in range(4))
+            raise OSError("disk")
+
+    batches = iter(PreparedLoader(Broken(), prefetch=1, in_background=True))
+    assert [next(batches) for _ in range(3)] == [[0], [1], [2]]
+    with pytest.raises(
+        OSError, match="disk"
+    ):  # it comes where the batch after the next is asked for, to know the last one
+        next(batches)
+
+
+def test_reading_that_draws_from_the_scripts_generators_is_refused_in_the_background():
+    class Noisy(Host):
+        def read(self, skip: int = 0, seed: int | None = None):
+            return (([random.random()], None) for _ in range(4))
+
+    assert len(list(PreparedLoader(Noisy()))) == 4
+    with pytest.raises(UnsupportedError, match="depend on timing"):
+        list(PreparedLoader(Noisy(), in_background=True))
