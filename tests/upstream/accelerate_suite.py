@@ -1,9 +1,11 @@
 """Runs Hugging Face Accelerate's own tests against polyaccel: a checkout of theirs, copied elsewhere with the imports renamed.
 
     python tests/upstream/accelerate_suite.py CHECKOUT [--work DIR] [--only test_logging ...] [--processes 1 2]
+        [--backend accelerate torch jax]
 
 CHECKOUT is a folder with Accelerate's sources; nothing of it enters this repository. Per file of their suite, script and example the
-number of passed, failed and skipped tests is printed, and written as JSON with --output.
+number of passed, failed and skipped tests is printed, and written as JSON with --output. Examples load what they want of the hub from
+small local folders (stand_ins.py); with the backend "accelerate" in front, their losses are compared with Accelerate's own.
 """
 
 from __future__ import annotations
@@ -13,11 +15,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+
+from accelerate_examples import EXAMPLES, REFERENCE, difference, run_example
+from stand_ins import CLASSIFIER, make_stand_ins
 
 SUITE = (
     "test_accelerator",
@@ -56,7 +64,9 @@ def renamed(checkout: Path, work: Path) -> None:
     """The copy: their tests, test helpers and examples, importing polyaccel."""
     for source, target in (("src/accelerate/test_utils", "test_utils"), ("tests", "tests"), ("examples", "examples")):
         shutil.copytree(checkout / source, work / target, dirs_exist_ok=True)
-    for path in work.rglob("*.py"):
+    shutil.copytree(checkout / "examples", work / "reference", dirs_exist_ok=True)
+    (work / "reference_run.py").write_text(REFERENCE)
+    for path in [path for folder in ("test_utils", "tests", "examples") for path in (work / folder).rglob("*.py")]:
         text = path.read_text()
         text = re.sub(r"\b(from|import) accelerate\b", r"\1 polyaccel", text)
         text = re.sub(r"(?<![\w/.-])accelerate\.(?=[a-zA-Z_])", "polyaccel.", text)
@@ -66,37 +76,46 @@ def renamed(checkout: Path, work: Path) -> None:
     (work / "sitecustomize.py").write_text(SITE)
 
 
-def environment(work: Path, backend: str) -> dict[str, str]:
-    """Their names come from the copy; nothing asks the network."""
+def environment(work: Path) -> dict[str, str]:
+    """Their names come from the copy; nothing asks the network, and nothing is left in the home folder."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(work), os.environ.get("PYTHONPATH", "")]),
-        "POLYACCEL_BACKEND": backend,
+        "HF_HOME": str(work / "huggingface"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
+def run(work: Path, command: list[str], log: str, timeout_s: int, **variables: str) -> tuple[int | None, str]:
+    """(exit code, output) of a command in the copy; None for one that did not finish. The output is kept in `<log>.log`."""
+    with subprocess.Popen(
+        [sys.executable, *command],
+        cwd=work,
+        env={**environment(work), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+            code: int | None = process.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher's children too
+            output, code = process.communicate()[0], None
+    (work / f"{log}.log").write_text(output)
+    return code, output
+
+
 def run_file(work: Path, name: str, backend: str, timeout_s: int) -> dict[str, object]:
     """One test file under pytest."""
     report = work / f"{name}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", f"tests/{name}.py"]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=work,
-            env=environment(work, backend),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": f"not finished after {timeout_s} s"}
-    (work / f"{name}.log").write_text(done.stdout + done.stderr)
-    if not report.exists():
-        return {"status": (done.stdout + done.stderr).strip().splitlines()[-1:]}
+    report.unlink(missing_ok=True)
+    command = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}", f"tests/{name}.py"]
+    code, output = run(work, command, f"{name}-{backend}", timeout_s, POLYACCEL_BACKEND=backend)
+    if code is None or not report.exists():
+        return {"status": f"not finished after {timeout_s} s" if code is None else output.strip().splitlines()[-1:]}
     suite = ET.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, failed, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
@@ -113,50 +132,87 @@ def run_file(work: Path, name: str, backend: str, timeout_s: int) -> dict[str, o
     }
 
 
+def launched(processes: int) -> list[str]:
+    """The command that starts a script of theirs under polyaccel."""
+    return ["-m", "polyaccel.cli.main", "launch", "--cpu", "--num_processes", str(processes)]
+
+
 def run_script(work: Path, name: str, processes: int, backend: str, timeout_s: int) -> dict[str, object]:
     """One of their scripts, under `polyaccel launch`."""
-    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--cpu", "--num_processes", str(processes)]
-    command.append(str(work / "test_utils" / "scripts" / f"{name}.py"))
-    try:
-        done = subprocess.run(
-            command,
-            cwd=work,
-            env=environment(work, backend),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    command = [*launched(processes), str(work / "test_utils" / "scripts" / f"{name}.py")]
+    log = f"{Path(name).name}-{backend}-{processes}"
+    code, output = run(work, command, log, timeout_s, POLYACCEL_BACKEND=backend)
+    if code is None:
         return {"status": f"not finished after {timeout_s} s"}
-    (work / f"{Path(name).name}-{processes}.log").write_text(done.stdout + done.stderr)
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:] if done.returncode else []
-    return {"exit code": done.returncode, "last line": "".join(last)[:200]}
+    last = output.strip().splitlines()[-1:] if code else []
+    return {"exit code": code, "last line": "".join(last)[:200]}
+
+
+def run_examples(work: Path, name: str, processes: int, backend: str, timeout_s: int) -> Iterator[tuple[str, object]]:
+    """An example of theirs, command by command, on one engine, or with Accelerate itself as the `backend` "accelerate"."""
+    is_reference = backend == "accelerate"
+    script = work / ("reference" if is_reference else "examples") / f"{name}.py"
+    folder = work / "runs" / f"{name.replace('/', '-')}-{backend}-{processes}"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def launch(arguments: list[str], record: Path) -> tuple[int | None, str]:
+        if is_reference:
+            start = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+            command = [*start, str(work / "reference_run.py"), str(script), *arguments]
+            own = {"ACCELERATE_USE_CPU": "1"}
+        else:
+            command = [*launched(processes), str(script), *arguments]
+            own = {"POLYACCEL_BACKEND": backend}
+        log = str((folder / "last").relative_to(work))
+        return run(work, command, log, timeout_s, POLYACCEL_RECORD=str(record), WANDB_MODE="offline", **own)
+
+    for index, arguments in enumerate(EXAMPLES[name]):
+        outcome = run_example(name, index, processes, launch, folder)
+        found = outcome.report
+        reference = Path(str(folder).replace(f"-{backend}-", "-accelerate-")) / f"record-{index}"
+        if not is_reference and reference.is_dir():
+            found["against Accelerate"] = difference(reference, outcome.recording)
+        yield f"{name} {arguments}".strip(), found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("--work", type=Path, help="folder of the copy (default: a temporary one)")
-    parser.add_argument("--only", nargs="+", default=[*SUITE, *SCRIPTS])
+    parser.add_argument("--only", nargs="+", default=[*SUITE, *SCRIPTS, *EXAMPLES], help="files, without .py")
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--backend", default="torch")
+    parser.add_argument(
+        "--backend", nargs="+", default=["torch"], help='engines; "accelerate" first for the examples\' reference'
+    )
     parser.add_argument("--timeout", type=int, default=600)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    unknown = sorted({*args.only} - {*SUITE, *SCRIPTS, *EXAMPLES})
+    if unknown:
+        parser.error(f"--only {' '.join(unknown)}: known are {', '.join([*SUITE, *SCRIPTS, *EXAMPLES])}")
     work = args.work or Path(tempfile.mkdtemp(prefix="accelerate-suite-"))
     renamed(args.checkout, work)
+    if set(args.only) & set(EXAMPLES) and not (work / CLASSIFIER).exists():
+        make_stand_ins(work / "tests" / "test_samples" / "MRPC", work)
     results: dict[str, object] = {}
+
+    def report(key: str, found: object) -> None:
+        results[key] = found
+        print(key, json.dumps(found, indent=1), flush=True)
+        if args.output:  # after each of them: the whole takes an hour
+            args.output.write_text(json.dumps(results, indent=1))
+
     for name in args.only:
-        if name in SUITE:
-            results[name] = run_file(work, name, args.backend, args.timeout)
-            print(name, json.dumps(results[name], indent=1), flush=True)
-        for processes in args.processes if name in SCRIPTS else ():
-            key = f"{name}, {processes} process(es)"
-            results[key] = run_script(work, name, processes, args.backend, args.timeout)
-            print(key, json.dumps(results[key]), flush=True)
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
+        engines = [one for one in args.backend if one != "accelerate" or name in EXAMPLES]
+        for backend in engines if name in SUITE else ():
+            report(f"{name}, {backend}", run_file(work, name, backend, args.timeout))
+        for processes, backend in product(args.processes, engines) if name not in SUITE else ():
+            where = f"{backend}, {processes} process(es)"
+            if name in SCRIPTS:
+                report(f"{name}, {where}", run_script(work, name, processes, backend, args.timeout))
+            else:
+                for call, found in run_examples(work, name, processes, backend, args.timeout):
+                    report(f"{call}, {where}", found)
 
 
 if __name__ == "__main__":
