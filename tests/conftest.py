@@ -34,6 +34,7 @@ _FOREIGN = ("POLYACCEL_", "ACCELERATE_", "JAX_", "TORCHELASTIC_", "PJRT_", "XLA_
 _FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 _VIRTUAL_DEVICES = 4
+_ENGINES = ("torch", "xla", "jax")
 _CACHE_FOLDER = pytest.StashKey[str]()
 
 
@@ -50,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         metavar="MODULES",
         help="comma-separated modules that must be installed; without one of them the run stops instead of leaving folders out",
+    )
+    group.addoption(
+        "--engine",
+        choices=_ENGINES,
+        help="leave out what is about other engines only: tests whose name in brackets, or marker `engine`, has one but not this one",
     )
 
 
@@ -95,6 +101,22 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         if folder.is_dir() and _why_not(folder.name, config):
             return True
     return None  # pytest's own rules decide
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    engine = config.getoption("--engine")
+    if engine is not None:
+        about = {item: _engines_of(item) for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if about[item] and engine not in about[item]])
+        items[:] = [item for item in items if not about[item] or engine in about[item]]
+
+
+def _engines_of(item: pytest.Item) -> set[str]:
+    """The engines that a test says it is about."""
+    callspec = getattr(item, "callspec", None)
+    words = set(callspec.id.replace("_", "-").split("-")) if callspec else set()
+    marked = {name for marker in item.iter_markers("engine") for name in marker.args}
+    return words & set(_ENGINES) or marked
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -149,6 +149,7 @@ def ddp(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("ddp")
 
 
+@pytest.mark.engine("torch")
 def test_two_processes_take_back_their_own_gradients(ddp):
     whole = saved_by_two_processes(str(ddp))
     rest, other = job("torch", 2, folder=str(ddp), num_batches=20, load=True, accumulate=2, seed=5)

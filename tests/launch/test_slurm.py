@@ -18,6 +18,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 ADMIN_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=ADMIN_PATH) is None]
 pytestmark = [
+    pytest.mark.engine("torch"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (apt-get install slurm-wlm)"),
     pytest.mark.skipif(os.geteuid() != 0, reason="slurmd wants to be root"),
     pytest.mark.skipif(not load_backend("torch").probe().is_usable, reason="needs torch"),

@@ -108,19 +108,17 @@ def test_bf16_ends_within_two_percent_of_float32(engine):
 
 @pytest.mark.parametrize("engine", [XLA] if IS_XLA else [TORCH, JAX], ids=name)
 def test_reruns_with_dropout_and_the_same_seed_are_bit_equal(engine):
-    losses.cache_clear()
-    one = losses("digits", **engine, extra=("--dropout", "0.3", "--epochs", "2"))
-    losses.cache_clear()
-    assert losses("digits", **engine, extra=("--dropout", "0.3", "--epochs", "2")) == one
+    run = functools.partial(losses.__wrapped__, "digits", **engine, extra=("--dropout", "0.3", "--epochs", "2"))
+    assert run() == run()
 
 
 def test_dropout_has_the_same_distribution_on_every_engine():
-    extra = ("--dropout", "0.3", "--epochs", "3")
-    means = {
-        engine["backend"]: sum(sum(losses("digits", **engine, seed=seed, extra=extra)[-22:]) / 22 for seed in range(3))
-        / 3
-        for engine in ([XLA, TORCH] if IS_XLA else [JAX, TORCH])
-    }
-    first, second = means.values()
-    # Three seeds of 22 losses: the standard error of a mean is about 8 percent of it.
-    assert first == pytest.approx(second, rel=0.25), means
+    def late(**options):
+        found = losses("digits", **options)[44:]  # from the third epoch on
+        return sum(found) / len(found)
+
+    dropout = {"extra": ("--dropout", "0.3")}
+    here, there = late(**TORCH, **dropout), late(**(XLA if IS_XLA else JAX), **dropout)
+    # Weights and batches are the same, masks are not: over three seeds, torch and jax differed by 1.7 percent at most.
+    assert there == pytest.approx(here, rel=0.05)
+    assert there > 1.2 * late(**TORCH)
