@@ -45,7 +45,7 @@ ReturnToService=2
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobRequeue=1
-KillWait=30
+KillWait=2
 NodeName=n0,n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first},{second} CPUs=1 State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
@@ -194,7 +194,7 @@ def test_a_node_that_leaves_later_than_another_is_waited_for_and_the_job_is_queu
         f"here = pathlib.Path({str(tmp_path)!r})\n"
         "node = os.environ['SLURM_NODEID']\n"
         "def leave(number, frame):\n"
-        "    time.sleep(4 * int(node)); (here / f'saved{node}').touch(); sys.exit(75)\n"
+        "    time.sleep(8 * int(node)); (here / f'saved{node}').touch(); sys.exit(75)\n"
         "signal.signal(signal.SIGTERM, leave)\n"
         "(here / f'started{node}').touch()\ntime.sleep(120)\n"
     )
