@@ -110,7 +110,7 @@ class _Accelerate:
     of the modules in its folder. What is imported under both names is one module.
     """
 
-    names = frozenset({"logging", "memory_utils", "optimizer", "scheduler", "state", "utils"})
+    names = frozenset({"big_modeling", "hooks", "logging", "memory_utils", "optimizer", "scheduler", "state", "utils"})
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:

@@ -297,6 +297,47 @@ def remove_hook_from_submodules(module: Model) -> None:
     _backend().remove_hook_from_submodules(module)
 
 
+def align_module_device(module: Model, execution_device: Device | None = None) -> AbstractContextManager[None]:
+    """Context: the module's own weights are on `execution_device`, for code that reads or writes them outside a forward.
+
+    Without a device, weights that are offloaded come to where the module computes, and others stay. What is written inside is kept.
+    """
+    return _backend().align_module_device(module, execution_device)
+
+
+def has_offloaded_params(module: Model) -> bool:
+    """Whether weights of this module itself are away between forwards."""
+    return _backend().has_offloaded_params(module)
+
+
+def get_state_dict_offloaded_model(model: Model) -> dict[str, Any]:
+    """The state dict with the values of weights that are away; those in files are mapped. Raises PrepareError for what is nowhere."""
+    return _backend().get_state_dict_offloaded_model(model)
+
+
+def attach_layerwise_casting_hooks(
+    module: Model,
+    storage_dtype: Any,
+    compute_dtype: Any,
+    skip_modules_pattern: str | Iterable[str] | None = None,
+    skip_modules_classes: tuple[type, ...] | None = None,
+    non_blocking: bool = False,
+) -> None:
+    """Keep weights of linear and convolution layers in one dtype (such as torch.float8_e4m3fn), and compute in another.
+
+    Modules whose name one of the patterns (regular expressions) matches, or whose class is listed, stay as they are, with all inside
+    them. For inference: a float8 weight has no gradient.
+    """
+    _backend().attach_layerwise_casting_hooks(
+        module, storage_dtype, compute_dtype, skip_modules_pattern, skip_modules_classes, non_blocking
+    )
+
+
+def served(name: str) -> Any:
+    """A class or function of the torch adapter, by name: what `polyaccel.compat` gives Accelerate's names to. Raises AttributeError."""
+    return getattr(_backend(), name)
+
+
 def _backend() -> Any:
     backend: Any = choose_backend("torch")
     if not hasattr(backend, "big_models"):

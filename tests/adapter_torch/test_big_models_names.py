@@ -22,9 +22,18 @@ from polyaccel_torch.backend import TorchBackend
 NAMES = [
     name
     for name, value in vars(big_models).items()
-    if inspect.isfunction(value) and value.__module__ == big_models.__name__ and not name.startswith("_")
+    if inspect.isfunction(value)
+    and value.__module__ == big_models.__name__
+    and not name.startswith("_")
+    and name != "served"
 ]
-UTILITIES = ("compute_module_sizes", "get_balanced_memory")
+UTILITIES = (
+    "align_module_device",
+    "compute_module_sizes",
+    "get_balanced_memory",
+    "get_state_dict_offloaded_model",
+    "has_offloaded_params",
+)
 FORWARDED = [name for name in NAMES if hasattr(served, name)]
 
 
@@ -60,10 +69,14 @@ def test_what_is_forwarded_has_the_parameters_and_defaults_of_what_serves_it(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_defaults_are_those_of_accelerate(name: str) -> None:
     accelerate = pytest.importorskip("accelerate")
+    from accelerate.big_modeling import attach_layerwise_casting_hooks
     from accelerate.hooks import remove_hook_from_submodules
     from accelerate.utils import modeling
 
-    theirs = {"remove_hook_from_submodules": remove_hook_from_submodules}
+    theirs = {
+        "attach_layerwise_casting_hooks": attach_layerwise_casting_hooks,
+        "remove_hook_from_submodules": remove_hook_from_submodules,
+    }
     theirs.update(
         {name: getattr(modeling, name) for name in (*UTILITIES, "infer_auto_device_map", "load_checkpoint_in_model")}
     )

@@ -1,5 +1,9 @@
 """`accelerate.utils`: the names of the modules in this folder, in one place."""
 
+from importlib import import_module
+from typing import Any
+
+from polyaccel.compat.utils.bnb import BnbQuantizationConfig, load_and_quantize_model
 from polyaccel.compat.utils.dataclasses import (
     DataLoaderConfiguration,
     DistributedType,
@@ -135,6 +139,7 @@ from polyaccel.compat.utils.versions import (
 from polyaccel.looking.bars import tqdm
 
 __all__ = [
+    "BnbQuantizationConfig",
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
     "DataLoaderConfiguration",
@@ -231,6 +236,7 @@ __all__ = [
     "is_wandb_available",
     "is_xpu_available",
     "listify",
+    "load_and_quantize_model",
     "merge_dicts",
     "pad_across_processes",
     "pad_input_tensors",
@@ -253,3 +259,65 @@ __all__ = [
     "tqdm",
     "wait_for_everyone",
 ]
+
+# Their modules fetch the torch adapter for most of them.
+_BIG_MODELS = {
+    **dict.fromkeys(
+        (
+            "align_module_device",
+            "calculate_maximum_sizes",
+            "check_device_map",
+            "check_tied_parameters_on_same_device",
+            "compute_module_sizes",
+            "compute_module_total_buffer_size",
+            "convert_file_size_to_int",
+            "dtype_byte_size",
+            "find_tied_parameters",
+            "get_balanced_memory",
+            "get_max_layer_size",
+            "get_max_memory",
+            "get_state_dict_from_offload",
+            "get_state_dict_offloaded_model",
+            "has_offloaded_params",
+            "id_tensor_storage",
+            "infer_auto_device_map",
+            "load_checkpoint_in_model",
+            "load_offloaded_weights",
+            "load_state_dict",
+            "named_module_tensors",
+            "retie_parameters",
+            "set_module_tensor_to_device",
+        ),
+        "modeling",
+    ),
+    **dict.fromkeys(
+        (
+            "OffloadedWeightsLoader",
+            "PrefixedDataset",
+            "extract_submodules_state_dict",
+            "load_offloaded_weight",
+            "offload_state_dict",
+            "offload_weight",
+            "save_offload_index",
+        ),
+        "offload",
+    ),
+    **dict.fromkeys(
+        (
+            "MODEL_NAME",
+            "SAFE_MODEL_NAME",
+            "SAFE_WEIGHTS_INDEX_NAME",
+            "SAFE_WEIGHTS_NAME",
+            "WEIGHTS_INDEX_NAME",
+            "WEIGHTS_NAME",
+        ),
+        "constants",
+    ),
+}
+__all__ += list(_BIG_MODELS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _BIG_MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"polyaccel.compat.utils.{_BIG_MODELS[name]}"), name)

@@ -195,7 +195,7 @@ class _Stores:
                 f"{name} has no values, and {self._where()} does not know it",
                 "load the model with load_checkpoint_and_dispatch, which writes the index that is needed",
             )
-        return entry_source(name, self._index[name], place.tensor.shape, self._files)
+        return entry_source(name, self._index[name], place.tensor.shape, self._files, self._folder)
 
     def _write(self, name: str, place: Place) -> Source:
         if self._folder is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from polyaccel import trees
 from polyaccel.errors import PrepareError
-from polyaccel_torch.big_models.tensors import Place, like
+from polyaccel_torch.big_models.tensors import Place, like, place_in_model
 from polyaccel_torch.big_models.weights import OpenFiles, Source
 
 
@@ -24,11 +24,14 @@ class _Call:
 
 
 class WeightsHook:
-    """On one module: `sources` are its tensors that are away, by their name inside it ("weight", "child.bias")."""
+    """On one module: `sources` are its tensors that are away, by their name inside it ("weight", "child.bias").
+
+    Without a `device`, inputs stay where they are, and weights come in where their source has them.
+    """
 
     def __init__(
         self,
-        device: torch.device,
+        device: torch.device | None,
         sources: Mapping[str, Source],
         *,
         full_name: str = "",
@@ -61,9 +64,10 @@ class WeightsHook:
             return outputs  # another hook failed before `enter` ran
         call = self._calls.pop()
         for name, (away, brought, version) in call.brought.items():
-            place = place_in(module, name)
+            place = place_in_model(module, name)
             now = place.tensor
             place.put(away)
+            self.sources[name].forget()
             if now is not brought or _version(now) != version or self._is_rewritten(place, name, now):
                 with torch.inference_mode(False), torch.no_grad():
                     self.sources[name].write_back(now)
@@ -75,7 +79,7 @@ class WeightsHook:
         """Give the module its weights back, on the CPU; `moved` shares tied ones between modules."""
         with OpenFiles() as files:
             for name, source in self.sources.items():
-                place = place_in(module, name)
+                place = place_in_model(module, name)
                 if source not in moved:
                     value = source.read(torch.device("cpu"), place.tensor.dtype, files)
                     moved[source] = like(place.tensor, value.clone())
@@ -92,14 +96,14 @@ class WeightsHook:
         # Inference tensors count no versions, and a write could not be noticed.
         with OpenFiles() as files, torch.inference_mode(False), torch.no_grad():
             for name, source in self.sources.items():
-                place = place_in(module, name)
+                place = place_in_model(module, name)
                 away = place.tensor
                 value = source.live(self.device)
                 if value is None or value.dtype != away.dtype:
                     value = like(away, source.read(self.device, away.dtype, files))
                     if value.requires_grad:
                         value.register_hook(_Refusal(f"{self._full_name}.{name}".lstrip(".")))
-                    source.remember(self.device, value)
+                    source.remember(value)
                 place.put(value)
                 call.brought[name] = (away, value, _version(value))
 
@@ -121,13 +125,6 @@ class _Refusal:
         )
 
 
-def place_in(module: nn.Module, name: str) -> Place:
-    """Where "child.weight" hangs."""
-    owner, _, own = name.rpartition(".")
-    holder = module.get_submodule(owner)
-    return Place(holder, own, is_buffer=own in holder._buffers, is_stored=own not in holder._non_persistent_buffers_set)
-
-
 def hooks_of(module: nn.Module) -> list[WeightsHook]:
     """Those on this module itself."""
     owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
@@ -144,19 +141,9 @@ def detach_hooks(module: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(handle, None)
 
 
-def remove_hook_from_submodules(module: nn.Module) -> None:
-    """Undo `dispatch_model`, `cpu_offload` and `disk_offload`: weights that were away are on the CPU."""
-    moved: dict[Source, torch.Tensor] = {}
-    for part in module.modules():
-        for hook in hooks_of(part):
-            hook.restore(part, moved)
-        detach_hooks(part)
-    module.__dict__.pop("hf_device_map", None)
-
-
-def move(values: Any, device: torch.device, skip: Collection[str] = ()) -> Any:
-    """Nested values with their tensors on `device`, except under the keys `skip` of the outermost mapping."""
-    if all(_is_there(leaf, device) for leaf in trees.flatten(values)[0]):
+def move(values: Any, device: torch.device | None, skip: Collection[str] = ()) -> Any:
+    """Nested values with their tensors on `device` (None: where they are), except under the keys `skip` of the outermost mapping."""
+    if device is None or all(_is_there(leaf, device) for leaf in trees.flatten(values)[0]):
         return values
     moved = trees.map_leaves(lambda leaf: _moved(leaf, device), values)
     if skip and isinstance(values, Mapping):

@@ -32,6 +32,22 @@ class Place:
         held: Any = self.module._buffers if self.is_buffer else self.module._parameters
         held[self.name] = value
 
+    def fill(self, value: torch.Tensor) -> None:
+        """Hang a value there, as what hangs there now is: with its class, attributes and requires_grad."""
+        self.put(like(self.tensor, value))
+
+
+def place_in_model(model: nn.Module, name: str) -> Place:
+    """Where a full name hangs. Raises ConfigError for a name that the model has not."""
+    owner, _, own = name.rpartition(".")
+    try:
+        holder = model.get_submodule(owner)
+    except AttributeError as error:
+        raise ConfigError(f"{type(model).__name__} has no {name!r}: {error}", "use a name of its state dict") from error
+    if holder._parameters.get(own) is None and holder._buffers.get(own) is None:
+        raise ConfigError(f"{type(model).__name__} has no parameter or buffer {name!r}", "use a name of its state dict")
+    return Place(holder, own, is_buffer=own in holder._buffers, is_stored=own not in holder._non_persistent_buffers_set)
+
 
 def direct_places(module: nn.Module) -> Iterator[Place]:
     """The module's own tensors, those of its children not."""

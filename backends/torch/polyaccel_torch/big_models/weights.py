@@ -112,23 +112,43 @@ def torch_file_weights(path: Path) -> dict[str, StoredWeight]:
     }
 
 
+def raw_tensor(path: str | os.PathLike[str], dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """The tensor whose bytes are a whole file, mapped; what is written to it stays in this process. Raises CheckpointError."""
+    count = shape.numel()
+    try:
+        has = Path(path).stat().st_size
+    except OSError as error:
+        raise CheckpointError(f"{os.fspath(path)} cannot be read: {error}", "offload the model again") from error
+    if has < count * dtype.itemsize:
+        raise CheckpointError(
+            f"{os.fspath(path)} has {has} bytes, and {dtype} of shape {list(shape)} {count * dtype.itemsize}",
+            "the file was damaged, or its index belongs to another; offload the model again",
+        )
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_file(os.fspath(path), shared=False, size=count, dtype=dtype).reshape(shape)
+
+
 class Source:
     """A weight that is away. While it is on a device for one module, a module that is tied to it uses the same tensor."""
 
     def __init__(self) -> None:
         self._live: dict[torch.device, weakref.ref[torch.Tensor]] = {}
 
-    def live(self, device: torch.device) -> torch.Tensor | None:
+    def live(self, device: torch.device | None) -> torch.Tensor | None:
         """What another module has brought there, while it is there."""
-        found = self._live.get(device)
+        found = None if device is None else self._live.get(device)
         return None if found is None else found()
 
-    def remember(self, device: torch.device, tensor: torch.Tensor) -> None:
-        """It is there now."""
-        self._live[device] = weakref.ref(tensor)
+    def remember(self, tensor: torch.Tensor) -> None:
+        """It is on the tensor's device now."""
+        self._live[tensor.device] = weakref.ref(tensor)
 
-    def read(self, device: torch.device, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
-        """Its values on a device."""
+    def forget(self) -> None:
+        """A module that used it is done."""
+
+    def read(self, device: torch.device | None, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
+        """Its values on a device; None: where they are."""
         raise NotImplementedError
 
     def write_back(self, value: torch.Tensor) -> None:
@@ -143,7 +163,7 @@ class HostSource(Source):
         super().__init__()
         self.tensor = tensor.detach()
 
-    def read(self, device: torch.device, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
+    def read(self, device: torch.device | None, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
         return self.tensor.to(device, dtype)
 
     def write_back(self, value: torch.Tensor) -> None:
@@ -162,7 +182,7 @@ class FileSource(Source):
         self.file, self.key, self.dtype = file, key, dtype
         self._written: torch.Tensor | None = None
 
-    def read(self, device: torch.device, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
+    def read(self, device: torch.device | None, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
         if self._written is not None:
             return self._written.to(device, dtype, copy=True)
         value = files.tensor(self.file, self.key)
@@ -177,18 +197,49 @@ class FileSource(Source):
         return twin
 
 
+class RawSource(FileSource):
+    """In a file of its own, of its bytes alone: what Accelerate's offload folders hold."""
+
+    def __init__(self, file: str, dtype: torch.dtype, shape: torch.Size) -> None:
+        super().__init__(file, "", dtype)
+        self._stored, self._shape = dtype, shape
+
+    def read(self, device: torch.device | None, dtype: torch.dtype, files: OpenFiles) -> torch.Tensor:
+        if self._written is not None:
+            return super().read(device, dtype, files)
+        return raw_tensor(self.file, self._stored, self._shape).to(device, dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RawSource:
+        twin = RawSource(self.file, self._stored, self._shape)
+        twin._written = None if self._written is None else self._written.clone()
+        return twin
+
+
 def index_entry(file: Path, key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Any]:
     """What an offload index says of a weight; Accelerate and transformers read the same form."""
     stored = str(dtype).removeprefix("torch.")
     return {"safetensors_file": str(file.absolute()), "weight_name": key, "dtype": stored, "shape": list(shape)}
 
 
-def entry_source(name: str, entry: Any, shape: torch.Size, files: OpenFiles) -> FileSource:
-    """The weight that an index entry describes. Raises UnsupportedError for .dat files, CheckpointError for another shape."""
+def entry_source(
+    name: str, entry: Any, shape: torch.Size, files: OpenFiles, folder: str | os.PathLike[str] | None = None
+) -> FileSource:
+    """The weight that an index entry describes, `<name>.dat` in the folder for one without a file.
+
+    Raises CheckpointError for what is no index, and for another shape.
+    """
+    if isinstance(entry, Mapping) and folder is not None and entry.get("safetensors_file") is None and "shape" in entry:
+        path, stored = Path(folder) / f"{name}.dat", resolve_dtype(entry.get("dtype"))
+        if stored is not None and torch.Size(entry["shape"]) == shape:
+            raw_tensor(path, stored, shape)
+            return RawSource(os.fspath(path), stored, shape)
+        raise CheckpointError(
+            f"the index in {os.fspath(folder)} gives {name} the shape {entry['shape']}, and the model has {list(shape)}",
+            "the folder belongs to another model; use an empty offload folder",
+        )
     if not isinstance(entry, Mapping) or not isinstance(entry.get("safetensors_file"), str):
-        raise UnsupportedError(
-            f"the offload index gives {name} no safetensors_file: it is in a .dat file, or not an index",
-            "offload the model anew; polyaccel reads weights from safetensors files",
+        raise CheckpointError(
+            f"the offload index gives {name} no safetensors_file, and no dtype and shape", "offload the model anew"
         )
     source = FileSource(entry["safetensors_file"], entry.get("weight_name", name), resolve_dtype(entry.get("dtype")))
     if not source.file.endswith(_SAFETENSORS):
