@@ -39,10 +39,10 @@ EXAMPLES: dict[str, list[str]] = {
     "by_feature/schedule_free": [""],
     "by_feature/tracking": ["--with_tracking --project_dir {out}"],
     "by_feature/deepspeed_with_config_support": [
-        "--dataset_name nyu-mll/glue --model_name_or_path HuggingFaceTB/SmolLM-360M"
+        "--dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-v1 --model_name_or_path HuggingFaceTB/SmolLM-360M"
     ],
     "by_feature/megatron_lm_gpt_pretraining": [
-        "--dataset_name nyu-mll/glue --model_name_or_path HuggingFaceTB/SmolLM-360M"
+        "--dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-v1 --model_name_or_path HuggingFaceTB/SmolLM-360M"
     ],
     "by_feature/fsdp_with_peak_mem_tracking": ["--model_name_or_path bert-base-cased --output_dir {out}"],
 }

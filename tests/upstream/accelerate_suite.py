@@ -40,6 +40,10 @@ SUITE = (
     "test_memory_utils",
     "test_cpu",
     "test_utils",
+    "test_big_modeling",
+    "test_hooks",
+    "test_modeling_utils",
+    "test_offload",
 )
 SCRIPTS = ("test_script", "test_sync", "test_ops", "external_deps/test_metrics", "test_distributed_data_loop")
 # Their helpers are a part of their package: they are found under ours, from the copy.

@@ -8,33 +8,38 @@ Accelerate's own tests bring along, which are also what `nyu-mll/glue` is made o
 from __future__ import annotations
 
 import csv
+import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CLASSIFIER = "bert-base-cased"
 LANGUAGE_MODEL = "HuggingFaceTB/SmolLM-360M"
-DATASET = "nyu-mll/glue"
+PAIRS = "nyu-mll/glue"
+TEXTS = "Salesforce/wikitext"
 METRIC = "glue"
 ROWS = {"train": 40, "validation": 22, "test": 22}  # 22: the last batch is never whole
 _LABELS = ("not_equivalent", "equivalent")
 _LONGEST = 128
 _CARD = """---
 configs:
-- config_name: mrpc
+- config_name: {config}
   data_files:
-  - {split: train, path: train.csv}
-  - {split: validation, path: validation.csv}
-  - {split: test, path: test.csv}
+  - {{split: train, path: train.jsonl}}
+  - {{split: validation, path: validation.jsonl}}
+  - {{split: test, path: test.jsonl}}
 dataset_info:
-  config_name: mrpc
+  config_name: {config}
   features:
-  - {name: idx, dtype: int32}
+{features}---
+"""
+_PAIRS = """  - {name: idx, dtype: int32}
   - {name: sentence1, dtype: string}
   - {name: sentence2, dtype: string}
   - name: label
     dtype: {class_label: {names: {'0': not_equivalent, '1': equivalent}}}
----
 """
+_TEXTS = "  - {name: text, dtype: string}\n"
 _METRIC = '''"""Accuracy and F1 of two classes."""
 import datasets
 import evaluate
@@ -56,26 +61,37 @@ class Glue(evaluate.Metric):
 def make_stand_ins(samples: Path, folder: Path) -> None:
     """Write all of them into `folder`. `samples` holds Accelerate's train.csv and dev.csv (label, sentence1, sentence2)."""
     rows = [row for file in ("train.csv", "dev.csv") for row in csv.DictReader((samples / file).open(newline=""))]
-    _write_dataset(rows, folder / DATASET)
+    _write_pairs(rows, folder / PAIRS)
     (folder / METRIC).mkdir(exist_ok=True)
     (folder / METRIC / "glue.py").write_text(_METRIC)
     texts = [row[name] for row in rows for name in ("sentence1", "sentence2")]
+    _write_texts(texts, folder / TEXTS)
     _write_classifier(texts, folder / CLASSIFIER)
     _write_language_model(texts, folder / LANGUAGE_MODEL)
 
 
-def _write_dataset(rows: list[dict[str, str]], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(_CARD)
+def _write_pairs(rows: list[dict[str, str]], folder: Path) -> None:
     draw = random.Random(0)
-    for split, count in ROWS.items():
-        with (folder / f"{split}.csv").open("w", newline="") as file:
-            out = csv.writer(file)
-            out.writerow(("idx", "sentence1", "sentence2", "label"))
-            for index in range(count):
-                row = draw.choice(rows)
-                label = _LABELS.index(row["label"])
-                out.writerow((index, row["sentence1"], row["sentence2"], label))
+    splits = {split: [draw.choice(rows) for _ in range(count)] for split, count in ROWS.items()}
+    made = {
+        split: [{**row, "idx": index, "label": _LABELS.index(row["label"])} for index, row in enumerate(drawn)]
+        for split, drawn in splits.items()
+    }
+    _write_dataset(folder, _CARD.format(config="mrpc", features=_PAIRS), made)
+
+
+def _write_texts(texts: list[str], folder: Path) -> None:
+    """Most lines are empty, as in the original; the examples take the first 500 of "train" and leave the empty ones out."""
+    lines = [{"text": text} for text in texts]
+    splits = {"train": lines + [{"text": ""}] * (500 - len(lines)), "validation": lines[:7], "test": lines[:7]}
+    _write_dataset(folder, _CARD.format(config="wikitext-2-v1", features=_TEXTS), splits)
+
+
+def _write_dataset(folder: Path, card: str, splits: Mapping[str, Sequence[Mapping[str, object]]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(card)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _tokenizer(texts: list[str], folder: Path, **special: str) -> int:
