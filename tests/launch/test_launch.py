@@ -4,16 +4,15 @@ import importlib.util
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.cli.main import main
 
 HERE = Path(__file__).parent
-LAUNCH = [sys.executable, "-m", "polyaccel.cli.main", "launch"]
 
 
 def launch(*arguments, **options):

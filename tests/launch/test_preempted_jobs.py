@@ -3,11 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from launching import launch_command
 
 from polyaccel.config.schema import PREEMPTED
 from polyaccel.registry import load_backend
@@ -21,18 +21,8 @@ JOBS = [
 
 
 def launch(backend, count, losses, project, *, pause_s=0.0):
-    command = [
-        sys.executable,
-        "-m",
-        "polyaccel.cli.main",
-        "launch",
-        "--backend",
-        backend,
-        "--cpu",
-        "--preemption",
-        "save",
-    ]
-    command += ["--num-processes", str(count), "--grace-s", "60", str(SCRIPT), str(losses), str(project)]
+    flags = ("--preemption", "save", "--grace-s", "60")
+    command = launch_command(backend, count, *flags, SCRIPT, losses, project)
     # One device per process: the data are those of two batches of four.
     environment = {**os.environ, "PAUSE_S": str(pause_s), "XLA_FLAGS": "", "CPU_NUM_DEVICES": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch_command
 
 HERE = Path(__file__).parent
 
@@ -14,20 +14,9 @@ HERE = Path(__file__).parent
 def test_two_processes_agree_on_triggers_mistakes_and_averages(backend):
     pytest.importorskip("torch")
     pytest.importorskip(backend)
-    command = [
-        sys.executable,
-        "-m",
-        "polyaccel.cli.main",
-        "launch",
-        "--backend",
-        backend,
-        "--num-processes",
-        "2",
-        "--cpu",
-    ]
     two_devices = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # per jax process
     done = subprocess.run(
-        [*command, "--debug", HERE / "launched_process_logic.py"],
+        launch_command(backend, 2, "--debug", HERE / "launched_process_logic.py"),
         capture_output=True,
         text=True,
         timeout=300,

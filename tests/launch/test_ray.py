@@ -2,28 +2,16 @@
 
 import importlib.util
 import subprocess
-import sys
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.registry import load_backend
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or not load_backend("jax").probe().is_usable, reason="needs ray and jax"
 )
-RAY = [
-    sys.executable,
-    "-m",
-    "polyaccel.cli.main",
-    "launch",
-    "--on",
-    "ray",
-    "--ray.address",
-    "local",
-    "--backend",
-    "jax",
-    "--cpu",
-]
+RAY = [*LAUNCH, "--on", "ray", "--ray.address", "local", "--backend", "jax", "--cpu"]
 
 
 def launch(*arguments):

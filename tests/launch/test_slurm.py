@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH, launch_command
 
 from polyaccel.registry import load_backend
 
@@ -116,7 +117,7 @@ def cluster(tmp_path_factory):
 
 
 def submit(cluster, folder, *arguments):
-    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--on", "slurm", "--backend", "torch", "--cpu"]
+    command = [*LAUNCH, "--on", "slurm", "--backend", "torch", "--cpu"]
     command += [f"--slurm.output={folder}/out", *map(str, arguments)]
     done = subprocess.run(command, env=cluster, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -215,8 +216,7 @@ def test_a_preempted_training_goes_on_where_it_was_and_its_losses_are_those_of_o
     """Two nodes, one process each, with loader workers; Slurm signals all of these processes at once."""
     script, whole, losses = HERE / "preempted_training.py", tmp_path / "whole", tmp_path / "losses"
     done = subprocess.run(
-        [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu", "--num_processes", "2",
-         str(script), str(whole), str(tmp_path / "other")],
+        launch_command("torch", 2, script, whole, tmp_path / "other"),
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

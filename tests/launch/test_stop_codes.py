@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.registry import load_backend
 from polyaccel.signals import Recipient
@@ -43,7 +44,7 @@ def _busy():
 
 def launch(kind, *arguments):
     backend, count, restarts = kind
-    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", backend, "--cpu"]
+    command = [*LAUNCH, "--backend", backend, "--cpu"]
     command += ["--num-processes", str(count), "--max-restarts", str(restarts), "--grace-s", "30"]
     return subprocess.Popen(
         [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.launch.supervision import Worker, supervise
 from polyaccel.registry import load_backend
 
-LAUNCH = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
+ON_TORCH = (*LAUNCH, "--backend", "torch", "--cpu")
 
 
 def python(name, code):
@@ -20,7 +21,7 @@ def python(name, code):
 
 
 def launch(*arguments):
-    return subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*ON_TORCH, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_every_line_has_the_name_of_its_process(capfd):
@@ -152,7 +153,7 @@ def test_a_signal_ends_the_job_and_it_is_not_restarted(tmp_path, number, restart
         "for n in (signal.SIGTERM, signal.SIGINT): signal.signal(n, lambda number, frame: sys.exit(40 + number))\n"
         "print('ready', flush=True)\ntime.sleep(60)\n"
     )
-    command = [*LAUNCH, "--num-processes", "2", "--max-restarts", str(restarts), str(script)]
+    command = [*ON_TORCH, "--num-processes", "2", "--max-restarts", str(restarts), str(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
         job.send_signal(number)
@@ -214,7 +215,7 @@ def test_processes_of_jax_share_the_visible_gpus(tmp_path, variable, flags, part
     environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
     environment |= {"CUDA_VISIBLE_DEVICES": variable} if variable else {}
     done = subprocess.run(
-        [*LAUNCH[:4], "--backend", "jax", "--num-processes", "2", *flags, "--dry-run", str(script)],
+        [*LAUNCH, "--backend", "jax", "--num-processes", "2", *flags, "--dry-run", str(script)],
         capture_output=True, text=True, timeout=60, env=environment, check=True,
     )  # fmt: skip
     lines = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in done.stdout.splitlines()]
@@ -228,7 +229,7 @@ def test_processes_share_the_cores_unless_somebody_has_said_otherwise(tmp_path, 
     environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {"OMP_NUM_THREADS": given} if given else {}
     done = subprocess.run(
-        [*LAUNCH, "--num-processes", str(count), "--dry-run", str(script)],
+        [*ON_TORCH, "--num-processes", str(count), "--dry-run", str(script)],
         capture_output=True, text=True, timeout=60, env=environment, check=True,
     )  # fmt: skip
     share = str(max(1, len(os.sched_getaffinity(0)) // count))
@@ -241,7 +242,7 @@ def test_accelerates_switches_name_an_engine(tmp_path):
     script = tmp_path / "s.py"
     script.write_text("")
     done = subprocess.run(
-        [*LAUNCH[:4], "--multi_gpu", "--backend", "jax", str(script)],
+        [*LAUNCH, "--multi_gpu", "--backend", "jax", str(script)],
         capture_output=True,
         text=True,
         timeout=60,

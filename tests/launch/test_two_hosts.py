@@ -3,10 +3,10 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.registry import load_backend
 
@@ -59,7 +59,7 @@ def hosts():
 
 def start(host, *arguments):
     """`polyaccel launch` on a host."""
-    launch = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--cpu", *map(str, arguments)]
+    launch = [*LAUNCH, "--cpu", *map(str, arguments)]
     inside = ["unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "-", *launch]
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}  # per jax process
     return subprocess.Popen(

@@ -9,11 +9,11 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from launching import launch_command
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 100
@@ -33,18 +33,7 @@ def losses(task, backend, devices=1, processes=1, partitioning=None, precision=N
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "CPU_NUM_DEVICES": str(devices),
         }
-        command = [
-            sys.executable,
-            "-m",
-            "polyaccel.cli.main",
-            "launch",
-            "--backend",
-            backend,
-            "--num-processes",
-            str(processes),
-        ]
-        if backend != "xla":
-            command.append("--cpu")
+        command = launch_command(backend, processes)
         if partitioning:
             command += ["--partitioning", partitioning]
         if precision:

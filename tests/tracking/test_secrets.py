@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from launching import LAUNCH
 
 from polyaccel.redaction import HIDDEN, Redaction, is_secret
 
@@ -167,7 +168,7 @@ def test_launch_leaves_no_secret_in_any_file(tmp_path, restarts):
     temporary.mkdir()
     environment = {**os.environ, "MY_API_KEY": PLANTED["environment"], "TMPDIR": str(temporary), "HOME": str(tmp_path)}
     secrets = [f"--hub-token={PLANTED['argument after =']}", "--api-key", PLANTED["argument"]]
-    command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
+    command = [*LAUNCH, "--backend", "torch", "--cpu"]
     done = subprocess.run(
         [*command, "--max-restarts", str(restarts), str(script), *secrets],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False,
@@ -184,17 +185,7 @@ def test_what_a_cluster_is_given_has_no_secret_of_the_environment_and_arguments_
     """The job needs its arguments as they are; whoever writes a secret there is told."""
     (tmp_path / "train.py").write_text("")
     environment = {**os.environ, "MY_API_KEY": PLANTED["environment"], "HF_TOKEN": PLANTED["config by shape"]}
-    command = [
-        sys.executable,
-        "-m",
-        "polyaccel.cli.main",
-        "launch",
-        "--on",
-        target,
-        "--kubernetes.image",
-        "image",
-        "--emit",
-    ]
+    command = [*LAUNCH, "--on", target, "--kubernetes.image", "image", "--emit"]
     for arguments, is_warned in (([], False), (["--api-key", PLANTED["argument"]], True)):
         done = subprocess.run(
             [*command, "train.py", "--lr", "0.1", *arguments],

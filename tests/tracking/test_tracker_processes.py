@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from launching import launch_command
 
 from polyaccel.registry import load_backend
 from polyaccel.tracking import list_runs
@@ -19,19 +19,8 @@ def lines(file):
 
 @pytest.mark.parametrize("backend", ENGINES)
 def test_every_process_logs_to_a_tracker_that_wants_it_and_the_first_alone_to_the_others(tmp_path, backend):
-    command = [
-        sys.executable,
-        "-m",
-        "polyaccel.cli.main",
-        "launch",
-        "--backend",
-        backend,
-        "--cpu",
-        "--num-processes",
-        "2",
-    ]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent / "tracking_job.py"), str(tmp_path)],
+        launch_command(backend, 2, Path(__file__).parent / "tracking_job.py", tmp_path),
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
