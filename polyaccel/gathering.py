@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from polyaccel import trees
 from polyaccel.agreement import require_equal
 from polyaccel.errors import ConfigError, UnsupportedError, nearest
+from polyaccel.metrics import BatchRows, Columns, is_array
 from polyaccel.protocols import Bridge, Engine
 
 REDUCTIONS = ("sum", "mean", "max", "min", "none")
@@ -38,26 +40,84 @@ class Gathering:
         self._check("gather", tree)
         return self._map(self._engine.collectives.all_gather, tree, "gather")
 
-    def gather_object(self, value: list[Any]) -> list[Any]:
-        """The lists of all processes, joined in process order."""
+    def gather_object(self, value: Any) -> list[Any]:
+        """The lists of all processes, joined in process order; a value that is no list or tuple counts as a list of one."""
+        mine = value if isinstance(value, (list, tuple)) else [value]
         if self.num_processes == 1:
-            return value
+            return mine  # type: ignore[return-value]  # a tuple stays one
         self._check("gather_object")
-        return [item for part in self._engine.collectives.all_gather_object(value) for item in part]
+        return [item for part in self._engine.collectives.all_gather_object(mine) for item in part]
 
-    def gather_for_metrics(self, tree: Any, num_real: int) -> Any:
-        """`gather`, without the samples that only fill up the last batch: the first `num_real` rows stay (-1: all).
+    def gather_for_metrics(self, tree: Any, batch: BatchRows, *, as_objects: bool = False) -> Any:
+        """`gather`, without the samples that only fill up the last batch, and `gather_object` for what is no array.
 
-        A tree without arrays is gathered as objects; a dict of plain values as a list of one dict per process.
+        Only the processes that hold rows of the batch have to call it. See `metrics.Columns` for what stays of a tree.
         """
-        leaves, _ = trees.flatten(tree)
-        if leaves and not any(is_array(leaf) for leaf in leaves):
-            rows = self.gather_object(list(tree) if isinstance(tree, (list, tuple)) else [tree])
-            return rows[:num_real] if num_real >= 0 and isinstance(tree, (list, tuple)) else rows
-        gathered = self.gather(tree)
-        if num_real < 0:
-            return gathered
-        return trees.map_leaves(lambda leaf: leaf[:num_real] if is_array(leaf) and len(leaf.shape) else leaf, gathered)
+        if self.num_processes == 1 and batch.rows is None:
+            return tree
+        columns = Columns(tree, as_objects=as_objects)
+        if batch.present == tuple(range(self.num_processes)):
+            self._check("gather_for_metrics", tree if not columns.columns else (), any_shape=batch.rows is not None)
+        collectives = self._between(batch.present)
+        lengths = [[int(array.shape[0])] * len(batch.present) if len(array.shape) else [] for array in columns.arrays]
+        if collectives is not None and lengths and not batch.is_even:
+            everyone = collectives.all_gather_object([mine[:1] for mine in lengths])
+            lengths = [[length for part in row for length in part] for row in zip(*everyone, strict=True)]
+        arrays = [
+            self._gathered_rows(array, of_array, batch, collectives)
+            for array, of_array in zip(columns.arrays, lengths, strict=True)
+        ]
+        entries = [
+            entries[: batch.kept(len(entries), batch.process, f"a list of {type(entries[0]).__name__}")]
+            if entries
+            else []
+            for entries in columns.columns
+        ]
+        if collectives is not None and entries:
+            everyone = collectives.all_gather_object(entries)
+            require_equal(
+                "gather_for_metrics needs trees of one structure on all processes",
+                [f"{len(part)} lists" for part in everyone],
+                "make every process give the same entries",
+            )
+            entries = [[entry for part in column for entry in part] for column in zip(*everyone, strict=True)]
+        return columns.rebuilt(arrays, entries)
+
+    def _between(self, present: tuple[int, ...]) -> Any:
+        """Collectives between these processes; None for this one alone."""
+        if len(present) == 1:
+            return None
+        if len(present) == self.num_processes:
+            return self._engine.collectives
+        among = getattr(self._engine.collectives, "among", None)
+        if among is None:
+            raise UnsupportedError(
+                f"gather_for_metrics: only processes {', '.join(map(str, present))} of {self.num_processes} hold samples of this batch",
+                "use even_batches=True, so that every process has a part of every batch",
+            )
+        return among(present)
+
+    def _gathered_rows(self, array: Any, lengths: list[int], batch: BatchRows, collectives: Any) -> Any:
+        """The rows of an array that belong to real samples, of all processes; `lengths` are its lengths on those present."""
+        whose = f"an array of shape {tuple(array.shape)}"
+        is_scalar = not len(array.shape)
+        if collectives is None:
+            return array if is_scalar else array[: batch.kept(array.shape[0], batch.process, whose)]
+        if batch.rows is None or is_scalar:
+            gathered = self._map(collectives.all_gather, array, "gather_for_metrics")
+            return gathered if batch.rows is None else gathered[: sum(batch.rows.real(p) > 0 for p in batch.present)]
+        longest = max(lengths)
+        gathered = self._map(collectives.all_gather, _pad(array, 0, longest, 0, False), "gather_for_metrics")
+        if gathered.shape[0] == longest:  # it is the global array, on every process
+            return gathered[: batch.kept_of_whole(longest, whose)]
+        parts = [
+            (number * longest, batch.kept(length, process, whose))
+            for number, (process, length) in enumerate(zip(batch.present, lengths, strict=True))
+        ]
+        total = sum(kept for _, kept in parts)
+        if all(start + kept == following for (start, kept), (following, count) in pairwise(parts) if count):
+            return gathered[:total]
+        return gathered[[row for start, kept in parts for row in range(start, start + kept)]]
 
     def reduce(self, tree: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Every array reduced elementwise over processes, then multiplied by `scale`; "none" gives the input back."""
@@ -150,11 +210,6 @@ class Gathering:
                 f"from_process={from_process} is no process of this job of {self.num_processes}",
                 "processes count from 0",
             )
-
-
-def is_array(value: Any) -> bool:
-    """True for an array of any framework."""
-    return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
 def _described(leaf: Any, any_shape: bool) -> str:

@@ -82,6 +82,20 @@ def _flatten(tree: Any, leaves: list[Any]) -> Structure:
     return _LEAF
 
 
+def opened(tree: Any) -> tuple[list[Any], Structure] | None:
+    """The values directly inside a container, and the structure that rebuilds it from as many others; None for a leaf."""
+    structure = _flatten(tree, [])
+    if structure.kind is None:
+        return None
+    if isinstance(tree, tuple | list):
+        values = list(tree)
+    elif isinstance(tree, Mapping):
+        values = [tree[name] for name in tree]
+    else:
+        values = [getattr(tree, str(name)) for name in structure.keys]
+    return values, dataclasses.replace(structure, children=(_LEAF,) * len(values))
+
+
 def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """The tree with `function` applied to every leaf (and to the same leaf of `others`, trees of the same structure)."""
     leaves, structure = flatten(tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyaccel.facade.parts import Parts
+from polyaccel.metrics import BatchRows
 
 
 class Collectives(Parts):
@@ -18,11 +19,16 @@ class Collectives(Parts):
         return self._gathering.gather(tensor)
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """`gather` without the samples that fill up a loader's last batch, so that every sample counts once."""
-        if use_gather_object:
-            return self._gathering.gather_object(input_data)
-        state = self.gradient_state
-        return self._gathering.gather_for_metrics(input_data, state.remainder if state.end_of_dataloader else -1)
+        """`gather` without the samples that fill up a loader's last batch, so that every sample counts once.
+
+        What is no array is gathered as an object, one entry of a list per sample; a dict keeps its structure. With
+        `use_gather_object` arrays are too: they may differ in shape. It is about the batch of the innermost running loop over a
+        prepared loader; every process that has a part of that batch must call it, with trees of one structure.
+        """
+        topology, loader = self._engine.topology, self.gradient_state.active_dataloader
+        rows = None if loader is None else loader.rows
+        batch = BatchRows(topology.process_index, topology.num_processes, rows)
+        return self._gathering.gather_for_metrics(input_data, batch, as_objects=use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`."""
