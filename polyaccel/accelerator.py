@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 from polyaccel import jobs, seeding
-from polyaccel.accumulation import GradientState, SchedulerGate
+from polyaccel.accumulation import GradientState
 from polyaccel.config import Config
 from polyaccel.config.accumulating import GradientAccumulationPlugin
 from polyaccel.config.arguments import config_of_arguments
@@ -15,7 +15,7 @@ from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.profile import ProfileKwargs, profile_handler
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
-from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Steps, Tracking
+from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Preparing, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
@@ -23,12 +23,12 @@ from polyaccel.plan import Plan, make_plan
 from polyaccel.preemption import TRACKERS_S, Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.processes import Trigger
-from polyaccel.protocols import CompileEvent, LoaderSpec
+from polyaccel.protocols import CompileEvent
 from polyaccel.registry import choose_backend
 from polyaccel.tracking import Observer, Session, describe_job
 
 
-class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
+class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Checkpoints):
     """One training script, on the engine that the configuration names.
 
     Args:
@@ -178,74 +178,6 @@ class Accelerator(Places, Steps, Collectives, Tracking, Looking, Checkpoints):
         """Every program compiled so far, with its cause; empty on engines without the feature "compile_events"."""
         engine: Any = self._engine
         return tuple(engine.compile_events) if self._lists_compiles else ()
-
-    # -- prepare -------------------------------------------------------------------------------------------------------
-
-    def prepare(self, *objects: Any) -> Any:
-        """Hand models, optimizers, loaders and schedulers to the engine; use what it returns instead of them.
-
-        Any number, in any order; returned in the order given (one object alone, not in a tuple). Objects that no engine needs
-        pass through. Must be called on every process.
-        """
-        results = [self._gated(value) for value in self._prepared.prepare(objects, spec=self._loader_spec())]
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
-        """`prepare` for one model; with `evaluation_mode` it is placed but not set up for gradient exchange."""
-        return self._prepared.prepare((model,), spec=self._loader_spec(), evaluation_mode=evaluation_mode)[0]
-
-    def prepare_optimizer(self, optimizer: Any) -> Any:
-        """`prepare` for one optimizer."""
-        return self.prepare(optimizer)
-
-    def prepare_scheduler(self, scheduler: Any) -> Any:
-        """`prepare` for one scheduler."""
-        return self.prepare(scheduler)
-
-    def prepare_data_loader(self, data_loader: Any) -> Any:
-        """`prepare` for one loader; also for any iterable of batches, which `prepare` alone would pass through."""
-        return self._prepared.prepare((data_loader,), spec=self._loader_spec(), unknown="loader")[0]
-
-    def _loader_spec(self) -> LoaderSpec:
-        config = self.config
-        return LoaderSpec(
-            split_batches=self.plan.split_batches,
-            even_batches=self.plan.even_batches,
-            rng_types=config.rng_types,
-            dispatch_batches=config.dispatch_batches,
-            use_seedable_sampler=config.use_seedable_sampler,
-            data_seed=config.data_seed,
-            use_stateful_dataloader=config.use_stateful_dataloader,
-            non_blocking=config.non_blocking,
-            device_placement=config.device_placement,
-            prefetch=config.prefetch_batches,
-        )
-
-    def _gated(self, value: Any) -> Any:
-        entry = self._prepared.entry_of(value)
-        if entry is None or entry.role != "scheduler" or isinstance(value, SchedulerGate):
-            return value
-        gate = SchedulerGate(
-            entry.handle,
-            self._prepared.optimizers_of(entry.original),
-            self.gradient_state,
-            steps_per_update=1 if self.plan.split_batches else self.plan.num_data_shards,
-            follows_optimizer=self.config.step_scheduler_with_optimizer,
-        )
-        return self._prepared.replace_public(entry, gate).public
-
-    def unwrap_model(self, model: Any) -> Any:
-        """The user's own model, with current values."""
-        own = self._engine.unwrap(self._prepared.handle_of(model, "model", argument="model"))
-        return own if self._prepared.bridge is None else self._prepared.bridge.unwrap(own)
-
-    def free_memory(self, *objects: Any) -> list[None]:
-        """Drop every prepared object and wait for the device; returns one None per argument, to overwrite the script's names."""
-        self._prepared.forget()
-        self._engine.synchronize()
-        return [None for _ in objects]
-
-    clear = free_memory
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -80,6 +80,8 @@ class SchedulerGate:
     `split_batches` once. A skipped update (fp16 overflow) does not step it. A scheduler with `total_steps` never passes it.
     """
 
+    _is_accelerate_prepared = True  # Accelerate's mark of what has been through prepare
+
     def __init__(
         self,
         scheduler: Any,
@@ -88,12 +90,14 @@ class SchedulerGate:
         *,
         steps_per_update: int,
         follows_optimizer: bool,
+        counts_waiting: bool = True,
     ) -> None:
         self.scheduler = scheduler
         self.optimizers = optimizers
         self._state = state
         self._steps_per_update = steps_per_update
         self._follows_optimizer = follows_optimizer
+        self._counts_waiting = counts_waiting
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Advance the schedule if the optimizers made a real update; arguments (a metric) are passed on."""
@@ -101,7 +105,7 @@ class SchedulerGate:
             self.scheduler.step(*args, **kwargs)
             return
         if not self._state.sync_gradients:
-            if hasattr(self.scheduler, "_step_count"):
+            if self._counts_waiting and hasattr(self.scheduler, "_step_count"):
                 self.scheduler._step_count += (
                     1  # torch warns when a scheduler has stepped less often than its optimizer
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,17 @@ class Prepared:
 
 
 _preparations: list[weakref.ref[Preparation]] = []  # of every Accelerator that is still in use, the oldest first
+
+
+def placements_of(given: Sequence[bool | None] | None, number: int, *, default: bool) -> list[bool]:
+    """Whether to place each of `number` objects: what is given for it, else the default. Raises PrepareError for another number."""
+    given = [None] * number if given is None else given
+    if len(given) != number:
+        raise PrepareError(
+            f"device_placement has {len(given)} values for {number} objects",
+            "give one value per argument of prepare; None means the Accelerator's own setting",
+        )
+    return [default if value is None else bool(value) for value in given]
 
 
 def engine_of_model(model: Any) -> tuple[Engine, Any]:
@@ -69,7 +80,13 @@ class Preparation:
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def prepare(
-        self, objects: tuple[Any, ...], *, spec: LoaderSpec, evaluation_mode: bool = False, unknown: Role | None = None
+        self,
+        objects: tuple[Any, ...],
+        *,
+        spec: LoaderSpec,
+        placements: Sequence[bool],
+        evaluation_mode: bool = False,
+        unknown: Role | None = None,
     ) -> list[Any]:
         """The public object of each, in the order given; a prepared one stays as it is, an object of no known class passes
         through, or is taken for what `unknown` says.
@@ -79,6 +96,7 @@ class Preparation:
         """
         kinds = [None if self.entry_of(value) else self._identify(value, unknown) for value in objects]
         self._check(objects, kinds)
+        self._check_placements(kinds, placements)
         for value, kind in zip(objects, kinds, strict=True):
             if kind is not None and kind[1] == "model":
                 self._enter_dialect(kind[0], value)
@@ -89,7 +107,9 @@ class Preparation:
             for position, (value, kind) in enumerate(zip(objects, kinds, strict=True)):
                 if kind is None or kind[1] != role:
                     continue
-                entry = self.entry_of(value) or self._prepare_one(value, kind, in_this_call, spec, evaluation_mode)
+                entry = self.entry_of(value) or self._prepare_one(
+                    value, kind, in_this_call, replace(spec, device_placement=placements[position]), evaluation_mode
+                )
                 if role == "model" and entry not in in_this_call:
                     in_this_call.append(entry)
                 results[position] = entry.public
@@ -105,12 +125,6 @@ class Preparation:
 
     def _check(self, objects: tuple[Any, ...], kinds: list[tuple[Dialect, Role] | None]) -> None:
         for position, (value, kind) in enumerate(zip(objects, kinds, strict=True)):
-            entry = self.entry_of(value)
-            if entry is not None and entry.role == "loader":
-                raise PrepareError(
-                    f"argument {position} of prepare, a {type(value).__name__}, is a loader that is already prepared",
-                    "use the loader that prepare returned; preparing twice would cut every batch twice",
-                )
             if kind is None:
                 continue
             if kind[1] == "loss":
@@ -129,6 +143,17 @@ class Preparation:
                 "a torch and a flax object cannot train together in one Accelerator",
                 "write model and optimizer in one dialect",
             )
+
+    def _check_placements(self, kinds: list[tuple[Dialect, Role] | None], placements: Sequence[bool]) -> None:
+        if "host_placement" in self._capabilities.features:
+            return
+        for position, (kind, is_placed) in enumerate(zip(kinds, placements, strict=True)):
+            if kind is not None and kind[1] in ("model", "loader") and not is_placed:
+                raise UnsupportedError(
+                    f"device_placement=False for the {kind[1]} at position {position}: backend {self._backend!r} computes with what"
+                    " it has placed itself",
+                    "leave device_placement out, or use the backend torch",
+                )
 
     def _enter_dialect(self, dialect: Dialect, model: Any) -> None:
         self._script = dialect
@@ -150,7 +175,8 @@ class Preparation:
         native = value if bridge is None else bridge.lower(value, role)
         engine = self._engine
         if role == "model":
-            handle = engine.prepare_model(native, evaluation_mode=evaluation_mode)
+            stays: Any = {} if spec.device_placement else {"device_placement": False}
+            handle = engine.prepare_model(native, evaluation_mode=evaluation_mode, **stays)
         elif role == "optimizer":
             handle = engine.prepare_optimizer(native, self._only_model(models))
         elif role == "scheduler":

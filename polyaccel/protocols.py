@@ -36,6 +36,7 @@ Feature = Literal[
     "gradient_sync",
     "compile",
     "multi_process",
+    "host_placement",
     "compile_events",
     "device_stats",
     "fence",
@@ -44,9 +45,11 @@ Feature = Literal[
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
-#                 of its own: `engine.average_parameters(model)` replaces them by their mean over all processes, in place
+#                 of its own: `engine.average_parameters(model)` replaces them by their mean over all processes, in place. Inside
+#                 `engine.sync_in_backward(model)` gradients are exchanged even if the forward passes ran without an exchange
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here
+# host_placement: `prepare_model(..., device_placement=False)` and `LoaderSpec.device_placement=False` leave models and batches in place
 # compile_events: the engine lists every program that it compiles, as `engine.compile_events`
 # device_stats:   `engine.device_name` is what the driver calls its devices, and `engine.device_memory()` the most bytes that were in use
 #                 on one of this process's devices, with the limit: (used, limit or None); None where it is the host's own memory

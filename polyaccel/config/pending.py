@@ -16,9 +16,6 @@ PENDING: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_stateful_dataloader": ((False,), "leave it out: every prepared loader has a state, which checkpoints keep"),
     "non_blocking": ((False,), "leave it out"),
     "prefetch_batches": ((2,), "leave it out"),
-    "device_placement": ((True,), "leave it out, and move what should be elsewhere after prepare"),
-    "adjust_scheduler": ((True,), "leave it out"),
-    "sync_each_batch": ((False,), "leave it out"),
 }
 
 

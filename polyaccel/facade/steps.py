@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from polyaccel.errors import UnsupportedError
@@ -96,7 +97,7 @@ class Steps(Parts):
         """One micro batch: inside, optimizers and schedulers act, and gradients are exchanged, only when the window closes."""
         if self._preemption is not None:
             self._preemption.before_call()
-        if self.gradient_state.advance() or self.plan.num_data_shards == 1:
+        if self.gradient_state.advance() or self.plan.num_data_shards == 1 or self.config.sync_each_batch:
             yield
             return
         with ExitStack() as stack:
@@ -111,6 +112,18 @@ class Steps(Parts):
         handle = self._prepared.handle_of(model, "model", argument="model")
         with self._engine.gradient_sync(handle, enabled=False):
             yield
+
+    def trigger_sync_in_backward(self, model: Any) -> AbstractContextManager[Any]:
+        """Inside, the next backward exchanges gradients between processes though the forward passes before it ran under `no_sync`.
+
+        On engines without `no_sync` every backward does. Every process must enter it.
+        """
+        handle = self._prepared.handle_of(model, "model", argument="model")
+        if "gradient_sync" not in self._features:
+            return nullcontext()
+        engine: Any = self._engine  # what it declares beside the seam
+        context: AbstractContextManager[Any] = engine.sync_in_backward(handle)
+        return context
 
     @property
     def sync_gradients(self) -> bool:
@@ -158,6 +171,28 @@ class Steps(Parts):
             self._engine.clip_grad_value(
                 parameters if bridge is None else bridge.lower(parameters, "parameters"), float(clip_value)
             )
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """Divide the gradients of a prepared optimizer (None: of all; or a list of them) by fp16's loss scale, once per update.
+
+        For scripts that read gradients before `optimizer.step()`; clipping does it by itself. Nothing without a loss scale, and while
+        accumulating.
+        """
+        if self.plan.precision.loss_scaling is None:
+            return
+        chosen = self._prepared.public("optimizer") if optimizer is None else optimizer
+        for each in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
+            self._prepared.handle_of(each, "optimizer", argument="optimizer")
+            groups = getattr(each, "param_groups", None)
+            owned = [parameter for group in groups for parameter in group["params"]] if groups is not None else None
+            for target in [owned] if owned is not None else self._prepared.public("model"):
+                self.clip_grad_value_(target, math.inf)  # unscales, and leaves every element as it is
+
+    def lomo_backward(self, loss: Any, learning_rate: float) -> None:
+        """Refused: LOMO updates parameters inside backward, which no engine here does."""
+        raise UnsupportedError(
+            "lomo_backward: the LOMO optimizers are not supported", "use torch.optim.SGD or Adafactor, and backward"
+        )
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

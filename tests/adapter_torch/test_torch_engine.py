@@ -163,11 +163,12 @@ def test_any_iterable_of_batches_can_be_prepared_as_a_loader():
     ]
 
 
-def test_a_prepared_loader_is_refused_the_second_time():
+def test_a_prepared_loader_stays_as_it_is_and_no_engine_cuts_it_again():
     run = accelerator()
-    loader = run.prepare(DataLoader(TensorDataset(X), batch_size=6))
-    with pytest.raises(PrepareError, match="already prepared"):
-        run.prepare(loader)
+    original = DataLoader(TensorDataset(X), batch_size=6)
+    loader = run.prepare(original)
+    assert run.prepare(loader) is loader
+    assert run.prepare(original) is loader
     with pytest.raises(PrepareError, match="prepared already"):
         run._engine.prepare_loader(loader, run._loader_spec())
 

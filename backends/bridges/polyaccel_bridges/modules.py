@@ -185,6 +185,7 @@ class PreparedModule(nn.Module):
 
     module: nn.Module
     _model: ManagedModel
+    _is_accelerate_prepared = True  # Accelerate's mark of what has been through prepare
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The user's forward, on the engine's devices."""

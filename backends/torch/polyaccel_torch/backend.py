@@ -28,7 +28,16 @@ class TorchBackend:
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(
-            {"backward_value", "gradient_sync", "compile", "multi_process", "device_stats", "fence", "profile"}
+            {
+                "backward_value",
+                "gradient_sync",
+                "compile",
+                "multi_process",
+                "host_placement",
+                "device_stats",
+                "fence",
+                "profile",
+            }
         ),
     )
 

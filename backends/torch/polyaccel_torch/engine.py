@@ -93,17 +93,20 @@ class TorchEngine:
 
     # -- prepare -------------------------------------------------------------------------------------------------------
 
-    def prepare_model(self, model: nn.Module, *, evaluation_mode: bool = False) -> nn.Module:
+    def prepare_model(
+        self, model: nn.Module, *, evaluation_mode: bool = False, device_placement: bool = True
+    ) -> nn.Module:
         """On this process's device, under autocast, data parallel if there are other processes and it can be trained.
 
-        In one process without compile the handle is the module itself. Raises PrepareError before anything is changed.
+        In one process without compile the handle is the module itself. With device_placement=False it stays where it is. Raises
+        PrepareError before anything is changed.
         """
         known = self._handles.get(model)
         handle = known() if known is not None else None
         if handle is not None or model in self._originals:
             return model if handle is None else handle
         modules.check_placeable(model, scales_loss=self._scaler is not None)
-        if not modules.is_on(model, self.device):
+        if device_placement and not modules.is_on(model, self.device):
             model.to(self.device)  # moves the values; the Parameter objects, and with them optimizers, stay valid
         modules.remove_autocast(model)
         handle = model
@@ -113,7 +116,9 @@ class TorchEngine:
         if self._bound.compile:
             handle = torch.compile(handle, backend=self._bound.compile_backend)  # type: ignore[assignment]
         if self._autocast is not None:
-            modules.add_autocast(handle, self._autocast)
+            # Inside data parallelism, so that the user's own module keeps it; around a compiled graph, which hooks would break.
+            modules.add_autocast(handle if self._bound.compile else model, self._autocast)
+        modules.mark_prepared(handle)
         self._handles[model] = weakref.ref(handle)
         if handle is not model:
             self._originals[handle] = model
@@ -166,7 +171,7 @@ class TorchEngine:
             synchronize=self._of_process_0 if self.topology.num_processes > 1 else None,
             rng_types=spec.rng_types,
         )
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or not spec.device_placement:
             return PreparedLoader(batches, lift=spec.lift, observer=self.gradient_state, prefetch=1)
         feeder = StreamFeeder(self.device, spec.lift)
         return PreparedLoader(batches, place=feeder.place, lift=feeder.hand_out, observer=self.gradient_state)
@@ -185,6 +190,15 @@ class TorchEngine:
         """With enabled=False, DistributedDataParallel.no_sync: forward and backward must both be inside."""
         part = None if enabled else parallel.parallel_part(model)
         return _NOTHING if part is None else part.no_sync()
+
+    def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """The next backward inside exchanges gradients, whatever the forward passes were told."""
+        part = parallel.parallel_part(model)
+        return _NOTHING if part is None else parallel.exchanging(part)
+
+    def remove_autocast(self, model: nn.Module) -> None:
+        """The user's own module computes in its parameters' precision from now on."""
+        modules.remove_autocast(model)
 
     def parameter_average(self, model: nn.Module) -> ModuleAverage:
         """On the device; every process has the same one, as it has the same parameters."""
@@ -267,7 +281,7 @@ class TorchEngine:
             make = getattr(spec.bridge, "train_step", None)
             return None if make is None else make(spec)
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
-        part = parallel.parallel_part(spec.model)
+        part = None if self.config.sync_each_batch else parallel.parallel_part(spec.model)
         max_norm, scale, on_grad_norm = spec.norm_limit, spec.scale, spec.on_grad_norm
         is_alone = self.topology.num_processes == 1
 

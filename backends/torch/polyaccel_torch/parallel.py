@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,15 +22,18 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous as find_store
 from torch.nn.parallel import DistributedDataParallel
 
+from polyaccel.collective_calls import CollectiveCalls
 from polyaccel.errors import LaunchError, PlanError
 from polyaccel.topology import Topology
 from polyaccel_torch.collectives import ProcessCollectives, SingleCollectives
+from polyaccel_torch.dialect.host_exchange import HostExchange
+from polyaccel_torch.dialect.stores import GroupStore
 
 if TYPE_CHECKING:
     from polyaccel.launch.rendezvous import Rendezvous
 
-JOIN_TIMEOUT = timedelta(minutes=5)  # for all processes to appear; later exchanges may wait for a long checkpoint
-EXCHANGE_TIMEOUT = timedelta(minutes=30)
+JOIN_TIMEOUT = timedelta(minutes=5)  # for all processes to appear
+_MARGIN = timedelta(minutes=1)  # our own deadline, which says who is missing, comes before gloo's
 
 
 @dataclass(slots=True)
@@ -41,6 +48,7 @@ class Job:
     def leave(self) -> None:
         """Leave the job. The other processes do not have to call it at the same time."""
         if self.owns_group and dist.is_initialized():
+            self.collectives.calls.close()
             dist.destroy_process_group()
         self.owns_group = False
 
@@ -60,8 +68,16 @@ def choose_device(place: Rendezvous, *, use_cpu: bool) -> torch.device:
     return torch.device("cpu")
 
 
-def join(place: Rendezvous, *, use_cpu: bool, timeout: timedelta = JOIN_TIMEOUT) -> Job:
-    """Find the other processes of the job and connect to them. Every process must call it.
+def join(
+    place: Rendezvous,
+    *,
+    use_cpu: bool,
+    timeout: timedelta = JOIN_TIMEOUT,
+    exchange_timeout: timedelta = timedelta(minutes=30),
+) -> Job:
+    """Find the other processes of the job within `timeout` and connect to them. Every process must call it.
+
+    `exchange_timeout` is how long an exchange waits for them afterwards, which may be as long as a checkpoint.
 
     Raises PlanError (too few GPUs) or LaunchError, naming the address, when the others cannot be reached in time.
     """
@@ -87,16 +103,39 @@ def join(place: Rendezvous, *, use_cpu: bool, timeout: timedelta = JOIN_TIMEOUT)
         )
     owns_group = not dist.is_initialized()
     if owns_group:
-        _connect(place, device, timeout)
+        _connect(place, device, timeout, exchange_timeout)
         atexit.register(_leave_at_exit)
-    host_group = None
-    if dist.get_backend() != "gloo":
-        host_group = dist.new_group(backend="gloo", timeout=EXCHANGE_TIMEOUT)
-    collectives = ProcessCollectives(place.num_processes, host_group, EXCHANGE_TIMEOUT)
+    collectives = ProcessCollectives(place.num_processes, _host_exchange(topology, exchange_timeout))
     return Job(topology, device, collectives, owns_group)
 
 
-def _connect(place: Rendezvous, device: torch.device, timeout: timedelta) -> None:
+_exchanges: weakref.WeakKeyDictionary[Any, HostExchange] = weakref.WeakKeyDictionary()  # by the default group that they are beside
+
+
+def _host_exchange(topology: Topology, timeout: timedelta) -> HostExchange:
+    """A group for the script's own collectives, one per job: training's exchanges, and a mistake among them, do not meet them."""
+    default: Any = dist.distributed_c10d._get_default_group()
+    found = _exchanges.get(default)
+    if found is None:
+        calls = CollectiveCalls(
+            topology.process_index,
+            topology.num_processes,
+            open_store=GroupStore,
+            num_exchanges=functools.partial(_num_exchanges, weakref.ref(default)),
+        )
+        group = dist.new_group(backend="gloo", timeout=timeout + _MARGIN)
+        found = _exchanges[default] = HostExchange(group, topology.num_processes, calls)
+    found.calls.timeout_s = timeout.total_seconds()
+    return found
+
+
+def _num_exchanges(group: weakref.ref[Any]) -> int:
+    """How many collectives this process has begun on training's group. Each process begins the same ones, in the same order."""
+    found = group()
+    return 0 if found is None else int(found._get_sequence_number_for_group())
+
+
+def _connect(place: Rendezvous, device: torch.device, timeout: timedelta, exchange_timeout: timedelta) -> None:
     assert place.address is not None  # a job of several processes has one
     host = f"[{place.address}]" if ":" in place.address else place.address
     url = f"tcp://{host}:{place.port}"
@@ -109,7 +148,7 @@ def _connect(place: Rendezvous, device: torch.device, timeout: timedelta) -> Non
             store=store,
             rank=place.process_index,
             world_size=place.num_processes,
-            timeout=EXCHANGE_TIMEOUT,
+            timeout=exchange_timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -129,8 +168,9 @@ def _share_cores(num_processes: int) -> None:
 
 
 def _leave_at_exit() -> None:
-    # After an uncaught exception the peers may never answer, and a goodbye could wait for them.
-    if dist.is_initialized() and not hasattr(sys, "last_value"):
+    # After an uncaught exception, or a wait in vain, the peers may never answer, and a goodbye could wait for them.
+    is_broken = any(exchange.calls.is_broken for exchange in _exchanges.values())
+    if dist.is_initialized() and not is_broken and not hasattr(sys, "last_value"):
         dist.destroy_process_group()
     _await_threads()
 
@@ -166,6 +206,18 @@ def wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
         output_device=device.index if on_gpu else None,
         gradient_as_bucket_view=True,  # gradients live in the buckets that are exchanged: no second copy
     )
+
+
+@contextmanager
+def exchanging(part: DistributedDataParallel) -> Iterator[None]:
+    """Inside, backward exchanges gradients though the forward passes before it ran under `no_sync`."""
+    before = part.require_backward_grad_sync, part.require_forward_param_sync
+    part.require_backward_grad_sync = part.require_forward_param_sync = True
+    part.reducer.prepare_for_backward([])  # as forward does before an exchange, of all parameters
+    try:
+        yield
+    finally:
+        part.require_backward_grad_sync, part.require_forward_param_sync = before
 
 
 def parallel_part(handle: Any) -> DistributedDataParallel | None:

@@ -21,13 +21,14 @@ from torch_xla import runtime as xr
 from torch_xla.core import xla_model as xm
 
 from polyaccel.config.resolve import user_cache_folder
-from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
+from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel.topology import Topology
+from polyaccel_torch.dialect import weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.loaders import TorchHostLoader
-from polyaccel_torch.dialect.modules import add_autocast, check_placeable, remove_autocast
+from polyaccel_torch.dialect.modules import add_autocast, check_placeable, mark_prepared, remove_autocast
 from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
 from polyaccel_xla import state
 from polyaccel_xla.batch_norm import correct_running_variance
@@ -37,8 +38,10 @@ from polyaccel_xla.spmd import Placement
 from polyaccel_xla.step import (
     Update,
     bfloat16_autocast,
+    detached,
     differentiate,
     fused_step,
+    loss_tensor,
     scaled,
     watch_evaluation,
 )
@@ -194,12 +197,13 @@ class XlaEngine:
             )
         check_placeable(model, scales_loss=False)
         self._placement.module(model)
-        if self._plan.precision.name == "bf16":
+        if self._plan.precision.compute_dtype == "bfloat16":
             add_autocast(model, bfloat16_autocast)
         else:
             remove_autocast(model)
         correct_running_variance(model)
         watch_evaluation(model)
+        mark_prepared(model)
         self._models.append(weakref.ref(model))
         return model
 
@@ -234,7 +238,10 @@ class XlaEngine:
         )
         several = self.topology.num_processes > 1
         host = TorchHostLoader(loader).shard(
-            sharding, synchronize=self._from_main if several else None, rng_types=spec.rng_types
+            sharding,
+            spec=spec,
+            exchange=self.collectives.all_gather_object if several else None,
+            process_index=self.topology.process_index,
         )
 
         def place(batch: Any) -> Any:
@@ -244,20 +251,23 @@ class XlaEngine:
             self.flush()  # what the script left behind (a running mean) must not become part of this batch's graph
             return placed if spec.lift is None else spec.lift(host_batch, placed)
 
-        return PreparedLoader(host, place=place, lift=hand_out, observer=_Boundary(self))
+        return prepared_loader(host, place=place, lift=hand_out, observer=_Boundary(self))
 
     def unwrap(self, handle: Any) -> Any:
         """The user's own module; its values live on the devices."""
         return handle
 
-    def _from_main(self, value: Any) -> Any:
-        return self.collectives.all_gather_object(value)[0]
-
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bfloat16 where it is safe, by torch's own list for XLA devices."""
-        return bfloat16_autocast() if self._plan.precision.name == "bf16" else nullcontext()
+    def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:
+        """bfloat16 where it is safe, by torch's own list for XLA devices; not enabled, the dtype of the values."""
+        if self._plan.precision.name != "bf16":
+            return nullcontext()
+        return bfloat16_autocast(enabled=enabled)
+
+    def remove_autocast(self, model: torch.nn.Module) -> None:
+        """The module computes in its parameters' precision from now on."""
+        remove_autocast(model)
 
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         """The partitioner places the exchange of gradients; there is nothing to hold back."""
@@ -275,9 +285,11 @@ class XlaEngine:
         for average, value in zip(averages, values, strict=True):
             average.add_((value - average).mul_(sent.to(average.dtype)))
 
-    def backward(self, loss: Any, *, scale: float) -> Any:
+    def backward(self, loss: Any, *, scale: float, weight: Any = None) -> Any:
         """Trace the backward pass. A micro batch that closes no window ends its graph here."""
-        if isinstance(loss, LossCall):
+        if weight is not None:
+            result = self.add_weighted(loss, weight)
+        elif isinstance(loss, LossCall):
             result = differentiate(loss, scale)
         else:
             is_retained = isinstance(loss, RetainedLoss)
@@ -286,6 +298,47 @@ class XlaEngine:
         if not self._is_syncing():
             self.flush()
         return result
+
+    def add_weighted(self, loss: Any, weight: Any) -> Any:
+        """Trace the gradients of weight * loss; returns what a call returned, detached."""
+        result, value, weight, is_retained = weights.unpacked(loss, weight)
+        if not isinstance(weight, torch.Tensor) or weight.device.type == "cpu":
+            # This host's part, as data of the graph: a number in it would be another graph for every batch.
+            host = torch.as_tensor(weight, dtype=torch.float32).detach().reshape(())
+            if self.topology.num_processes > 1:
+                host = torch.as_tensor(self.collectives.all_reduce(host, "sum"), dtype=torch.float32)
+            weight = self._placement.upload_scalar(host)
+        weight = weights.as_scalar(weight, self.device)
+        window = self._state.window_weights
+        if window is None:
+            window = self._state.window_weights = weights.WindowWeights()
+        window.add(weight)
+        unit = window.unit
+        factor = weight if isinstance(unit, float) else weight * unit
+        (loss_tensor(value) * factor).backward(retain_graph=is_retained)
+        return None if result is None else detached(result)
+
+    def normalise_gradients(self) -> None:
+        """Traced. A loss and its weight are those of the global batch, so there is nothing to exchange."""
+        window = self._state.window_weights
+        with torch.no_grad():
+            window.close(weights.gradients_of(self._prepared_models()), window.total, 1)
+        if not self._is_syncing():
+            self.flush()
+
+    def scale_gradients(self, factor: float) -> None:
+        """Traced, with the factor as data."""
+        sent = self._placement.upload_scalar(torch.tensor(factor, dtype=torch.float32))
+        weights.multiply(weights.gradients_of(self._prepared_models()), sent)
+
+    def read_weight(self) -> float:
+        """That of the global batches so far."""
+        return float(self._state.window_weights.total)
+
+    def write_weight(self, total: float) -> None:
+        """Continue with this total."""
+        window = self._state.window_weights = weights.WindowWeights()
+        window.add(self._placement.upload_scalar(torch.tensor(total, dtype=torch.float32)))
 
     def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """Traced: the host does not wait for the norm."""
@@ -297,7 +350,12 @@ class XlaEngine:
 
     def train_step(self, spec: StepSpec) -> Callable[..., Any]:
         """One graph for forward, backward, clipping and update."""
-        return fused_step(spec, self._updates[spec.optimizer], self.flush)
+        return fused_step(spec, self._updates[spec.optimizer], self)
+
+    @property
+    def _state(self) -> GradientState:
+        assert self.gradient_state is not None, "the core sets it right after bind"
+        return self.gradient_state
 
     def _is_syncing(self) -> bool:
         return self.gradient_state is None or self.gradient_state.sync_gradients

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import platform
 import re
 import socket
-import types
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 from polyaccel import jobs
 from polyaccel.compat.state import PartialState
-from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.errors import UnsupportedError
+from polyaccel.unwrapping import is_compiled, without_wrappers
 
 log = logging.getLogger("polyaccel.utils.other")
+is_compiled_module = is_compiled
 
-_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"})
 _OLDEST_KERNEL = (5, 5, 0)
 
 
 def wait_for_everyone() -> None:
     """Return when every process has called it."""
     PartialState().wait_for_everyone()
-
-
-def is_compiled_module(module: Any) -> bool:
-    """Whether this is what torch.compile made of a module."""
-    return "_orig_mod" in getattr(module, "_modules", {})
 
 
 def extract_model_from_parallel(
@@ -46,45 +40,10 @@ def extract_model_from_parallel(
     """
     accelerator = jobs.accelerator()
     if accelerator is not None:
-        with contextlib.suppress(PrepareError):  # a model that this Accelerator has not prepared
-            model = accelerator.unwrap_model(model)
-    compiled = model if is_compiled_module(model) else None
-    own = _unwrapped(model if compiled is None else compiled._orig_mod)
-    if recursive:
-        own = _without_wrapped_layers(own)
-    if not keep_fp32_wrapper:
-        _restore_forward(own)
-    if compiled is None or not keep_torch_compile:
-        return own
-    compiled._orig_mod = own
-    return compiled
-
-
-def _unwrapped(model: Any) -> Any:
-    while any(kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch.") for kind in type(model).__mro__):
-        model = model.module
-    return model
-
-
-def _without_wrapped_layers(module: Any) -> Any:
-    module = _unwrapped(module)
-    for name, layer in list(module.named_children()):
-        setattr(module, name, _without_wrapped_layers(layer))
-    return module
-
-
-def _restore_forward(model: Any) -> None:
-    original = vars(model).pop("_original_forward", None)
-    if original is None:
-        return
-    forward = model.forward
-    while forward != original and hasattr(forward, "__wrapped__"):
-        forward = forward.__wrapped__
-    function = getattr(forward, "__func__", forward)
-    if function is getattr(type(model), "forward", None):
-        vars(model).pop("forward", None)  # the class's own: an attribute would only hide it
-    else:
-        model.forward = types.MethodType(function, model)
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper, keep_torch_compile)
+    return without_wrappers(
+        model, keep_forward=keep_fp32_wrapper, keep_torch_compile=keep_torch_compile, recursive=recursive
+    )
 
 
 def save(obj: Any, f: str | PathLike[str], save_on_each_node: bool = False, safe_serialization: bool = True) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from polyaccel import trees
 from polyaccel.errors import CheckpointError, PrepareError
 
-Autocast = Callable[[], AbstractContextManager[Any]]
+Autocast = Callable[..., AbstractContextManager[Any]]
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -69,6 +69,11 @@ def remove_autocast(module: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if isinstance(hook, (_EnterAutocast, _LeaveAutocast)):
                 del hooks[key]
+
+
+def mark_prepared(module: nn.Module) -> None:
+    """Accelerate's mark of what has been through prepare, which scripts of its users ask for."""
+    module._is_accelerate_prepared = True  # type: ignore[assignment]
 
 
 def check_placeable(module: nn.Module, *, scales_loss: bool) -> None:
