@@ -10,11 +10,6 @@ from polyaccel.errors import UnsupportedError
 
 # Setting -> (the values that change nothing, what to do instead). Whoever implements a setting takes its line out.
 PENDING: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "dispatch_batches": ((None, False), "leave it out: every process reads the data and keeps its own part"),
-    "use_seedable_sampler": ((False,), "leave it out: a checkpoint continues the loader's order exactly without it"),
-    "data_seed": ((None,), "leave it out, and seed the order with set_seed"),
-    "use_stateful_dataloader": ((False,), "leave it out: every prepared loader has a state, which checkpoints keep"),
-    "non_blocking": ((False,), "leave it out"),
     "prefetch_batches": ((2,), "leave it out"),
 }
 

@@ -6,6 +6,7 @@ from polyaccel.data.loader import (
     LoaderObserver,
     LoaderState,
     PreparedLoader,
+    prepared_loader,
     refuse_prepared,
     skip_first_batches,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "masked_mean",
     "multiples",
     "powers",
+    "prepared_loader",
     "refuse_prepared",
     "skip_first_batches",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from polyaccel import generators
 from polyaccel.data.read_ahead import read_ahead
 from polyaccel.data.sharding import GlobalRows
-from polyaccel.errors import CheckpointError, PrepareError
+from polyaccel.errors import CheckpointError, PrepareError, UnsupportedError
 
 
 class HostBatches(Protocol):
@@ -18,8 +18,13 @@ class HostBatches(Protocol):
 
     `loader` is the user's own loader; a `PreparedLoader` shows its attributes. `batch_size` is the loader's, `total_batch_size`
     that of a full global batch; None where they are unknown. `seed`: what the order of the current pass was drawn from, None
-    where the order has no single seed. A loader with random generators of its own has `read_generators() -> tuple[bytes, ...]`
-    and `write_generators(states)` beside these.
+    where the order has no single seed.
+
+    Some have more, which is used where it is there. Random generators of their own: `read_generators() -> tuple[bytes, ...]` and
+    `write_generators(states)`. A source that knows where it stands: `knows_position` True, `hand_out()` called when the next batch
+    that was read is in use, `source_state() -> bytes | None` after it, and `resume_source(state, num_batches)`, which lets the next
+    `read` go on from there. A class for what user code gets, a PreparedLoader: `prepared_type`. `is_collective` True: `read` talks to
+    other processes.
     """
 
     loader: Any
@@ -59,7 +64,8 @@ class LoaderState:
     """Where a loader stands: `batch` batches of pass `epoch` were handed out; `seed` is that of its order, None without one.
 
     `start` holds the host's generators, and the loader's own, as they were when the pass began: an order without a seed is drawn
-    again from them. `own` holds the loader's own as they are now.
+    again from them. `own` holds the loader's own as they are now. `source` is what a source that knows where it stands says of
+    itself; it takes the place of skipping `batch` batches.
     """
 
     seed: int | None
@@ -69,6 +75,7 @@ class LoaderState:
     total_batch_size: int | None = field(default=None, compare=False)
     start: Mapping[str, Any] | None = field(default=None, compare=False)
     own: tuple[bytes, ...] = field(default=(), compare=False)
+    source: bytes | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -105,6 +112,11 @@ class PreparedLoader:
     ) -> None:
         if prefetch < 0:
             raise ValueError(f"prefetch={prefetch} is no number of batches")
+        if in_background and getattr(host, "is_collective", False):
+            raise UnsupportedError(
+                "read_in_background=True, and process 0 reads this loader for all: processes can only talk on the script's thread",
+                "set dispatch_batches=False, so that every process reads, or leave read_in_background out",
+            )
         self.end_of_dataloader = False
         self.rows: GlobalRows | None = None
         self._host = host
@@ -116,6 +128,7 @@ class PreparedLoader:
         self._in_background = in_background
         self._skip = skip  # of every pass
         self._position = _Position()
+        self._knows_position = getattr(host, "knows_position", False)
 
     @property
     def remainder(self) -> int:
@@ -137,7 +150,12 @@ class PreparedLoader:
         """The position, with all batches handed out so far counted as done."""
         position = self._position
         if position.resume is not None:
-            return position.resume
+            return replace(
+                position.resume,
+                batch_size=self._host.batch_size,
+                total_batch_size=self.total_batch_size,
+                own=self._own_generators(),
+            )
         return LoaderState(
             seed=self._host.seed if position.batch else None,
             epoch=position.epoch,
@@ -146,6 +164,7 @@ class PreparedLoader:
             total_batch_size=self.total_batch_size,
             start=position.start if position.batch else None,
             own=self._own_generators(),
+            source=self._host.source_state() if self._knows_position and position.batch else None,  # type: ignore[attr-defined]
         )
 
     def load_state(self, state: LoaderState) -> None:
@@ -156,7 +175,11 @@ class PreparedLoader:
         batch = self.batch_of(state)
         position = self._position
         position.epoch, position.batch, position.start = state.epoch, batch, None
-        position.resume = LoaderState(state.seed, state.epoch, batch, start=state.start) if batch else None
+        is_cut_alike = state.batch_size in (None, self._host.batch_size) and batch == state.batch
+        source = state.source if is_cut_alike else None
+        position.resume = (
+            LoaderState(state.seed, state.epoch, batch, start=state.start, source=source) if batch else None
+        )
         write = getattr(self._host, "write_generators", None)
         if write is not None and state.own:
             write(state.own)
@@ -204,7 +227,7 @@ class PreparedLoader:
         position: what was skipped already is not skipped twice. A saved position at the very end of a pass, with `num_batches`
         0, means the next pass.
         """
-        loader = PreparedLoader(
+        loader = type(self)(
             self._host,
             place=self._place,
             lift=self._lift,
@@ -219,7 +242,10 @@ class PreparedLoader:
                 position.resume, position.epoch, position.batch = None, resume.epoch + 1, 0
             else:
                 position.batch = loader._skip
-                position.resume = LoaderState(resume.seed, resume.epoch, loader._skip, start=resume.start)
+                source = resume.source if loader._skip == resume.batch else None
+                position.resume = LoaderState(
+                    resume.seed, resume.epoch, loader._skip, start=resume.start, source=source
+                )
         loader._position, loader.before_batch = position, self.before_batch
         return loader
 
@@ -228,6 +254,9 @@ class PreparedLoader:
             return batch >= len(self._host)
         except TypeError:
             return False
+
+    def _handed_out(self) -> None:
+        self._host.hand_out()  # type: ignore[attr-defined]
 
     def _own_generators(self) -> tuple[bytes, ...]:
         read = getattr(self._host, "read_generators", None)
@@ -289,6 +318,8 @@ class PreparedLoader:
                 if places_late and place is not None:
                     placed = place(host)
                 position.batch += 1
+                if self._knows_position:
+                    self._handed_out()
                 yield placed if lift is None else lift(host, placed)
                 host = placed = None  # the consumer owns the batch: do not keep its memory while the next one is made
             position.epoch += 1
@@ -313,8 +344,16 @@ class PreparedLoader:
             self._write_generators(resume.start)
             position.start, to_restore = resume.start, present
         self._host.set_epoch(position.epoch)
+        if resume is not None and resume.source is not None and self._knows_position:
+            self._host.resume_source(resume.source, start)  # type: ignore[attr-defined]
         source = self._host.read(start, seed)
         return read_ahead(source, self._prefetch, self._generators) if self._in_background else source, to_restore
+
+
+def prepared_loader(host: HostBatches, **options: Any) -> PreparedLoader:
+    """The PreparedLoader of these batches, of the class that they ask for; `options` are its arguments."""
+    kind: type[PreparedLoader] = getattr(host, "prepared_type", PreparedLoader)
+    return kind(host, **options)
 
 
 def skip_first_batches(dataloader: Any, num_batches: int = 0) -> PreparedLoader:

@@ -177,6 +177,8 @@ class ShardedBatchSampler:
                 size = len(batch)
                 is_whole = self.batch_size is None or size == self.batch_size
                 rows.append(None if is_whole else GlobalRows((size,), size, self.batch_size))
+                if self._deals_out:
+                    counts.append(1)
                 yield batch
             return
         cut_batches = _split if cut.split_batches else _deal

@@ -20,8 +20,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from polyaccel.data import DataSharding, LoaderState, PreparedLoader
+from polyaccel.data import DataSharding, LoaderState, prepared_loader
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import LoaderSpec
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.placement import StreamFeeder
 
@@ -42,9 +43,9 @@ class Stream(IterableDataset):
 
 def cut(loader, num_shards=1, shard=0, local=1, *, synchronize=None, rng_types=("generator",), **options):
     sharding = DataSharding(num_shards, shard, local, **options)
-    return PreparedLoader(
-        TorchHostLoader(loader).shard(sharding, synchronize=synchronize, rng_types=rng_types), prefetch=1
-    )
+    exchange = None if synchronize is None else lambda value: [synchronize(value)]
+    spec = LoaderSpec(rng_types=rng_types, dispatch_batches=False)
+    return prepared_loader(TorchHostLoader(loader).shard(sharding, spec=spec, exchange=exchange), prefetch=1)
 
 
 def lists(loader) -> list[list[int]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from polyaccel import trees
-from polyaccel.data import DataSharding, PreparedLoader, refuse_prepared
+from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import looking, parallel, state
-from polyaccel_torch.dialect import loaders, modules, optimizers
+from polyaccel_torch import compiling, data_parallel, looking, parallel, state
+from polyaccel_torch.dialect import loaders, modules, optimizers, weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
 from polyaccel_torch.placement import StreamFeeder
@@ -37,12 +38,16 @@ class TorchEngine:
 
     def __init__(self, config: Config, place: Rendezvous) -> None:
         self.config = config
-        self._job = parallel.join(place, use_cpu=config.cpu)
+        exchange_timeout = timedelta(seconds=config.timeout_s)
+        self._job = parallel.join(
+            place, use_cpu=config.cpu, exchange_timeout=exchange_timeout, process_group=config.process_group
+        )
         self.topology = self._job.topology
         self.collectives = self._job.collectives
         self._plan: Plan | None = None
         self._autocast: Autocast | None = None
         self._scaler: LossScaler | None = None
+        self._usual_weight: torch.Tensor | None = None  # fp16: mean over shards of a backward's weight in the last window
         # Weak on both sides: what user code drops is freed. A module that is its own handle has no entry in `_originals`.
         self._handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._originals: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
@@ -58,7 +63,7 @@ class TorchEngine:
     def bind(self, plan: Plan) -> None:
         """Fix precision and data shards."""
         self._plan = plan
-        self._autocast = autocast_of(plan.precision, self.device)
+        self._autocast = autocast_of(plan.precision, self.device, cache=self.config.autocast_cache)
         scaling = plan.precision.loss_scaling
         self._scaler = None if scaling is None else LossScaler(scaling, self.device)
 
@@ -112,12 +117,12 @@ class TorchEngine:
         handle = model
         is_trained = not evaluation_mode and any(parameter.requires_grad for parameter in model.parameters())
         if self.topology.num_processes > 1 and is_trained and parallel.parallel_part(model) is None:
-            handle = parallel.wrap(handle, self.device)
+            handle = data_parallel.wrap(handle, self.device, self.config)
         if self._bound.compile:
-            handle = torch.compile(handle, backend=self._bound.compile_backend)  # type: ignore[assignment]
-        if self._autocast is not None:
+            handle = compiling.compiled(handle, self.config)
+        if self._autocast is not None and self._bound.precision.autocast:
             # Inside data parallelism, so that the user's own module keeps it; around a compiled graph, which hooks would break.
-            modules.add_autocast(handle if self._bound.compile else model, self._autocast)
+            modules.add_autocast(model if parallel.parallel_part(handle) is handle else handle, self._autocast)
         modules.mark_prepared(handle)
         self._handles[model] = weakref.ref(handle)
         if handle is not model:
@@ -168,13 +173,15 @@ class TorchEngine:
                 split_batches=spec.split_batches,
                 even_batches=spec.even_batches,
             ),
-            synchronize=self._of_process_0 if self.topology.num_processes > 1 else None,
-            rng_types=spec.rng_types,
+            spec=spec,
+            exchange=self.collectives.all_gather_object if self.topology.num_processes > 1 else None,
+            process_index=self.topology.process_index,
+            pin_memory=spec.non_blocking and self.device.type == "cuda",
         )
         if self.device.type == "cpu" or not spec.device_placement:
-            return PreparedLoader(batches, lift=spec.lift, observer=self.gradient_state, prefetch=1)
+            return prepared_loader(batches, lift=spec.lift, observer=self.gradient_state, prefetch=1)
         feeder = StreamFeeder(self.device, spec.lift)
-        return PreparedLoader(batches, place=feeder.place, lift=feeder.hand_out, observer=self.gradient_state)
+        return prepared_loader(batches, place=feeder.place, lift=feeder.hand_out, observer=self.gradient_state)
 
     def unwrap(self, handle: nn.Module) -> nn.Module:
         """The user's own module."""
@@ -182,9 +189,12 @@ class TorchEngine:
 
     # -- the step ------------------------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The plan's precision for operations outside a prepared model."""
-        return _NOTHING if self._autocast is None else self._autocast()
+    def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:
+        """The mixed precision for operations outside a prepared model; not enabled, the dtype of their values."""
+        if self._autocast is None:
+            return _NOTHING
+        cache = self.config.autocast_cache if cache_enabled is None else cache_enabled
+        return self._autocast(enabled=enabled, cache_enabled=cache)
 
     def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
         """With enabled=False, DistributedDataParallel.no_sync: forward and backward must both be inside."""
@@ -209,8 +219,10 @@ class TorchEngine:
         parameters = self.unwrap(model).parameters()
         self.collectives.average([p.detach() for p in parameters if p.is_floating_point() or p.is_complex()])
 
-    def backward(self, loss: Any, *, scale: float) -> Any:
+    def backward(self, loss: Any, *, scale: float, weight: Any = None) -> Any:
         """Accumulate gradients of `scale * loss`; a LossCall is computed first and its result returned, detached."""
+        if weight is not None:
+            return self._backward_weighted(loss, weight)
         if type(loss) is LossCall:
             result = loss.function(*loss.args, **loss.kwargs)
             self._differentiate(result[0] if isinstance(result, tuple) else result, scale)
@@ -229,6 +241,67 @@ class TorchEngine:
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
         loss.backward(retain_graph=retain_graph)
+
+    def _backward_weighted(self, loss: Any, weight: Any) -> Any:
+        result, value, weight, is_retained = weights.unpacked(loss, weight)
+        weight = weights.as_scalar(weight, self.device)
+        window = self._window_weights(weight)
+        window.add(weight)
+        factor = weight * window.unit
+        if not isinstance(value, torch.Tensor) or not value.requires_grad:
+            _refuse_loss(value)
+        self._differentiate(value * factor, 1.0, is_retained)
+        if result is None or self.topology.num_processes == 1:
+            return None if result is None else self._over_shards(result)
+        is_empty = torch.as_tensor(weight == 0, device=self.device)
+        share = torch.where(is_empty, torch.zeros_like(value), value.detach() * weight)
+        aux = result[1:] if isinstance(result, tuple) else ()
+        shares, total, *aux = self._over_shards((share, torch.as_tensor(weight, device=self.device), *aux))
+        mean = torch.where(total == 0, torch.zeros_like(shares), shares / total.to(shares.dtype))
+        return (mean, *aux) if isinstance(result, tuple) else mean
+
+    def _window_weights(self, weight: weights.Scalar) -> weights.WindowWeights:
+        window: weights.WindowWeights | None = self.gradient_state.window_weights
+        if window is None:
+            unit: weights.Scalar = 1.0
+            # Thousands of tokens, times the loss scale, would leave float16, in which gradients may also be exchanged.
+            if self._keeps_usual_size:
+                if self._usual_weight is None:
+                    first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+                    self._usual_weight = _or_one(self.collectives.mean_and_sum([first], [])[0][0])
+                unit = 1 / self._usual_weight
+            window = self.gradient_state.window_weights = weights.WindowWeights(unit=unit)
+        return window
+
+    @torch.no_grad()
+    def normalise_gradients(self) -> None:
+        """Over all processes with one exchange of a scalar; each on its own where they train parameters of their own."""
+        window = self.gradient_state.window_weights
+        total, num_shards = window.total, 1
+        if self.topology.num_processes > 1 and self.gradient_state.exchanges_weights:
+            mine = torch.as_tensor(total, device=self.device)
+            total, num_shards = self.collectives.mean_and_sum([], [mine])[1][0], self.topology.num_processes
+        if self._keeps_usual_size:
+            mean = torch.as_tensor(total, dtype=torch.float32, device=self.device) / (num_shards * window.count)
+            self._usual_weight = _or_one(mean)
+        window.close(weights.gradients_of(self._handles), total, num_shards)
+
+    @property
+    def _keeps_usual_size(self) -> bool:
+        return self._scaler is not None or self.topology.num_processes > 1
+
+    def scale_gradients(self, factor: float) -> None:
+        """In place."""
+        weights.multiply(weights.gradients_of(self._handles), factor)
+
+    def read_weight(self) -> float:
+        """This process's sum."""
+        return float(self.gradient_state.window_weights.total)
+
+    def write_weight(self, total: float) -> None:
+        """Gradients are written and read in units of weight 1."""
+        self.gradient_state.window_weights = weights.WindowWeights(total)
+        self.gradient_state.window_weights.count = 1
 
     def _over_shards(self, result: Any) -> Any:
         """Loss and floating scalars averaged, integer scalars added up over processes; everything else is this process's own."""
@@ -275,11 +348,13 @@ class TorchEngine:
     def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any] | None:
         """The calls of the other two forms in the same order, without what lies between them.
 
-        None for a script of another dialect, whose loss function takes no torch batches, unless its bridge has a step for it.
+        None with weights, and for a script of another dialect, whose loss function takes no torch batches, unless its bridge has a step for it.
         """
         if spec.bridge is not None:
             make = getattr(spec.bridge, "train_step", None)
-            return None if make is None else make(spec)
+            return None if make is None or spec.weight is not None else make(spec)
+        if spec.weight is not None:
+            return None
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
         part = None if self.config.sync_each_batch else parallel.parallel_part(spec.model)
         max_norm, scale, on_grad_norm = spec.norm_limit, spec.scale, spec.on_grad_norm
@@ -297,6 +372,8 @@ class TorchEngine:
                 with part.no_sync():
                     result = forward_and_backward(batch)
             if sync:
+                if self.gradient_state.tail_factor != 1.0:
+                    self.scale_gradients(self.gradient_state.tail_factor)
                 if max_norm is not None:
                     norm = self.clip_grad_norm(model, max_norm, 2.0)
                     if on_grad_norm is not None:
@@ -346,12 +423,17 @@ class TorchEngine:
         """What every process has accumulated: between updates they differ."""
         place = (self.topology.process_index, self.topology.num_processes)
         return state.read_gradients(
-            self.unwrap(handle), process=place, scale=1.0 if self._scaler is None else self._scaler.factor
+            self.unwrap(handle), process=place, scale=self._gradient_scale()
         )
 
     def write_gradients(self, handle: nn.Module, shards: Iterable[Shard]) -> None:
         """Replace this process's gradients."""
         state.write_gradients(self.unwrap(handle), shards, scale=1.0 if self._scaler is None else self._scaler.factor)
+
+    def _gradient_scale(self) -> float:
+        window = self.gradient_state.window_weights
+        unit = float(window.unit) if isinstance(window, weights.WindowWeights) else 1.0
+        return unit if self._scaler is None else self._scaler.factor * unit
 
     def read_scaler(self) -> dict[str, float | int] | None:
         """The loss scale of fp16."""
@@ -385,8 +467,9 @@ class TorchEngine:
         assert self._plan is not None, "bind comes before prepare"
         return self._plan
 
-    def _of_process_0(self, value: Any) -> Any:
-        return self.collectives.all_gather_object(value)[0]
+
+def _or_one(mean: torch.Tensor) -> torch.Tensor:
+    return torch.where(mean == 0, torch.ones_like(mean), mean)
 
 
 def _named(result: Any) -> Any:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from polyaccel import trees
-from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, refuse_prepared
+from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import LoaderSpec
 
@@ -33,11 +33,12 @@ def prepare(loader: Any, spec: LoaderSpec, engine: Any) -> PreparedLoader:
         even_batches=spec.even_batches,
     )
     if hasattr(loader, "shard") and hasattr(loader, "loader"):  # a HostLoader
-        several = plan.num_local_data_shards != plan.num_data_shards
+        topology = engine.topology
         host = loader.shard(
             sharding,
-            synchronize=(lambda value: engine.collectives.all_gather_object(value)[0]) if several else None,
-            rng_types=spec.rng_types,
+            spec=spec,
+            exchange=engine.collectives.all_gather_object if topology.num_processes > 1 else None,
+            process_index=topology.process_index,
         )
     else:
         host = HostIterable(loader, sharding)
@@ -47,7 +48,7 @@ def prepare(loader: Any, spec: LoaderSpec, engine: Any) -> PreparedLoader:
         with engine.dtypes(wants_64bit):
             return place_batch(batch, engine)
 
-    return PreparedLoader(host, place=place, lift=spec.lift, observer=engine.gradient_state)
+    return prepared_loader(host, place=place, lift=spec.lift, observer=engine.gradient_state)
 
 
 def place_batch(batch: Any, engine: Any) -> Any:
