@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from polyaccel.errors import UnsupportedError
+from polyaccel.errors import CollectiveError
 
 
 def require_equal(problem: str, rows: Sequence[str], hint: str) -> None:
-    """Raises UnsupportedError, the same on every process, where the rows that the processes gave (in their order) differ."""
+    """Raises CollectiveError, the same on every process, where the rows that the processes gave (in their order) differ."""
     if len(set(rows)) > 1:
         seen = "; ".join(f"process {index}: {row}" for index, row in enumerate(rows))
-        raise UnsupportedError(f"{problem} ({seen})", hint)
+        raise CollectiveError(f"{problem} ({seen})", hint)

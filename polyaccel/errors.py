@@ -8,6 +8,7 @@ PolyaccelError
 ├── UnsupportedError        the chosen backend cannot do this; the hint names the alternative
 ├── PrepareError            an object cannot be prepared or captured as it is
 ├── CheckpointError         a checkpoint cannot be written or read
+├── CollectiveError         processes came to different collectives, with arrays that do not fit, or not at all
 ├── LaunchError             processes could not be started or could not find each other
 ├── NoBatchSizeError        not even one sample fits into memory
 ├── NotStartedError         something that needs an Accelerator was used before there was one
@@ -64,6 +65,10 @@ class PrepareError(PolyaccelError):
 
 class CheckpointError(PolyaccelError, ValueError, RuntimeError):
     """A checkpoint cannot be written or read."""
+
+
+class CollectiveError(PolyaccelError):
+    """The processes of a job came to different collectives, with arrays that do not fit together, or some of them not at all."""
 
 
 class LaunchError(PolyaccelError):
