@@ -10,16 +10,19 @@ from polyaccel import jobs, seeding
 from polyaccel.accumulation import GradientState
 from polyaccel.config import Config
 from polyaccel.config.accumulating import GradientAccumulationPlugin
-from polyaccel.config.arguments import config_of_arguments
+from polyaccel.config.arguments import config_of_arguments, handlers_of
+from polyaccel.config.compiling import DynamoBackend, TorchDynamoPlugin
+from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
-from polyaccel.config.profile import ProfileKwargs, profile_handler
+from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
+from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
 from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Preparing, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
-from polyaccel.plan import Plan, make_plan
+from polyaccel.plan import Plan, make_plan, say_remarks
 from polyaccel.preemption import TRACKERS_S, Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.processes import Trigger
@@ -46,18 +49,26 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
         cpu: use the CPU even where an accelerator is present.
         rng_types: generators that all processes take from process 0 when a loader starts: "generator" (the sampler's own),
             "torch", "numpy", "python", "cuda".
-        step_scheduler_with_optimizer: scheduler.step() moves only with real optimizer updates, once per data shard (once with
-            split_batches). False: every call is one step.
+        step_scheduler_with_optimizer: scheduler.step() moves only with real optimizer updates. False: every call is one step.
+        scheduler_unit: "sample": an update moves a scheduler one step per data shard (one with split_batches), as Accelerate does;
+            "step": one step.
+        tail_window: "full": a short accumulation window at a loader's end is divided by gradient_accumulation_steps, as Accelerate
+            does; "actual": by the batches that it has.
         partitioning: on jax, "pmap" (each device runs the program on its own batch; DDP's meaning), "sharding" (one program
             over the global batch), or "auto": pmap for torch scripts, sharding for flax scripts.
         compile, compile_backend: torch.compile the prepared model, with this torch.compile backend.
+        dynamo_backend, dynamo_plugin: Accelerate's names of these: the backend alone, or a TorchDynamoPlugin with all of it.
+        parallelism_config: a ParallelismConfig: Accelerate's names of the mesh's axes.
+        fsdp_plugin: a FullyShardedDataParallelPlugin: mesh={"fsdp": -1}.
         compilation_cache: folder of the persistent compilation cache of compiling engines; "auto" or "off".
         preemption: "save": on SIGTERM or SIGUSR1 all processes save the same step and leave with exit code 75; "off" by default.
         log_with: trackers: a name ("wandb", "tensorboard", ...), a `GeneralTracker`, a list of these, or "all" that are installed. A run
             folder is written in any case, from `init_trackers` or the first `log` on.
         project_dir: folder of the project: checkpoints, and runs below `runs/`.
         project_config: a ProjectConfiguration, for everything else about them.
-        kwargs_handlers: a ProfileKwargs: what `profile` records.
+        kwargs_handlers: at most one each of AutocastKwargs, GradScalerKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, and
+            ProfileKwargs (what `profile` records).
+        deepspeed_plugin, deepspeed_plugins, megatron_lm_plugin, torch_tp_plugin: refused; the error names what to use instead.
 
     A value left at None comes from its POLYACCEL_* environment variable, else from the configuration file, else it is the default.
     Must be created on every process of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError,
@@ -79,19 +90,29 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
         cpu: bool | None = None,
         rng_types: list[str] | tuple[str, ...] | None = None,
         step_scheduler_with_optimizer: bool | None = None,
+        scheduler_unit: Literal["sample", "step"] | None = None,
+        tail_window: Literal["full", "actual"] | None = None,
         partitioning: Literal["auto", "pmap", "sharding"] | None = None,
         compile: bool | None = None,
         compile_backend: str | None = None,
+        dynamo_backend: DynamoBackend | str | None = None,
+        dynamo_plugin: TorchDynamoPlugin | None = None,
+        parallelism_config: ParallelismConfig | None = None,
+        fsdp_plugin: FullyShardedDataParallelPlugin | None = None,
+        deepspeed_plugin: Any = None,
+        deepspeed_plugins: Any = None,
+        megatron_lm_plugin: Any = None,
+        torch_tp_plugin: Any = None,
         compilation_cache: str | None = None,
         preemption: Literal["off", "save"] | None = None,
         log_with: Any = None,
         project_dir: str | PathLike[str] | None = None,
         project_config: ProjectConfiguration | None = None,
-        kwargs_handlers: Iterable[ProfileKwargs] | None = None,
+        kwargs_handlers: Iterable[KwargsHandler] | None = None,
     ) -> None:
         self.config: Config = config_of_arguments(locals())
         chosen = choose_backend(self.config.backend)
-        self._profile_handler = profile_handler(kwargs_handlers)
+        self._profile_handler = handlers_of(kwargs_handlers).get(ProfileKwargs, ProfileKwargs())
         expected = of_script()  # before the engine imports frameworks of its own
         self._engine = chosen.open(self.config, from_environment())
         capabilities = chosen.capabilities
@@ -102,11 +123,13 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
             backend=chosen.name,
             mesh_axes=capabilities.mesh_axes,
             mixed_precision=capabilities.mixed_precision,
-            can_compile="compile" in capabilities.features,
+            features=capabilities.features,
         )
         self._engine.bind(self.plan)
         self.gradient_state = GradientState(
-            self.plan.gradient_accumulation_steps, sync_with_dataloader=self.config.sync_with_dataloader
+            self.plan.gradient_accumulation_steps,
+            sync_with_dataloader=self.config.sync_with_dataloader,
+            scales_tail=self.config.tail_window != "full",
         )
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
@@ -127,6 +150,7 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
         self._lists_compiles = "compile_events" in capabilities.features
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
+        say_remarks(self.plan, self._engine.topology)
         jobs.own(self)  # now that it is whole
 
     def _recording(self) -> Observer:

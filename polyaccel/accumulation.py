@@ -7,30 +7,66 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from polyaccel.errors import UnsupportedError
+from polyaccel.weighting import MIXED, MIXED_HINT, UNWEIGHTED
+
 
 class GradientState:
     """Counts micro batches; `sync_gradients` is True on the batch whose step is a real one.
 
     The window closes every `num_steps` batches and, with `sync_with_dataloader`, on the last batch of the innermost running
     loader; the next window then starts fresh. Outside `accumulate` every batch is a real one.
+
+    A window that a loader's end closes early has fewer micro batches than each was divided by. With `scales_tail`, `tail_factor` is
+    what its gradients are then to be multiplied by, 1 otherwise. `window_weights` is the engine's sum of the weights that this
+    window's backward calls gave, None before the first of them (see `polyaccel.weighting`).
     """
 
-    def __init__(self, num_steps: int, *, sync_with_dataloader: bool = True) -> None:
+    def __init__(self, num_steps: int, *, sync_with_dataloader: bool = True, scales_tail: bool = False) -> None:
         self.num_steps = num_steps
+        self.scales_tail = scales_tail
+        self.tail_factor = 1.0
+        self.grown = 1.0  # what the gradients of this tail window have been multiplied by already
+        self.window_weights: Any = None
+        self.exchanges_weights = True  # False: every process updates on its own (LocalSGD)
         self.sync_with_dataloader = sync_with_dataloader
         self.step = 0
         self.sync_gradients = True
+        self._weighted_step = -1
         self._running: list[weakref.ref[Any]] = []
 
     def advance(self) -> bool:
         """Count one micro batch and decide whether it closes the window."""
+        if self.sync_gradients:  # the micro batch before closed its window
+            self.window_weights = None
+            self.tail_factor = self.grown = 1.0
         if self.sync_with_dataloader and self.end_of_dataloader:
+            if self.scales_tail:
+                self.tail_factor = self.num_steps / (self.step % self.num_steps + 1)
             self.step = 0
             self.sync_gradients = True
         else:
             self.step += 1
             self.sync_gradients = self.step % self.num_steps == 0
         return self.sync_gradients
+
+    def note_unweighted(self) -> None:
+        """An unweighted backward begins. Raises UnsupportedError after a weighted one in the same window."""
+        if self.window_weights is not None and self.window_weights is not UNWEIGHTED:
+            raise UnsupportedError(MIXED, MIXED_HINT)
+        self.window_weights = UNWEIGHTED
+
+    def note_weighted(self) -> None:
+        """A weighted backward begins. Raises UnsupportedError after an unweighted one in the same window, and for a second one in a
+        micro batch that closes no window."""
+        if self.window_weights is UNWEIGHTED:
+            raise UnsupportedError(MIXED, MIXED_HINT)
+        if not self.sync_gradients and self._weighted_step == self.step and self.window_weights is not None:
+            raise UnsupportedError(
+                "two weighted backward calls in one micro batch of an accumulation window: their weights would be added up",
+                "add the losses up before one backward, or train the models in Accelerators of their own",
+            )
+        self._weighted_step = self.step
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from polyaccel.shards import Shard as Shard
 from polyaccel.shards import StatefulEngine as StatefulEngine
 from polyaccel.store import Store
 from polyaccel.topology import Topology
+from polyaccel.weighting import WeightingEngine as WeightingEngine
 
 if TYPE_CHECKING:  # both live above the seam and are only named by it
     from polyaccel.launch.rendezvous import Rendezvous
@@ -42,6 +43,9 @@ Feature = Literal[
     "fence",
     "flops",
     "profile",
+    "ddp",
+    "autocast_cache",
+    "process_group",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
@@ -58,6 +62,7 @@ Feature = Literal[
 # flops:          `engine.count_flops()` starts counting what its programs multiply, and gives a function that returns the floating
 #                 point operations since then, of all devices of the job; None where a program cannot be counted
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
+# ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is (with the latter, timeout_s)
 
 
 # -- before any framework is imported ------------------------------------------------------------------------------------
@@ -190,9 +195,10 @@ class StepSpec:
     """A fused training step: `loss_fn(model, batch)`, then the update of `optimizer` with an optional clip by global norm.
 
     `model` and `optimizer` are engine handles, `public_model` is what `loss_fn` takes in user code; the scheduler is stepped by
-    the core, after the update. `scale` is one over the micro batches per update. With a `bridge`, each batch becomes a
-    ProgramCall by `bridge.lower(LossCall(loss_fn, (public_model, batch), {}), "loss")`. `on_grad_norm` takes the L2 norm of each
-    update's gradients before the clip, on the device; where it is None nobody asks, and no norm is computed for it.
+    the core, after the update. `scale` is one over the micro batches per update, `weight` the name of the auxiliary value that
+    weights them instead. With a `bridge`, each batch becomes a ProgramCall by
+    `bridge.lower(LossCall(loss_fn, (public_model, batch), {}), "loss")`. `on_grad_norm` takes the L2 norm of each update's
+    gradients before the clip, on the device; where it is None nobody asks, and no norm is computed for it.
     """
 
     loss_fn: Callable[..., Any]
@@ -201,6 +207,7 @@ class StepSpec:
     optimizer: Any
     max_grad_norm: float | None = None
     scale: float = 1.0
+    weight: str | None = None
     bridge: Bridge | None = None
     on_grad_norm: Callable[[Any], None] | None = None
 
@@ -270,7 +277,7 @@ class Collectives(Protocol):
         ...
 
 
-class Engine(StatefulEngine, Protocol):
+class Engine(StatefulEngine, WeightingEngine, Protocol):
     """One per process. Handles that it returns are opaque to the core. What it remembers is read and written as `shards` says."""
 
     topology: Topology
@@ -318,8 +325,8 @@ class Engine(StatefulEngine, Protocol):
         """The user's own object, with current values."""
         ...
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The forward pass inside computes in the plan's precision."""
+    def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:
+        """The forward pass inside computes in the mixed precision; not enabled, in the dtype of its values, also inside another one."""
         ...
 
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
@@ -330,10 +337,11 @@ class Engine(StatefulEngine, Protocol):
         """A new moving average of a model's parameters."""
         ...
 
-    def backward(self, loss: Any, *, scale: float) -> Any:
+    def backward(self, loss: Any, *, scale: float, weight: Any = None) -> Any:
         """Add scale * d(loss) to the gradients; `loss` is a value, a RetainedLoss, a LossCall or a bridge's ProgramCall.
 
-        For a call, returns what the function returned (loss, or (loss, aux)) with the loss as its mean over the global batch.
+        For a call, returns what the function returned (loss, or (loss, aux)) with the loss as its mean over the global batch. With
+        a `weight` (see WeightingEngine) the factor and the mean are weighted: a number, an array, or the name of one of aux.
         """
         ...
 
@@ -584,6 +592,6 @@ class Bridge(Protocol):
         """What `accelerator.device` gives in a script of the source dialect."""
         ...
 
-    def autocast(self, engine: Engine) -> AbstractContextManager[Any]:
-        """Operations of the source dialect inside compute in the plan's precision."""
+    def autocast(self, engine: Engine, *, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Operations of the source dialect inside compute in the mixed precision; not enabled, in the dtype of their values."""
         ...

@@ -7,26 +7,40 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from polyaccel.mesh import MeshSpec
-from polyaccel.precision import MIXED_PRECISIONS, PrecisionPolicy
+from polyaccel.precision import MIXED_PRECISIONS, LossScaling, PrecisionPolicy
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
 PREEMPTIONS = ("off", "save")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
+COMM_HOOKS = ("no", "fp16", "bf16", "power_sgd", "batched_power_sgd")
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
 def _setting(default: Any, help: str, *, kind: str | None = None, choices: tuple[str, ...] = (), least: int = 0) -> Any:
     """A field that is a setting. `kind` is needed where the default is None; `choices` and `least` bound the value."""
-    return field(default=default, metadata={"help": help, "kind": kind, "choices": choices, "least": least})
+    metadata = {"help": help, "kind": kind, "choices": choices, "least": least}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), hash=False, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The resolved settings of one Accelerator. `sources[name]` says where a value that is no default came from."""
+    """The resolved settings of one Accelerator. `sources[name]` says where a value that is no default came from, `remarks` what of the
+    script's settings has no effect."""
 
     backend: str = _setting("auto", "engine: torch, xla, jax, or auto (the one whose framework is loaded)")
     mixed_precision: str = _setting("no", "no, bf16 or fp16", choices=MIXED_PRECISIONS)
+    autocast: bool = _setting(
+        True, "prepared models compute in the mixed precision; false: in the dtype of their parameters"
+    )
+    autocast_cache: bool = _setting(True, "torch: a weight is cast once per forward pass, not at each use")
+    loss_scaling: bool = _setting(True, "fp16: scale the loss, and skip updates whose gradients are not finite")
+    loss_scaling_init_scale: float = _setting(65536.0, "fp16: the scale of the first step")
+    loss_scaling_growth_factor: float = _setting(2.0, "fp16: what the scale is multiplied by after enough good steps")
+    loss_scaling_backoff_factor: float = _setting(0.5, "fp16: what the scale is multiplied by after a skipped step")
+    loss_scaling_growth_interval: int = _setting(2000, "fp16: good steps in a row before the scale grows", least=1)
     gradient_accumulation_steps: int = _setting(1, "batches per optimizer update", least=1)
     adjust_scheduler: bool = _setting(
         True, "a scheduler counts the batches on which it is not stepped, as torch's check of the order expects"
@@ -55,6 +69,18 @@ class Config:
     rng_types: tuple[str, ...] = _setting(
         ("generator",), "random generators that every process takes from process 0 at each epoch", choices=RNG_TYPES
     )
+    tail_window: Literal["full", "actual"] = _setting(
+        "full",
+        "the last accumulation window of a loader, when it is short: full: its gradients are divided by gradient_accumulation_steps, as"
+        " Accelerate does; actual: by the batches that it has",
+        choices=("full", "actual"),
+    )
+    scheduler_unit: Literal["sample", "step"] = _setting(
+        "sample",
+        "what moves a scheduler: sample: each data shard's batch, so an update is as many steps as data shards (one with split_batches),"
+        " as in Accelerate; step: each update",
+        choices=("sample", "step"),
+    )
     step_scheduler_with_optimizer: bool = _setting(
         True, "scheduler.step() follows optimizer updates; false: every call is one step"
     )
@@ -65,6 +91,32 @@ class Config:
     )
     compile: bool = _setting(False, "torch: torch.compile the prepared model")
     compile_backend: str = _setting("inductor", "torch: the torch.compile backend")
+    compile_mode: str = _setting(
+        "default", "torch: default, reduce-overhead, max-autotune, or another mode of torch.compile"
+    )
+    compile_fullgraph: bool = _setting(False, "torch: refuse a model that torch.compile cannot take as one graph")
+    compile_dynamic: bool | None = _setting(
+        None, "torch: compile for changing shapes, or for each (default: torch finds out)", kind="bool"
+    )
+    compile_options: Mapping[str, Any] = _setting({}, "torch: options of the torch.compile backend, in place of a mode")
+    compile_regions: bool = _setting(
+        False, "torch: compile the blocks of a model that repeat, and the rest, each for itself: a faster first step"
+    )
+    ddp_broadcast_buffers: bool = _setting(True, "torch: every forward pass begins with the buffers of process 0")
+    ddp_bucket_cap_mb: int = _setting(25, "torch: megabytes of gradients that are exchanged together", least=1)
+    ddp_find_unused_parameters: bool = _setting(False, "torch: look for parameters that a loss does not depend on")
+    ddp_gradient_as_bucket_view: bool = _setting(True, "torch: gradients live in the memory that is exchanged, once")
+    ddp_static_graph: bool = _setting(False, "torch: every step uses the same parameters in the same order")
+    ddp_comm_hook: str = _setting("no", "torch: how gradients are compressed for their exchange", choices=COMM_HOOKS)
+    ddp_comm_wrapper: str = _setting("no", "torch: a cast around that compression", choices=COMM_HOOKS[:3])
+    ddp_comm_state_option: Mapping[str, Any] = _setting(
+        {}, "torch: options of PowerSGD, such as matrix_approximation_rank"
+    )
+    process_group: str = _setting(
+        "auto",
+        "torch: the torch.distributed backend; auto: nccl on GPUs, gloo on CPUs",
+        choices=("auto", "gloo", "nccl"),
+    )
     compilation_cache: str = _setting(
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
     )
@@ -81,12 +133,20 @@ class Config:
         "", "new folder where losses, gradient norms and parameters are recorded, for `polyaccel compare`"
     )
     record_steps: int = _setting(0, "with record: end the script after so many updates; 0: where it ends by itself")
+    timeout_s: int = _setting(1800, "torch: seconds that a process waits for the others in an exchange", least=1)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def precision(self) -> PrecisionPolicy:
-        """The policy that `mixed_precision` names."""
-        return PrecisionPolicy.of(self.mixed_precision)
+        """The policy that `mixed_precision` names, with its settings."""
+        scaling = LossScaling(
+            init_scale=self.loss_scaling_init_scale,
+            growth_factor=self.loss_scaling_growth_factor,
+            backoff_factor=self.loss_scaling_backoff_factor,
+            growth_interval=self.loss_scaling_growth_interval,
+        )
+        return PrecisionPolicy.of(self.mixed_precision, scaling if self.loss_scaling else None, autocast=self.autocast)
 
 
 MESH_HELP = {

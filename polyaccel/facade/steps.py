@@ -7,36 +7,46 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from polyaccel.config.numerics import AutocastKwargs
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.parts import Parts
 from polyaccel.protocols import LossCall, StepSpec
-from polyaccel.train_step import TrainStep, loss_value
+from polyaccel.train_step import TrainStep, add_weighted, loss_value, scale_tail, weight_name
+from polyaccel.weighting import UNWEIGHTED
 
 
 class Steps(Parts):
     """From a loss to updated parameters."""
 
-    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> Any:
-        """Add the gradients of a loss, divided by the accumulation steps.
+    def backward(self, loss: Any, *args: Any, weight: Any = None, **kwargs: Any) -> Any:
+        """Add the gradients of a loss, divided by the accumulation steps, or weighted.
 
         `loss` is a value (torch scripts), or a function called as `loss(*args, **kwargs)`, usually `loss_fn, model, batch`, which
         works in every dialect on every engine; it returns the loss or (loss, auxiliary values), and so does this call, with
         the loss as its mean over the global batch. With a value, returns None, and takes `retain_graph=True` for a second
         backward through the same graph (torch's keyword; its others are refused).
+
+        With `weight`, how many tokens or samples the loss is a mean over, an update uses sum(weight * gradient) / sum(weight) over its
+        window and all data shards: the gradient of the mean over all tokens of the global batch, also in a short last window. It is a
+        number or a scalar array, different in every call and on every process, or for a function the name of the auxiliary value that
+        it is. A window whose weights are all 0 has gradients of 0. Weighted and unweighted calls do not mix in one window. No weight
+        waits for the device or compiles anew; one scalar is exchanged per window.
         """
         if self._preemption is not None:
             self._preemption.before_call()
         if self._observer is not None:
             self._observer.before_step()
         is_call = callable(loss) and not hasattr(loss, "dtype")
-        result = self._differentiate(loss, is_call, args, kwargs)
+        result = self._differentiate(loss, is_call, args, kwargs, weight)
         if self._preemption is not None:
             self._preemption.after_backward()
         if self._observer is not None:
             self._observer.after_backward(result if is_call else loss)
         return result if is_call else None
 
-    def _differentiate(self, loss: Any, is_call: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _differentiate(
+        self, loss: Any, is_call: bool, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Any
+    ) -> Any:
         bridge = self._prepared.bridge
         if not is_call and bridge is None and not self._differentiates_values:
             raise UnsupportedError(
@@ -47,9 +57,16 @@ class Steps(Parts):
         work: Any = (
             LossCall(loss, args, kwargs) if is_call else loss_value(loss, args, kwargs) if kwargs or args else loss
         )
+        if weight is not None:
+            return add_weighted(self._engine, bridge, self.gradient_state, work, weight, is_call=is_call)
+        state = self.gradient_state
+        if state.window_weights is not UNWEIGHTED:
+            state.note_unweighted()
         if bridge is not None:
             work = bridge.lower(work, "loss")
-        result = self._engine.backward(work, scale=1 / self.gradient_state.num_steps)
+        result = self._engine.backward(work, scale=state.grown / state.num_steps)
+        if state.tail_factor != 1.0:
+            scale_tail(self._engine, state)
         return bridge.lift(result) if bridge is not None and is_call else result
 
     def train_step(
@@ -59,6 +76,8 @@ class Steps(Parts):
         optimizer: Any,
         scheduler: Any | None = None,
         max_grad_norm: float | None = None,
+        *,
+        weight: str | None = None,
     ) -> TrainStep:
         """A fused step: `step(batch)` does forward, backward, accumulation, clipping, update and schedule.
 
@@ -66,6 +85,8 @@ class Steps(Parts):
             loss_fn: `loss_fn(model, batch)` gives the loss (its mean over the batch), or (loss, dict of auxiliary values).
             model, optimizer, scheduler: what `prepare` returned.
             max_grad_norm: clip the gradients of each update to this global L2 norm.
+            weight: name of the auxiliary value that is the loss's weight, as in `backward`: `loss_fn` returns
+                (mean over the tokens, {"num_tokens": count}), and weight="num_tokens".
 
         The same numbers as `backward`, `clip_grad_norm_`, `optimizer.step()` in a loop; on compiling engines one program per
         step. `step(batch)` returns the loss as its mean over the global batch, or a dict {"loss": ..., **auxiliary}:
@@ -79,6 +100,7 @@ class Steps(Parts):
             optimizer=prepared.handle_of(optimizer, "optimizer", argument="optimizer"),
             max_grad_norm=max_grad_norm,
             scale=1 / self.gradient_state.num_steps,
+            weight=weight if weight is None else weight_name(weight),
             bridge=bridge,
             on_grad_norm=None if self._observer is None else self._observer.updated,
         )
@@ -143,10 +165,20 @@ class Steps(Parts):
     def gradient_accumulation_steps(self, value: int) -> None:
         self.gradient_state.num_steps = value
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """A context in which torch operations outside a prepared model compute in the mixed precision."""
-        bridge = self._prepared.bridge
-        return self._engine.autocast() if bridge is None else bridge.autocast(self._engine)
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
+        """A context in which torch operations outside a prepared model compute in the mixed precision.
+
+        `autocast_handler`: AutocastKwargs of this block alone: `enabled=False` computes in the dtype of the values, also inside another
+        block. Without one, those of `Accelerator(kwargs_handlers=...)` count.
+        """
+        bridge, handler = self._prepared.bridge, autocast_handler
+        enabled = self.config.autocast if handler is None else handler.enabled
+        if bridge is not None:
+            return bridge.autocast(self._engine, enabled=enabled)
+        cache = None if handler is None else handler.cache_enabled
+        return self._engine.autocast(
+            enabled=enabled, cache_enabled=self.config.autocast_cache if cache is None else cache
+        )
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """Scale gradients so that their total norm is at most `max_norm`; returns the norm before, or None while accumulating.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from polyaccel.protocols import (
 )
 from polyaccel.store import MemoryStore
 from polyaccel.topology import Topology
+from polyaccel.weighting import named_weight
 
 if TYPE_CHECKING:
     from polyaccel.accumulation import GradientState
@@ -165,10 +167,12 @@ class _Optimizer(OptimizerHandle):
     def step(self, closure: None = None) -> None:
         if self._engine.is_syncing:
             self._told_overflow = None
+            self._engine.end_window()
             self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self._engine.is_syncing:
+            self._engine.end_window()
             self.optimizer.zero_grad(set_to_none)
 
 
@@ -258,6 +262,7 @@ class FakeEngine:
     """One process, one device."""
 
     gradient_state: GradientState | None = None
+    _divided_by = 1.0  # the weight that gradients of the open window were divided by
 
     def __init__(self) -> None:
         self.topology = Topology(0, 1, 0, 1, 1, "numpy")
@@ -265,6 +270,7 @@ class FakeEngine:
         self.device = "cpu"
         self.generator = np.random.default_rng(0)
         self._prepared_loaders: list[Any] = []
+        self._models: list[weakref.ref[FakeModel]] = []
 
     @property
     def is_syncing(self) -> bool:
@@ -287,6 +293,7 @@ class FakeEngine:
         return None
 
     def prepare_model(self, model: FakeModel, *, evaluation_mode: bool = False) -> FakeModel:
+        self._models.append(weakref.ref(model))
         return model
 
     def prepare_optimizer(self, optimizer: FakeSGD, model: Any | None) -> _Optimizer:
@@ -313,21 +320,57 @@ class FakeEngine:
     def unwrap(self, handle: FakeModel) -> FakeModel:
         return handle
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def gradient_sync(self, model: Any, *, enabled: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def backward(self, loss: Any, *, scale: float) -> Any:
+    def backward(self, loss: Any, *, scale: float, weight: Any = None) -> Any:
         if isinstance(loss, RetainedLoss):
             loss = loss.value  # a FakeLoss holds its way back as long as it lives
         result = loss.function(*loss.args, **loss.kwargs) if isinstance(loss, LossCall) else loss
         value, *aux = result if isinstance(result, tuple) else (result,)
         if not isinstance(value, FakeLoss):
             raise PrepareError(f"backward got a {type(value).__name__}, not a loss", "pass model.squared_error(x, y)")
+        if weight is not None:
+            scale = float(named_weight(result, weight) if isinstance(weight, str) else weight)
+            self._state.window_weights = (self._state.window_weights or 0.0) + scale
+            for grads in self._gradients():  # those of a window that was normalised already, and goes on
+                _times(grads, self._divided_by)
+            self._divided_by = 1.0
         value.backward(scale)
         return (value.value, *aux) if aux else value.value
+
+    def normalise_gradients(self) -> None:
+        total = self._state.window_weights
+        for grads in self._gradients():
+            _times(grads, 1 / total if total else 0.0)
+        self._divided_by = total
+
+    def scale_gradients(self, factor: float) -> None:
+        for grads in self._gradients():
+            _times(grads, factor)
+
+    def read_weight(self) -> float:
+        return float(self._state.window_weights)
+
+    def write_weight(self, total: float) -> None:
+        self._state.window_weights = total
+
+    def end_window(self) -> None:
+        """An update begins, or gradients are dropped: weights count anew."""
+        self._divided_by = 1.0
+        if self.gradient_state is not None:
+            self.gradient_state.window_weights = None
+
+    @property
+    def _state(self) -> GradientState:
+        assert self.gradient_state is not None, "the core sets it right after bind"
+        return self.gradient_state
+
+    def _gradients(self) -> list[dict[str, Any]]:
+        return [model.grads for reference in self._models if (model := reference()) is not None]
 
     def parameter_average(self, model: FakeModel) -> FakeAverage:
         return FakeAverage(model)
@@ -390,6 +433,11 @@ class FakeEngine:
 
     def write_random(self, state: Mapping[str, Any]) -> None:
         self.generator.bit_generator.state = state["fake"]
+
+
+def _times(grads: dict[str, Any], factor: float) -> None:
+    for name, grad in grads.items():
+        grads[name] = np.float32(factor) * grad if factor else np.zeros_like(grad)
 
 
 def _write(array: Any, shard: Shard) -> None:

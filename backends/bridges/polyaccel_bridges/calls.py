@@ -68,6 +68,10 @@ class TorchCall:
         name, facts = self.signature.describe()
         return str(name), dict(facts)
 
+    def auxiliary(self, name: str, outputs: list[Any]) -> Any:
+        """Traced: the auxiliary value of this name of a loss function."""
+        return self.signature.auxiliary(name, outputs)
+
     def finish(self, loss: Any, outputs: list[Any]) -> Any:
         """What user code gets."""
         return self._finish(loss, outputs)

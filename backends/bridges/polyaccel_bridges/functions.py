@@ -12,6 +12,7 @@ import torch
 
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LossCall
+from polyaccel.weighting import named_weight
 
 from . import scope as capturing
 from .attributes import NO_EFFECTS, learn
@@ -475,6 +476,11 @@ class _FunctionRecipe:
         names = thaw(family.names, lambda found: leaf(found) if found[1] in ("v", "c") else None)
         facts |= {name: text for name, text in names.items() if isinstance(text, str)}
         return name_of(self._function), {**facts, **facts_of_models(family.models)}
+
+    def auxiliary(self, name: str, outputs: list[Any]) -> Any:
+        """Traced: the auxiliary value of this name among the program's outputs. Raises UnsupportedError where there is none."""
+        everything = [None, *outputs]
+        return named_weight(rebuild(self._structure, everything.__getitem__) if self._has_aux else None, name)
 
     def finish(
         self, loss: Any, outputs: list[Any], wanted: Mapping[int, torch.Tensor] | None = None, scale: float = 1.0

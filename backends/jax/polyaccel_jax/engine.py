@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -39,6 +40,7 @@ from polyaccel_jax.mesh import DeviceMesh
 from polyaccel_jax.precision import ScalerState, initial_scaler
 from polyaccel_jax.random_stream import RandomStream
 from polyaccel_jax.step import Steps
+from polyaccel_jax.weights import WeightedCall, WindowWeights
 
 if TYPE_CHECKING:
     from polyaccel.config.profile import ProfileKwargs
@@ -90,6 +92,7 @@ class JaxEngine:
         self.scaler: ScalerState | None = None
         self._is_distributed = rendezvous.num_processes > 1
         self._num_models = 0
+        self._models: list[weakref.ref[JaxModel]] = []
         self._known_calls: dict[Any, Any] = {}
         self._seed = config.seed
         self._stream: RandomStream | None = None
@@ -188,6 +191,7 @@ class JaxEngine:
             partitioning = "sharding" if is_native else "pmap"
         handle = JaxModel(self, f"model_{self._num_models}", source, partitioning=partitioning)
         self._num_models += 1
+        self._models.append(weakref.ref(handle))
         source.attach(handle)
         return dialect.model_handle(source, handle) if is_native else handle
 
@@ -216,7 +220,7 @@ class JaxEngine:
         """The user's own object, with current values."""
         return dialect.unwrap(handle)
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:
         """Nothing to enter: prepared models compute in the plan's precision wherever they are called."""
         return nullcontext()
 
@@ -235,7 +239,7 @@ class JaxEngine:
         lowered: ProgramCall = dialect.lower_call(call, self._known_calls)
         return lowered
 
-    def backward(self, loss: Any, *, scale: float) -> Any:
+    def backward(self, loss: Any, *, scale: float, weight: Any = None) -> Any:
         """Add scale * gradients of a LossCall or ProgramCall; returns what its function returned."""
         if isinstance(loss, LossCall):
             loss = self.lower(loss)
@@ -245,7 +249,39 @@ class JaxEngine:
                 "pass the function: loss = accelerator.backward(loss_fn, model, batch),"
                 " or step = accelerator.train_step(loss_fn, model, optimizer)",
             )
+        if weight is not None:
+            return self.add_weighted(WeightedCall(self, loss, weight))
         return self.steps.backward(loss, scale)
+
+    def add_weighted(self, call: ProgramCall) -> Any:
+        """Add the gradients of a WeightedCall, and the weight to what the window has counted."""
+        window = self.gradient_state.window_weights
+        if window is None:
+            window = self.gradient_state.window_weights = WindowWeights(self.steps.zero())
+        if window.is_divided:  # the window goes on after all
+            window.is_divided = False
+            self.steps.scale_gradients(tuple(window.models), window.total)
+        return self.steps.backward(call, 1.0, window)
+
+    def normalise_gradients(self) -> None:
+        """One small program; the weights were added up over data shards with the gradients."""
+        window = self.gradient_state.window_weights
+        self.steps.scale_gradients(tuple(window.models), window.total, divides=True)
+        window.is_divided = True
+
+    def scale_gradients(self, factor: float) -> None:
+        """One small program, with the factor as its input."""
+        models = [model for reference in self._models if (model := reference()) is not None]
+        self.steps.scale_gradients(models, np.float32(factor))
+
+    def read_weight(self) -> float:
+        """The mean over data shards."""
+        return float(self.mesh.to_host(self.gradient_state.window_weights.total))
+
+    def write_weight(self, total: float) -> None:
+        """Continue with this mean over data shards."""
+        window = self.gradient_state.window_weights = WindowWeights(self.mesh.replicate([np.float32(total)])[0])
+        window.models.update(dict.fromkeys(model for ref in self._models if (model := ref()) is not None))
 
     def run_forward(self, call: ProgramCall) -> Any:
         """Run a call without gradients."""

@@ -13,6 +13,7 @@ from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import specs_of
 from polyaccel_jax.precision import all_finite
 from polyaccel_jax.step import Steps, Work, apply_update, clip_factor, total_norm, unscaled
+from polyaccel_jax.weights import WeightedCall, mean_of
 
 if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
@@ -45,6 +46,7 @@ class FusedStep:
         if not self._is_native:
             bridge: Any = self.spec.bridge
             call = bridge.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}), "loss")
+            call = self._weighted(call)
             return self._run(call, self._program(call, sync), sync)
         leaves, treedef = _flatten(batch)
         key = (treedef, self._source.token, sync)
@@ -55,7 +57,7 @@ class FusedStep:
             if program is not None and not self.model.gradients:
                 return program.run(call)
             return self._in_pieces(call, sync)
-        call = self.engine.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}))
+        call = self._weighted(self.engine.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {})))
         program = self._program(call, sync)
         result = self._run(call, program, sync)
         if all(
@@ -63,6 +65,10 @@ class FusedStep:
         ):  # else some leaves are static parts of the call
             self._known[key] = (call, program)
         return result
+
+    def _weighted(self, call: ProgramCall) -> ProgramCall:
+        weight = self.spec.weight
+        return call if weight is None else WeightedCall(self.engine, call, weight)
 
     def _run(self, call: ProgramCall, program: _Fused | None, sync: bool) -> Any:
         if program is None or self.model.gradients:
@@ -126,6 +132,10 @@ class FusedStep:
                 "train_step",
                 options=str(optimizer.source.signature()),
             )
+            if work.is_weighted:
+                weight = result.outputs.pop()
+                result.loss = mean_of(result.loss, weight)
+                result.grads = {name: mean_of(grad, weight) for name, grad in result.grads.items()}
             named = {name.removeprefix(prefix): grad for name, grad in result.grads.items()}
             grads = unscaled(named, scale, loss_scale)
             is_finite = None if scaler is None else all_finite(grads)
@@ -141,8 +151,16 @@ class FusedStep:
         return jax.jit(step, donate_argnums=0)
 
     def _in_pieces(self, call: ProgramCall, sync: bool) -> Any:
-        result = self.steps.backward(call, self.spec.scale)
+        state = self.engine.gradient_state
+        if self.spec.weight is None:
+            result = self.steps.backward(call, self.spec.scale)
+        else:
+            result = self.engine.add_weighted(call)
         if sync:
+            if self.spec.weight is not None:
+                self.engine.normalise_gradients()
+            elif state is not None and state.tail_factor != 1.0:
+                self.engine.scale_gradients(state.tail_factor)
             if self.spec.norm_limit is not None:
                 norm = self.steps.clip_norm([(self.model, None)], self.spec.norm_limit, 2.0)
                 if self.spec.on_grad_norm is not None:

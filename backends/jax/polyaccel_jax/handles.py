@@ -186,16 +186,22 @@ class JaxOptimizer:
 
     def step(self) -> None:
         """Update the model from its accumulated gradients; parameters without one stay as they are."""
+        self._end_window()
         self.engine.steps.update(self)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of this optimizer's parameters, or with set_to_none=False make them zeros."""
+        self._end_window()
         if set_to_none:
             self.model.zero_grad(self.names)
         else:
             held = [name for name in self.names if name in self.model.gradients]
             self.model.set_gradients(self.engine.steps.zeros(self.model, held))
             self.model.overflow = None
+
+    def _end_window(self) -> None:
+        if self.engine.gradient_state is not None:
+            self.engine.gradient_state.window_weights = None
 
     @property
     def step_was_skipped(self) -> bool:

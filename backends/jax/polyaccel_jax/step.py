@@ -18,6 +18,7 @@ from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import Layout, specs_of
 from polyaccel_jax.precision import all_finite, next_scaler
 from polyaccel_jax.random_stream import draw_key, next_counter
+from polyaccel_jax.weights import WeightedCall, WindowWeights, mean_of
 
 if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
@@ -51,6 +52,7 @@ class Work:
         self.models: tuple[JaxModel, ...] = tuple(call.models)  # type: ignore[arg-type]
         self.names = tuple(model.names for model in self.models)
         self.is_global = call.is_global
+        self.is_weighted = isinstance(call, WeightedCall)
         self.partitioning = self.models[0].partitioning if self.models else engine.default_partitioning
         self.functions: dict[Hashable, Callable[..., Any]] = {}
         self._programs: dict[Hashable, Built] = {}
@@ -125,6 +127,7 @@ class Steps:
         self.engine = engine
         self._work: dict[Hashable, Work] = {}
         self._functions: dict[Hashable, Callable[..., Any]] = {}
+        self._zero: jax.Array | None = None
 
     def work(self, call: ProgramCall, *, with_grads: bool) -> Work:
         """What calls of this signature share; the call becomes the one that builds."""
@@ -166,15 +169,16 @@ class Steps:
 
     # -- backward --------------------------------------------------------------------------------------------------------
 
-    def backward(self, call: ProgramCall, scale: float) -> Any:
-        """Add scale * gradients to those that the call's models hold."""
+    def backward(self, call: ProgramCall, scale: float, window: WindowWeights | None = None) -> Any:
+        """Add scale * gradients to those that the call's models hold. The weight of a WeightedCall is added to its window."""
         engine, stream = self.engine, self.engine.stream
         with engine.dtypes(call.wants_64bit):
             work = self.work(call, with_grads=True)
             inputs = engine.mesh.place(call.inputs, call.input_axes)
-            held = self._held(work.models, work.program(inputs).grad_names, scale)
+            accumulates = scale != 1.0 if window is None else engine.gradient_state.num_steps > 1
+            held = self._held(work.models, work.program(inputs).grad_names, accumulates)
             function = work.functions.get(scale) or _backward_function(work, scale)
-            loss, outputs, grads, changed, following, is_finite = engine.compiles.run(
+            loss, outputs, grads, changed, following, is_finite, total = engine.compiles.run(
                 function,
                 held,
                 tuple([model.leaves for model in work.models]),
@@ -183,8 +187,12 @@ class Steps:
                 stream.counter(call.draw),
                 inputs,
                 engine.scaler,
+                None if window is None else window.total,
             )
         stream.spent(call.draw, following)
+        if window is not None:
+            window.total = total
+            window.models.update(dict.fromkeys(work.models))
         for model, new in zip(work.models, grads, strict=True):
             if new:
                 model.gradients = {**model.gradients, **new} if model.gradients else new
@@ -195,7 +203,9 @@ class Steps:
         engine.pace(loss)
         return call.finish(loss, outputs)
 
-    def _held(self, models: Sequence[JaxModel], grad_names: Sequence[Sequence[str]], scale: float) -> tuple[Named, ...]:
+    def _held(
+        self, models: Sequence[JaxModel], grad_names: Sequence[Sequence[str]], accumulates: bool
+    ) -> tuple[Named, ...]:
         """The gradients to add to, per model; they are donated.
 
         With accumulation the first micro batch adds to zeros, so that one program serves all of them.
@@ -203,7 +213,7 @@ class Steps:
         held: list[Named] = []
         for model, names in zip(models, grad_names, strict=True):
             have = self._own_gradients(model, names) if model.gradients else {}
-            if have or scale != 1.0:
+            if have or accumulates:
                 missing = [name for name in names if name not in have]
                 if missing:
                     have = {**have, **self.zeros(model, missing)}
@@ -235,6 +245,33 @@ class Steps:
             )
 
         return self.function(("zeros", specs), make)()
+
+    def scale_gradients(self, models: Sequence[JaxModel], factor: Any, *, divides: bool = False) -> None:
+        """Multiply the gradients that these models hold by a scalar, or divide them: by 0 they become 0."""
+        targets: list[Target] = [(model, None) for model in models if model.gradients]
+        if not targets:
+            return
+        held = tuple([self._own_gradients(model, None) for model, _ in targets])
+
+        def make() -> Callable[..., Any]:
+            def scaled(grads: tuple[Named, ...], factor: jax.Array) -> tuple[Named, ...]:
+                what = "normalise_gradients" if divides else "scale_gradients"
+                self.engine.compiles.tracing(what, {"gradients": f"{sum(map(len, grads))} arrays"})
+                change = mean_of if divides else lambda grad, by: grad * by.astype(grad.dtype)
+                changed: tuple[Named, ...] = jax.tree.map(lambda grad: change(grad, factor), grads)
+                return self.engine.constrain(changed)
+
+            return jax.jit(scaled, donate_argnums=0)
+
+        with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
+            changed = self.engine.compiles.run(self.function(("scale gradients", divides), make), held, factor)
+        _replace_gradients(targets, changed)
+
+    def zero(self) -> jax.Array:
+        """A float32 scalar of 0 on all devices, of which a window's sum of weights starts."""
+        if self._zero is None:
+            self._zero = self.engine.mesh.replicate([np.float32(0)])[0]
+        return self._zero
 
     def function(self, key: Hashable, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """A jitted function made once per key."""
@@ -397,7 +434,9 @@ def _forward_function(work: Work) -> Callable[..., Any]:
 
 
 def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
-    def backward(held: Any, params: Any, buffers: Any, base: Any, counter: Any, inputs: Any, scaler: Any) -> Any:
+    def backward(
+        held: Any, params: Any, buffers: Any, base: Any, counter: Any, inputs: Any, scaler: Any, total: Any
+    ) -> Any:
         loss_scale = None if scaler is None else scaler[0]
         added = f"{sum(map(len, held))} arrays"
         result, following = work.run(
@@ -410,6 +449,10 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
             "backward",
             **{"gradients added to": added, "scale": str(scale)},
         )
+        if work.is_weighted:
+            weight = result.outputs.pop()
+            result.loss = mean_of(result.loss, weight)
+            total = work.engine.constrain(total + weight)
         grads = unscaled(result.grads, scale, loss_scale)
         is_finite = None if scaler is None else work.engine.constrain(all_finite(grads))
         per_model = tuple(
@@ -417,7 +460,7 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
             for have, new in zip(held, work.by_model(grads), strict=True)
         )
         per_model = work.engine.constrain(per_model)
-        return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite
+        return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite, total
 
     work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)
     return jitted

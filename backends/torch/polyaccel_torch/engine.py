@@ -348,7 +348,8 @@ class TorchEngine:
     def train_step(self, spec: StepSpec) -> Callable[[Any, bool], Any] | None:
         """The calls of the other two forms in the same order, without what lies between them.
 
-        None with weights, and for a script of another dialect, whose loss function takes no torch batches, unless its bridge has a step for it.
+        None with weights, and for a script of another dialect, whose loss function takes no torch batches, unless its bridge
+        has a step for it.
         """
         if spec.bridge is not None:
             make = getattr(spec.bridge, "train_step", None)

@@ -21,9 +21,9 @@ from polyaccel_xla.spmd import Placement
 Flush = Callable[[], None]
 
 
-def bfloat16_autocast() -> torch.autocast:
+def bfloat16_autocast(*, enabled: bool = True) -> torch.autocast:
     """bfloat16 where it is safe, by torch's own list for XLA devices."""
-    return torch.autocast("xla", dtype=torch.bfloat16)
+    return torch.autocast("xla", dtype=torch.bfloat16, enabled=enabled)
 
 
 def compute_outputs_without_gradients(module: torch.nn.Module, arguments: Any, outputs: Any) -> None:
@@ -98,14 +98,23 @@ def differentiate(call: LossCall, scale: float) -> Any:
     """
     with torch.enable_grad():
         result = call.function(*call.args, **call.kwargs)
-    loss = result[0] if isinstance(result, tuple) else result
+    scaled(loss_tensor(result[0] if isinstance(result, tuple) else result), scale).backward()
+    return detached(result)
+
+
+def detached(result: Any) -> Any:
+    """What a loss function returned, without its graph."""
+    return trees.map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, result)
+
+
+def loss_tensor(loss: Any) -> torch.Tensor:
+    """The loss. Raises PrepareError for what is none."""
     if not isinstance(loss, torch.Tensor):
         raise PrepareError(
             f"the loss function returned a {type(loss).__name__} where a loss was expected",
             "return a scalar tensor, or (loss, auxiliary values)",
         )
-    scaled(loss, scale).backward()
-    return trees.map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, result)
+    return loss
 
 
 def scaled(loss: torch.Tensor, scale: float) -> torch.Tensor:
@@ -113,21 +122,31 @@ def scaled(loss: torch.Tensor, scale: float) -> torch.Tensor:
     return loss if scale == 1.0 else loss * scale
 
 
-def fused_step(spec: StepSpec, update: Update, flush: Flush) -> Callable[[Any, bool], Any]:
-    """The whole step as one graph; gradients are dropped before it starts, so that they are no outputs of it."""
+def fused_step(spec: StepSpec, update: Update, engine: Any) -> Callable[[Any, bool], Any]:
+    """The whole step of an XlaEngine as one graph; gradients are dropped before it starts, so that they are no outputs of it."""
     optimizer: torch.optim.Optimizer = spec.optimizer.optimizer
     parameters = [parameter for parameter in spec.model.parameters() if parameter.requires_grad]
 
     def step(batch: Any, sync: bool) -> Any:
-        result = differentiate(LossCall(spec.loss_fn, (spec.public_model, batch), {}), spec.scale)
+        call = LossCall(spec.loss_fn, (spec.public_model, batch), {})
+        if spec.weight is None:
+            result = differentiate(call, spec.scale)
+        else:
+            result = engine.add_weighted(call, spec.weight)
         if sync:
+            if spec.weight is not None:
+                engine.normalise_gradients()
+            elif engine.gradient_state is not None and engine.gradient_state.tail_factor != 1.0:
+                engine.scale_gradients(engine.gradient_state.tail_factor)
             if spec.norm_limit is not None:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, spec.norm_limit)
                 if spec.on_grad_norm is not None:
                     spec.on_grad_norm(norm)
             update.trace(optimizer)
             optimizer.zero_grad()
-        flush()
+            if engine.gradient_state is not None:
+                engine.gradient_state.window_weights = None  # else its sums would be outputs of the graph
+        engine.flush()
         return _named(result)
 
     return step

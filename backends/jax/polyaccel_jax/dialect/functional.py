@@ -16,6 +16,7 @@ import numpy as np
 
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LossCall, ProgramModel, ProgramResult, ShardCall
+from polyaccel.weighting import named_weight
 
 Named = dict[str, jax.Array]
 
@@ -178,6 +179,11 @@ class FlaxCall:
             return self._local(loss)
         tree = jax.tree.unflatten(structure, [self._local(output) for output in outputs])
         return tree if loss is None else (self._local(loss), tree)
+
+    def auxiliary(self, name: str, outputs: list[jax.Array]) -> Any:
+        """Traced: the auxiliary value of this name among a program's outputs. Raises UnsupportedError where there is none."""
+        structure = self._results.only if self._results.is_uniform else self._results.of(self.inputs)
+        return named_weight(None if structure is None else (None, jax.tree.unflatten(structure, outputs)), name)
 
     def note_structure(self, specs: Sequence[ArraySpec], structure: Any) -> None:
         """Remember the structure of what the function returned beside the loss (None: nothing) for inputs of these specs."""

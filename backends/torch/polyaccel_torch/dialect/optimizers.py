@@ -20,6 +20,7 @@ class GradientWindow(Protocol):
     """What an optimizer asks of gradient accumulation: is this micro batch's step a real one?"""
 
     sync_gradients: bool
+    window_weights: Any
 
 
 class PreparedOptimizer(Optimizer, OptimizerHandle):
@@ -51,6 +52,8 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
         if window is not None and not window.sync_gradients:
             return None
         self._told_overflow = None
+        if window is not None:
+            window.window_weights = None  # the window ends here
         if self._update is not None:
             return self._update(self.optimizer, closure)
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
@@ -58,8 +61,10 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, if this micro batch closes the accumulation window."""
         window = self._window
-        if window is not None and not window.sync_gradients:
-            return
+        if window is not None:
+            if not window.sync_gradients:
+                return
+            window.window_weights = None
         if self._takes_set_to_none:
             self.optimizer.zero_grad(set_to_none)
         else:
