@@ -296,7 +296,7 @@ def test_maps_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
         dispatch_model(Net(), {"": "disk"})
     with pytest.raises(PlanError, match="is 97"):
         dispatch_model(Net(), {"": 97})
-    with pytest.warns(UserWarning, match="no part of the model: layer9"):
+    with pytest.warns(UserWarning, match="do not match any submodules or tensors: layer9"):
         dispatch_model(Net(), {"": "cpu", "layer9": "cpu"})
     with init_empty_weights():
         empty = Net()

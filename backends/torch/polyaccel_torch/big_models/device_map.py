@@ -73,7 +73,7 @@ def check_device_map(model: nn.Module, device_map: Mapping[str, Device]) -> None
     known.update(name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
     unknown = [name for name in device_map if name not in known]
     if unknown:
-        warnings.warn(f"device_map has entries that are no part of the model: {', '.join(unknown)}", stacklevel=3)
+        warnings.warn(f"device_map keys do not match any submodules or tensors: {', '.join(unknown)}", stacklevel=3)
     homeless = [name for name in model.state_dict(keep_vars=True) if device_of(name, device_map) is None]
     if homeless:
         raise ConfigError(

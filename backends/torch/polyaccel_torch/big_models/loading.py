@@ -167,7 +167,7 @@ def _check_names(
         )
     if strict:
         raise CheckpointError(message, "load with strict=False to leave these as they are, or choose the right model")
-    _log.warning("%s", message)
+    _log.warning("%s%s", message, "; its weights of other names were not used when it was loaded" if unexpected else "")
 
 
 def _named(names: list[str]) -> str:
