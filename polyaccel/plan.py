@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from polyaccel.config import Config
+from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import PlanError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import PrecisionPolicy
 from polyaccel.topology import Topology
+
+log = logging.getLogger("polyaccel.plan")
+
+_EXCHANGE = "its compiler plans the exchange of gradients"
+# Setting -> (the feature of a backend that honours it, what holds where there is none, whether numbers stay the same without it).
+_OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
+    "autocast_cache": ("autocast_cache", "its programs cast a weight where they need it", True),
+    "ddp_broadcast_buffers": ("ddp", "buffers of a model are those of the whole job", False),
+    "ddp_bucket_cap_mb": ("ddp", _EXCHANGE, True),
+    "ddp_find_unused_parameters": ("ddp", "parameters that a loss does not depend on need no search", True),
+    "ddp_gradient_as_bucket_view": ("ddp", _EXCHANGE, True),
+    "ddp_static_graph": ("ddp", _EXCHANGE, True),
+    "ddp_comm_hook": ("ddp", _EXCHANGE, False),
+    "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
+    "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
+    "process_group": ("process_group", "its processes do not meet through torch.distributed", False),
+    "timeout_s": ("process_group", "its processes do not meet through torch.distributed", True),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +37,7 @@ class Plan:
     """Mesh sizes, precision and batch arithmetic of a job, equal on all of its processes but for `first_data_shard`.
 
     A process feeds the data shards `first_data_shard .. first_data_shard + num_local_data_shards`; batch sizes of loaders are
-    per data shard (or of the global batch with `split_batches`).
+    per data shard (or of the global batch with `split_batches`). `remarks`: settings that have no effect on this backend.
     """
 
     mesh: MeshSpec
@@ -30,6 +51,7 @@ class Plan:
     partitioning: str
     compile: bool
     compile_backend: str
+    remarks: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -39,7 +61,7 @@ def make_plan(
     backend: str,
     mesh_axes: frozenset[str],
     mixed_precision: frozenset[str],
-    can_compile: bool,
+    features: frozenset[str],
 ) -> Plan:
     """The plan of a config on these devices. Raises PlanError or UnsupportedError, naming the user's value and the way out."""
     for axis, size in config.mesh.sizes.items():
@@ -54,11 +76,13 @@ def make_plan(
             f"mixed_precision={config.mixed_precision!r} is not supported by backend {backend!r}",
             f"use one of: {', '.join(sorted(mixed_precision))}",
         )
-    if config.compile and not can_compile:
+    if config.compile and "compile" not in features:
         raise UnsupportedError(
-            f"compile=True is a setting of torch.compile, and backend {backend!r} compiles every step already",
-            "leave compile out",
+            f"compile=True ({config.sources.get('compile', 'default')}) is a setting of torch.compile, and backend {backend!r}"
+            " compiles every step already",
+            "leave it out",
         )
+    remarks = [*config.remarks, *_without_effect(config, backend, features)]
     if mesh.num_data_shards % topology.num_processes:
         raise PlanError(
             f"{mesh.num_data_shards} data shards cannot be fed by {topology.num_processes} processes in equal parts",
@@ -77,4 +101,24 @@ def make_plan(
         partitioning=config.partitioning,
         compile=config.compile,
         compile_backend=config.compile_backend,
+        remarks=tuple(remarks),
     )
+
+
+def say_remarks(plan: Plan, topology: Topology) -> None:
+    """Log, on process 0, what of the script's settings has no effect here."""
+    if topology.is_main_process:
+        for remark in plan.remarks:
+            log.warning("%s", remark)
+
+
+def _without_effect(config: Config, backend: str, features: frozenset[str]) -> Iterator[str]:
+    """A remark for every setting that changes no number and nothing else here. Raises UnsupportedError for one that would."""
+    for name, (feature, why, is_harmless) in _OF_SOME_BACKENDS.items():
+        value = getattr(config, name)
+        if feature in features or value == SETTINGS[name].default:
+            continue
+        given = f"{name}={value!r} ({config.sources.get(name, 'default')})"
+        if not is_harmless:
+            raise UnsupportedError(f"{given} is not supported by backend {backend!r}: {why}", "leave it out")
+        yield f"{given} has no effect on backend {backend!r}: {why}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from polyaccel.config.handler import KwargsHandler
 
@@ -22,3 +23,10 @@ class GradientAccumulationPlugin(KwargsHandler):
     adjust_scheduler: bool = True
     sync_with_dataloader: bool = True
     sync_each_batch: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """`num_steps` is the setting gradient_accumulation_steps."""
+        given = self.given()
+        if "num_steps" in given:
+            given["gradient_accumulation_steps"] = given.pop("num_steps")
+        return given

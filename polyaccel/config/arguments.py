@@ -2,55 +2,142 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
+from polyaccel.config import absent
 from polyaccel.config.accumulating import GradientAccumulationPlugin
+from polyaccel.config.compiling import TorchDynamoPlugin
+from polyaccel.config.exchange import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
+from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
+from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
 from polyaccel.config.pending import refuse_pending
+from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.resolve import resolve
 from polyaccel.config.schema import Config
-from polyaccel.errors import ConfigError
+from polyaccel.errors import ConfigError, UnsupportedError
+from polyaccel.mesh import MeshSpec
 
-_SETTINGS = frozenset(field.name for field in fields(Config)) - {"sources"}
-# Fields of settings objects whose setting has another name.
-_RENAMED = {("gradient_accumulation_plugin", "num_steps"): "gradient_accumulation_steps"}
+_SETTINGS = frozenset(field.name for field in fields(Config) if field.name == "mesh" or "help" in field.metadata)
 _OBJECTS: Mapping[str, type[KwargsHandler]] = {
     "dataloader_config": DataLoaderConfiguration,
     "gradient_accumulation_plugin": GradientAccumulationPlugin,
+    "dynamo_plugin": TorchDynamoPlugin,
+    "parallelism_config": ParallelismConfig,
+    "fsdp_plugin": FullyShardedDataParallelPlugin,
 }
+_HANDLERS = (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ProfileKwargs,
+)
 
 
 def config_of_arguments(given: Mapping[str, Any]) -> Config:
     """The Config of a constructor's arguments, by name; those that are None were not given, and others than settings are left alone.
 
-    Raises ConfigError for arguments that contradict each other, and for impossible values.
+    Raises ConfigError for arguments that contradict each other and for impossible values, UnsupportedError for what no engine has.
     """
-    arguments = {name: given[name] for name in _SETTINGS if given.get(name) is not None}
-    if arguments.get("backend") == "auto":
-        del arguments["backend"]
-    for name in _OBJECTS:
-        _take_apart(name, given.get(name), arguments)
-    config = resolve(arguments)
+    for name in absent.ARGUMENTS:
+        if given.get(name) is not None:
+            absent.refuse_argument(name)
+    taken = _Taken({name: given[name] for name in _SETTINGS if given.get(name) is not None})
+    if taken.values.get("backend") == "auto":
+        del taken.values["backend"]
+    if taken.values.get("mixed_precision") == "fp8":
+        raise UnsupportedError("mixed_precision='fp8' is not supported", "use mixed_precision='bf16'")
+    if given.get("dynamo_backend") is not None:
+        if given.get("dynamo_plugin") is not None:
+            raise ConfigError("dynamo_backend and dynamo_plugin are both given", "give one of the two")
+        taken.add("dynamo_backend", TorchDynamoPlugin(given["dynamo_backend"]).settings())
+    for handler in handlers_of(given.get("kwargs_handlers")).values():
+        taken.add(type(handler).__name__, handler.settings())
+    for name, kind in _OBJECTS.items():
+        taken.take_apart(name, given.get(name), kind)
+    config = resolve(taken.values, origins=taken.origins)
+    _check_together(config)
     refuse_pending(config)
-    return config
+    return replace(config, remarks=tuple(taken.remarks))
 
 
-def _take_apart(argument: str, settings: Any, arguments: dict[str, Any]) -> None:
-    """Add the settings that an object names to the arguments."""
-    if settings is None:
-        return
-    expected = _OBJECTS[argument]
-    if not isinstance(settings, expected):
-        raise ConfigError(f"{argument} is a {type(settings).__name__}", f"give a polyaccel.utils.{expected.__name__}")
-    for field, value in settings.given().items():
-        name = _RENAMED.get((argument, field), field)
-        if value is None:
-            continue
-        if arguments.get(name, value) != value:
+def handlers_of(kwargs_handlers: Iterable[Any] | None) -> dict[type[KwargsHandler], KwargsHandler]:
+    """The handlers of `Accelerator(kwargs_handlers=...)` by class. Raises ConfigError for two of one, and for others."""
+    found: dict[type[KwargsHandler], KwargsHandler] = {}
+    for handler in kwargs_handlers or ():
+        kind = next((kind for kind in _HANDLERS if isinstance(handler, kind)), None)
+        if kind is None:
             raise ConfigError(
-                f"{name}={arguments[name]!r} contradicts {argument}, whose {field} is {value!r}", "give one of the two"
+                f"kwargs_handlers has a {type(handler).__name__}, which means nothing here",
+                f"give objects of: {', '.join(kind.__name__ for kind in _HANDLERS)}",
             )
-        arguments[name] = value
+        if kind in found:
+            raise ConfigError(f"kwargs_handlers has two {kind.__name__}", "give one")
+        found[kind] = handler
+    return found
+
+
+class _Taken:
+    """Settings that arguments name, and which argument named each."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.origins: dict[str, str] = {}
+        self.remarks: list[str] = []
+
+    def take_apart(self, argument: str, settings: Any, kind: type[KwargsHandler]) -> None:
+        """Add what a settings object names."""
+        if settings is None:
+            return
+        if not isinstance(settings, kind):
+            raise ConfigError(f"{argument} is a {type(settings).__name__}", f"give a polyaccel.utils.{kind.__name__}")
+        named = settings.settings()
+        if isinstance(settings, FullyShardedDataParallelPlugin):
+            if left := settings.left_to_the_engine:
+                self.remarks.append(f"fsdp_plugin: {', '.join(left)}: decided by the engine")
+            if MeshSpec.of(self.values.get("mesh")).fsdp != 1:
+                return  # a mesh that shards says how; the plugin says only that
+        self.add(argument, named)
+
+    def add(self, argument: str, named: Mapping[str, Any]) -> None:
+        """Add settings by name. Raises ConfigError where another argument says otherwise."""
+        for name, value in named.items():
+            if value is None:
+                continue
+            if name in self.values and not _are_equal(name, self.values[name], value):
+                first = f" of {self.origins[name]}" if name in self.origins else ""
+                raise ConfigError(
+                    f"{name}={self.values[name]!r}{first} contradicts {argument}, which says {name}={value!r}",
+                    "give one of the two",
+                )
+            if name not in self.values:
+                self.values[name], self.origins[name] = value, argument
+
+
+def _are_equal(name: str, one: Any, other: Any) -> bool:
+    return MeshSpec.of(one) == MeshSpec.of(other) if name == "mesh" else bool(one == other)
+
+
+def _check_together(config: Config) -> None:
+    """Raises ConfigError for settings that are possible one by one and not together."""
+    _ = config.precision  # raises for a scale that cannot be
+    if config.compile_options and config.compile_mode != "default":
+        raise ConfigError(
+            f"compile_mode={config.compile_mode!r} and compile_options={dict(config.compile_options)!r} are both given",
+            "torch.compile takes one of the two",
+        )
+    if config.ddp_comm_wrapper != "no" and config.ddp_comm_hook == "no":
+        raise ConfigError(
+            f"ddp_comm_wrapper={config.ddp_comm_wrapper!r} wraps nothing: ddp_comm_hook is 'no'",
+            f"use ddp_comm_hook={config.ddp_comm_wrapper!r}",
+        )
+    if config.ddp_comm_state_option and "power_sgd" not in config.ddp_comm_hook:
+        raise ConfigError(
+            f"ddp_comm_state_option={dict(config.ddp_comm_state_option)!r} are options of PowerSGD,"
+            f" and ddp_comm_hook is {config.ddp_comm_hook!r}",
+            "use ddp_comm_hook='power_sgd', or leave the options out",
+        )

@@ -15,6 +15,7 @@ from polyaccel.config import accelerate_yaml
 from polyaccel.config.settings import SETTINGS, unknown
 from polyaccel.errors import ConfigError
 
+_TABLES = {name for name, setting in SETTINGS.items() if setting.kind == "table"}
 _SECTIONS = {name.rpartition(".")[0] for name in SETTINGS} - {""}
 _LARGEST_BYTES = 1 << 20  # a configuration is a page of text; a checkpoint given by mistake is not read into memory
 
@@ -141,7 +142,9 @@ def _toml_entries(path: Path, text: str) -> Iterator[Entry]:
 def _leaves(tree: dict[str, Any], prefix: str, lines: dict[str, int]) -> Iterator[Entry]:
     for key, value in tree.items():
         name = prefix + key
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and name in _TABLES:
+            yield Entry(name, value, lines.get(name, 0))
+        elif isinstance(value, dict) and value:
             yield from _leaves(value, name + ".", lines)
         elif not isinstance(value, dict) or name not in _SECTIONS:
             yield Entry(name, value, lines.get(name, lines.get(prefix.rstrip("."), 0)))
@@ -192,7 +195,10 @@ def _yaml_leaves(path: Path, node: Any, prefix: str, above: frozenset[int]) -> I
         if not isinstance(key, yaml.ScalarNode):
             raise ConfigError(f"{path}:{line}: a {key.id} cannot name a setting", "write one `name: value` per line")
         name = prefix + key.value
-        if isinstance(value, yaml.MappingNode):
+        if isinstance(value, yaml.MappingNode) and name in _TABLES:
+            # The names of a backend's own options: their values are of YAML's types, as nothing here knows them.
+            yield Entry(name, yaml.safe_load(yaml.serialize(value)), line)
+        elif isinstance(value, yaml.MappingNode):
             if value.value or name not in _SECTIONS:
                 yield from _yaml_leaves(path, value, name + ".", above | {id(node)})
         elif isinstance(value, yaml.SequenceNode):

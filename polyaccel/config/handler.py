@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Self
 
 
@@ -22,15 +22,23 @@ class KwargsHandler:
 
     def to_kwargs(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        defaults = type(self)().to_dict()
+        defaults = _defaults(type(self))
         return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
 
     def given(self) -> dict[str, Any]:
         """The fields that the script named, or changed since."""
-        changed = self.to_kwargs()
         named: frozenset[str] = vars(self).get("_named", frozenset())
-        return {name: getattr(self, name) for name in _names(type(self)) if name in named or name in changed}
+        values = {name: (getattr(self, name), default) for name, default in _defaults(type(self)).items()}
+        return {name: value for name, (value, default) in values.items() if name in named or value != default}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that the given fields mean, by name."""
+        return self.given()
 
 
 def _names(cls: Any) -> list[str]:
     return [field.name for field in fields(cls)]
+
+
+def _defaults(cls: Any) -> dict[str, Any]:
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}

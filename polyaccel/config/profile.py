@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal
 
+from polyaccel.config.handler import KwargsHandler
 from polyaccel.errors import ConfigError, nearest
 
 Phase = Literal["idle", "warm up", "record", "record and save"]
@@ -14,7 +15,7 @@ _COUNTS = ("wait", "warmup", "active", "repeat", "skip_first", "skip_first_wait"
 
 
 @dataclass(frozen=True, slots=True)
-class ProfileKwargs:
+class ProfileKwargs(KwargsHandler):
     """Settings of `accelerator.profile`.
 
     Args:
@@ -58,6 +59,10 @@ class ProfileKwargs:
         if "active" not in given:
             raise ConfigError("schedule_option names no active steps, so nothing would be recorded", "add active=3")
 
+    def settings(self) -> dict[str, Any]:
+        """None: a profile is no setting of the training."""
+        return {}
+
     def phase(self, step: int) -> Phase:
         """What is done with step number `step`, from 0 (torch.profiler.schedule)."""
         if self.schedule_option is None:
@@ -72,17 +77,3 @@ class ProfileKwargs:
         if at < wait + warmup:
             return "warm up"
         return "record" if at < wait + warmup + active - 1 else "record and save"
-
-
-def profile_handler(handlers: Iterable[Any] | None) -> ProfileKwargs:
-    """The ProfileKwargs among `Accelerator(kwargs_handlers=...)`, or the default. Raises ConfigError for two of them, and for others."""
-    given = list(handlers or ())
-    for handler in given:
-        if not isinstance(handler, ProfileKwargs):
-            raise ConfigError(
-                f"kwargs_handlers has a {type(handler).__name__}, which means nothing here",
-                "the only handler is polyaccel.utils.ProfileKwargs; precision and processes are settings of the Accelerator",
-            )
-    if len(given) > 1:
-        raise ConfigError("kwargs_handlers has two ProfileKwargs", "give one, and others to accelerator.profile(...)")
-    return given[0] if given else ProfileKwargs()

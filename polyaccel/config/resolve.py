@@ -25,8 +25,18 @@ _LAUNCHED_BACKEND = "POLYACCEL_LAUNCHED_BACKEND"
 _SOURCES = "POLYACCEL_CONFIG_SOURCES"
 # A user's: the configuration file, or "off".
 _FILE = "POLYACCEL_CONFIG_FILE"
-# Accelerate's name of POLYACCEL_DEBUG, which counts where both are set.
-_ACCELERATE_DEBUG = "ACCELERATE_DEBUG_MODE"
+# Accelerate's names of settings; our own counts where both are set.
+_ACCELERATE = {
+    "ACCELERATE_DEBUG_MODE": "debug",
+    "ACCELERATE_USE_CPU": "cpu",
+    "ACCELERATE_MIXED_PRECISION": "mixed_precision",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "gradient_accumulation_steps",
+    "ACCELERATE_DYNAMO_BACKEND": "compile_backend",
+    "ACCELERATE_DYNAMO_MODE": "compile_mode",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": "compile_fullgraph",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": "compile_dynamic",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "compile_regions",
+}
 
 
 @dataclass(slots=True)
@@ -51,8 +61,15 @@ class Gathered:
             )
 
 
-def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Config:
+def resolve(
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    *,
+    origins: Mapping[str, str] | None = None,
+) -> Config:
     """The Config of `defaults < file < environment < flags < arguments`; an argument that is None was not given.
+
+    `origins`: the argument of the script that a setting came with, where it has another name than the setting.
 
     The file is the one that POLYACCEL_CONFIG_FILE names ("off" for none), else polyaccel.toml in the working folder, else the
     user's (`user_config_file`). Flags arrive through the environment that `polyaccel launch` gives its workers.
@@ -63,7 +80,7 @@ def resolve(arguments: Mapping[str, Any], environment: Mapping[str, str] | None 
     gathered = gather(environment)
     for name, value in arguments.items():
         if value is not None:
-            _add_argument(gathered, name, value)
+            _add_argument(gathered, name, value, f"argument {(origins or {}).get(name, name)}")
     launched = environment.get(_LAUNCHED_BACKEND)
     chosen = gathered.values.get("backend", "auto")
     if launched and chosen not in ("auto", launched):
@@ -137,10 +154,7 @@ def environment_for(gathered: Gathered, *, launched: str) -> dict[str, str]:
     The worker reads no file of its own: it may run on another machine, or in another folder.
     """
     given = {name: value for name, value in gathered.values.items() if not _launches(name)}
-    texts = {
-        SETTINGS[name].variable: ",".join(value) if isinstance(value, tuple) else str(value)
-        for name, value in given.items()
-    }
+    texts = {SETTINGS[name].variable: SETTINGS[name].text(value) for name, value in given.items()}
     sources = json.dumps({name: gathered.sources[name] for name in given})
     return {**texts, _FILE: "off", _SOURCES: sources, _LAUNCHED_BACKEND: launched}
 
@@ -152,7 +166,7 @@ def inherited_environment() -> dict[str, str]:
 
 def environment_without_settings() -> dict[str, str]:
     """This process's environment for a process to which none of the settings applies, those of the user's file included."""
-    kept = {name: text for name, text in os.environ.items() if not name.startswith((PREFIX, _ACCELERATE_DEBUG))}
+    kept = {name: text for name, text in os.environ.items() if not name.startswith((PREFIX, *_ACCELERATE))}
     return {**kept, _FILE: "off"}
 
 
@@ -186,8 +200,14 @@ def _add_file(gathered: Gathered, path: Path) -> None:
 
 def _add_environment(gathered: Gathered, environment: Mapping[str, str]) -> None:
     sources = _sources_of(environment)
-    if environment.get(_ACCELERATE_DEBUG):
-        _add_text(gathered, "debug", environment[_ACCELERATE_DEBUG], f"environment {_ACCELERATE_DEBUG}")
+    for variable, name in _ACCELERATE.items():
+        text = environment.get(variable, "")
+        if name == "compile_backend" and text:
+            # Accelerate's one name for two settings: whether, and with what.
+            gathered.add("compile", text.lower() != "no", f"environment {variable}")
+            text = "" if text.lower() == "no" else text.lower()
+        if text:
+            _add_text(gathered, name, text, f"environment {variable}")
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable in (_LAUNCHED_BACKEND, _SOURCES, _FILE):
             continue
@@ -213,8 +233,7 @@ def _add_text(gathered: Gathered, name: str, text: str, source: str) -> None:
         gathered.problems.append(f"{source}={text!r} {error}")
 
 
-def _add_argument(gathered: Gathered, name: str, value: Any) -> None:
-    source = f"argument {name}"
+def _add_argument(gathered: Gathered, name: str, value: Any, source: str) -> None:
     if name == "mesh":
         for axis in [known for known in gathered.values if known.startswith("mesh.")]:
             del gathered.values[axis]  # a mesh is one value: sizes from elsewhere do not mix into it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from polyaccel.config.schema import MESH_HELP, SECTIONS, Config
@@ -12,8 +14,15 @@ from polyaccel.mesh import MeshSpec
 
 PREFIX = "POLYACCEL_"
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_KINDS = {bool: "bool", int: "int", str: "str", tuple: "list"}
-_WORDS = {"bool": "true or false", "int": "an integer", "str": "a text", "list": "a list of names"}
+_KINDS = {bool: "bool", int: "int", float: "float", str: "str", tuple: "list", dict: "table"}
+_WORDS = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "a text",
+    "list": "a list of names",
+    "table": 'a table of options, such as {"max_autotune": true}',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,16 @@ class Setting:
             except ValueError:
                 raise ValueError("is not an integer") from None
             return self.check(value)
+        if self.kind == "float":
+            try:
+                return self.check(float(text))
+            except ValueError:
+                raise ValueError("is not a number") from None
+        if self.kind == "table":
+            try:
+                return self.check(json.loads(text))
+            except json.JSONDecodeError:
+                raise ValueError(f"is not {_WORDS['table']}, in JSON") from None
         if self.kind == "list":
             return self.check(tuple(part.strip() for part in text.split(",") if part.strip()))
         return self.check(text)
@@ -57,10 +76,18 @@ class Setting:
         """The value, a list as a tuple. Raises ValueError that says why it cannot be this setting's."""
         if self.kind == "list" and isinstance(value, (list, set)):
             value = tuple(value)
+        elif self.kind == "float" and type(value) is int:
+            value = float(value)
+        elif self.kind == "table" and isinstance(value, Mapping):
+            value = dict(value)
         if _KINDS.get(type(value)) != self.kind:
             raise ValueError(f"is not {_WORDS[self.kind]}")
         if self.least is not None and value < self.least:
             raise ValueError(f"must be at least {self.least}")
+        if self.kind == "float" and not math.isfinite(value):
+            raise ValueError("is not a number")
+        if self.kind == "table":
+            _check_table(value)
         if self.choices and self.kind == "list":
             for name in value:
                 if name not in self.choices:
@@ -68,6 +95,18 @@ class Setting:
         elif self.choices and value not in self.choices:
             raise ValueError(f"is unknown: {nearest(value, self.choices)}")
         return value
+
+    def text(self, value: Any) -> str:
+        """The text that `parse` reads as this value."""
+        if self.kind == "table":
+            return json.dumps(value)
+        return ",".join(value) if self.kind == "list" else str(value)
+
+
+def _check_table(value: Mapping[Any, Any]) -> None:
+    for name, option in value.items():
+        if not isinstance(name, str) or not isinstance(option, (bool, int, float, str)):
+            raise ValueError(f"has {name!r}: {option!r}, and options are names with numbers, texts or true and false")
 
 
 def _flatten() -> Iterator[Setting]:
@@ -77,9 +116,10 @@ def _flatten() -> Iterator[Setting]:
                 sizes = MeshSpec().sizes
                 yield from (Setting(f"mesh.{axis}", "int", sizes[axis], MESH_HELP[axis]) for axis in sizes)
             elif "help" in f.metadata:
-                kind = f.metadata["kind"] or _KINDS[type(f.default)]
-                least = f.metadata["least"] if kind == "int" else None
-                yield Setting(section + f.name, kind, f.default, f.metadata["help"], f.metadata["choices"], least)
+                default = f.default_factory() if f.default is MISSING else f.default
+                kind = f.metadata["kind"] or _KINDS[type(default)]
+                least = f.metadata["least"] if kind in ("int", "float") else None
+                yield Setting(section + f.name, kind, default, f.metadata["help"], f.metadata["choices"], least)
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _flatten()}

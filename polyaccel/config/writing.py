@@ -26,7 +26,6 @@ def document(values: Mapping[str, Any], *, title: str) -> str:
 
 def template() -> str:
     """A TOML text with every setting as a comment: its default and its meaning."""
-    import tomlkit
 
     lines = ["# polyaccel: what is a comment here is at its default."]
     section = ""
@@ -36,8 +35,7 @@ def template() -> str:
         if table != section:
             section = table
             lines.append(f"\n[{table}]")
-        default = list(setting.default) if isinstance(setting.default, tuple) else setting.default
-        shown = "" if default is None else tomlkit.item(default).as_string()
+        shown = "" if setting.default is None else _item(setting.default).as_string()
         lines.append(f"\n# {setting.help}\n# {key} = {shown}".rstrip())
     return "\n".join(lines) + "\n"
 
@@ -92,4 +90,14 @@ def _put(text: Any, name: str, value: Any) -> None:
         if table not in text:
             text[table] = tomlkit.table()
         target = text[table]
-    target[key] = list(value) if isinstance(value, tuple) else value
+    target[key] = _item(value)
+
+
+def _item(value: Any) -> Any:
+    import tomlkit
+
+    if isinstance(value, dict):
+        item = tomlkit.inline_table()
+        item.update(value)
+        return item
+    return tomlkit.item(list(value) if isinstance(value, tuple) else value)

@@ -31,7 +31,7 @@ def open_engine(num_devices=1, *, seed=0, rendezvous=None, **settings):
         backend="jax",
         mesh_axes=known.mesh_axes,
         mixed_precision=known.mixed_precision,
-        can_compile="compile" in known.features,
+        features=known.features,
     )
     engine.bind(plan)
     engine.gradient_state = GradientState(plan.gradient_accumulation_steps)

@@ -37,7 +37,7 @@ def test_a_settings_object_reaches_the_config_with_the_source_of_an_argument():
     assert not accelerator.plan.even_batches
     assert accelerator.gradient_accumulation_steps == 3
     assert not accelerator.gradient_state.sync_with_dataloader
-    assert accelerator.config.sources["split_batches"] == "argument split_batches"
+    assert accelerator.config.sources["split_batches"] == "argument dataloader_config"
 
 
 def test_a_field_that_was_left_alone_comes_from_the_environment(monkeypatch):
@@ -58,7 +58,7 @@ def test_a_settings_object_and_an_argument_may_not_contradict_each_other():
     with pytest.raises(ConfigError, match="split_batches=False contradicts dataloader_config") as caught:
         Accelerator(split_batches=False, dataloader_config=DataLoaderConfiguration(split_batches=True))
     assert isinstance(caught.value, ValueError)
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=2 contradicts .* num_steps is 4"):
+    with pytest.raises(ConfigError, match=r"steps=2 contradicts gradient_accumulation_plugin, which says .*=4"):
         Accelerator(gradient_accumulation_steps=2, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=4))
     with pytest.raises(ConfigError, match="dataloader_config is a dict"):
         Accelerator(dataloader_config={"split_batches": True})

@@ -144,7 +144,7 @@ class FlaxToTorch:
         """The user's own model, with current values."""
         return value.held.source.current() if isinstance(value, FlaxModule) else value
 
-    def autocast(self, engine: Engine) -> AbstractContextManager[None]:
+    def autocast(self, engine: Engine, *, enabled: bool = True) -> AbstractContextManager[None]:
         """Nothing: the modules themselves compute in the plan's precision, and jax has no other switch for it."""
         return nullcontext()
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_CALLS = 32  # model calls in one recording; a loop that only looks at outputs is computed in parts of this size
-_AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @final
@@ -74,7 +74,7 @@ class Recorder:
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """What prepared models compute in, beside float32."""
-        return _AUTOCAST[self.engine.plan.precision.name]
+        return _AUTOCAST[self.engine.plan.precision.compute_dtype]
 
     def adopt(self, model: ManagedModel) -> None:
         """A model's values belong to the engine now."""

@@ -135,11 +135,11 @@ class TorchToJax:
         self._recorder.use(engine)
         return torch.device("cpu")
 
-    def autocast(self, engine: Any) -> AbstractContextManager[Any]:
-        """Torch operations inside compute in the plan's precision."""
+    def autocast(self, engine: Any, *, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Torch operations inside compute in the mixed precision; not enabled, in the dtype of their values."""
         self._recorder.use(engine)
-        dtype = self._recorder.autocast_dtype
-        return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
+        dtype = getattr(torch, engine.plan.precision.narrow_dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype, enabled=enabled)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -37,6 +37,9 @@ class TorchBackend:
                 "device_stats",
                 "fence",
                 "profile",
+                "ddp",
+                "autocast_cache",
+                "process_group",
             }
         ),
     )

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.rendezvous import rendezvous as find_store
 from torch.nn.parallel import DistributedDataParallel
 
@@ -74,14 +73,23 @@ def join(
     use_cpu: bool,
     timeout: timedelta = JOIN_TIMEOUT,
     exchange_timeout: timedelta = timedelta(minutes=30),
+    process_group: str = "auto",
 ) -> Job:
     """Find the other processes of the job within `timeout` and connect to them. Every process must call it.
 
-    `exchange_timeout` is how long an exchange waits for them afterwards, which may be as long as a checkpoint.
+    `exchange_timeout` is how long an exchange waits for them afterwards, which may be as long as a checkpoint. `process_group` is
+    the torch.distributed backend of training; "auto": what the device needs.
 
-    Raises PlanError (too few GPUs) or LaunchError, naming the address, when the others cannot be reached in time.
+    Raises PlanError (too few GPUs, or nccl without one) or LaunchError, naming the address, when the others cannot be reached in time.
     """
     device = choose_device(place, use_cpu=use_cpu)
+    if process_group == "nccl" and device.type != "cuda":
+        raise PlanError(
+            f"process_group='nccl' needs GPUs, and this process computes on {device.type!r}",
+            "leave process_group out, or use 'gloo'",
+        )
+    if process_group == "auto":
+        process_group = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif place.num_local_processes > 1:
@@ -103,7 +111,7 @@ def join(
         )
     owns_group = not dist.is_initialized()
     if owns_group:
-        _connect(place, device, timeout, exchange_timeout)
+        _connect(place, device, process_group, timeout, exchange_timeout)
         atexit.register(_leave_at_exit)
     collectives = ProcessCollectives(place.num_processes, _host_exchange(topology, exchange_timeout))
     return Job(topology, device, collectives, owns_group)
@@ -135,7 +143,9 @@ def _num_exchanges(group: weakref.ref[Any]) -> int:
     return 0 if found is None else int(found._get_sequence_number_for_group())
 
 
-def _connect(place: Rendezvous, device: torch.device, timeout: timedelta, exchange_timeout: timedelta) -> None:
+def _connect(
+    place: Rendezvous, device: torch.device, process_group: str, timeout: timedelta, exchange_timeout: timedelta
+) -> None:
     assert place.address is not None  # a job of several processes has one
     host = f"[{place.address}]" if ":" in place.address else place.address
     url = f"tcp://{host}:{place.port}"
@@ -144,12 +154,12 @@ def _connect(place: Rendezvous, device: torch.device, timeout: timedelta, exchan
         store, _, _ = next(find_store(url, place.process_index, place.num_processes, timeout=timeout))
         store.set_timeout(timeout)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            process_group,
             store=store,
             rank=place.process_index,
             world_size=place.num_processes,
             timeout=exchange_timeout,
-            device_id=device if device.type == "cuda" else None,
+            device_id=device if process_group == "nccl" else None,
         )
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
@@ -195,17 +205,6 @@ def _computes(task: Path) -> bool:
         return (task / "stat").read_text().rpartition(")")[2].split()[0] == "R"  # on a core, or waiting for one
     except OSError:
         return False  # it has ended
-
-
-def wrap(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The module with gradients averaged over processes; process 0's values are copied to all. Every process must call it."""
-    on_gpu = device.type == "cuda"
-    return DistributedDataParallel(
-        module,
-        device_ids=[device.index] if on_gpu else None,
-        output_device=device.index if on_gpu else None,
-        gradient_as_bucket_view=True,  # gradients live in the buckets that are exchanged: no second copy
-    )
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from polyaccel_torch.dialect.modules import Autocast
 _LARGEST = torch.finfo(torch.float32).max  # a scale that would overflow stays
 
 
-def autocast_of(policy: PrecisionPolicy, device: torch.device) -> Autocast | None:
-    """A factory of autocast contexts, None for float32."""
+def autocast_of(policy: PrecisionPolicy, device: torch.device, *, cache: bool = True) -> Autocast | None:
+    """A factory of autocast contexts in the policy's narrow dtype, None for float32."""
     if policy.name == "no":
         return None
-    return functools.partial(torch.autocast, device.type, dtype=getattr(torch, policy.compute_dtype))
+    return functools.partial(
+        torch.autocast, device.type, dtype=getattr(torch, policy.narrow_dtype), cache_enabled=cache
+    )
 
 
 class LossScaler:

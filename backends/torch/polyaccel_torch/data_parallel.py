@@ -1,0 +1,65 @@
+"""DistributedDataParallel around a prepared model, as the settings ddp_... ask for it, with gradients compressed for their exchange."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from polyaccel.errors import ConfigError
+
+if TYPE_CHECKING:
+    from polyaccel.config import Config
+
+_HOOKS: dict[str, Any] = {
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+    "power_sgd": powerSGD_hook.powerSGD_hook,
+    "batched_power_sgd": powerSGD_hook.batched_powerSGD_hook,
+}
+_WRAPPERS: dict[str, Any] = {
+    "fp16": default_hooks.fp16_compress_wrapper,
+    "bf16": default_hooks.bf16_compress_wrapper,
+}
+_TORCHS_BUCKET_MB = 25
+
+
+def wrap(module: nn.Module, device: torch.device, config: Config) -> DistributedDataParallel:
+    """The module with gradients averaged over processes; process 0's values are copied to all. Every process must call it.
+
+    Raises ConfigError for options that PowerSGD does not have.
+    """
+    state = _power_sgd(config)
+    on_gpu = device.type == "cuda"
+    parallel = DistributedDataParallel(
+        module,
+        device_ids=[device.index] if on_gpu else None,
+        output_device=device.index if on_gpu else None,
+        broadcast_buffers=config.ddp_broadcast_buffers,
+        # Torch's own size is asked for by None: its first bucket is then small, so that the exchange begins early.
+        bucket_cap_mb=None if config.ddp_bucket_cap_mb == _TORCHS_BUCKET_MB else config.ddp_bucket_cap_mb,
+        find_unused_parameters=config.ddp_find_unused_parameters,
+        gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
+        static_graph=config.ddp_static_graph,
+    )
+    hook = _HOOKS.get(config.ddp_comm_hook)
+    if hook is not None:
+        wrapper = _WRAPPERS.get(config.ddp_comm_wrapper)
+        parallel.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
+    return parallel
+
+
+def _power_sgd(config: Config) -> powerSGD_hook.PowerSGDState | None:
+    """The memory of PowerSGD: what compression left out of a gradient is added to the next one."""
+    if "power_sgd" not in config.ddp_comm_hook:
+        return None
+    try:
+        return powerSGD_hook.PowerSGDState(None, **config.ddp_comm_state_option)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"ddp_comm_state_option={dict(config.ddp_comm_state_option)!r}: {error}",
+            "its names are those of torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook.PowerSGDState",
+        ) from error

@@ -1,0 +1,80 @@
+"""Accelerate's settings for libraries that are no engine here: each says, where it is used, what to use instead."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from polyaccel.errors import UnsupportedError
+
+_SHARD = "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stage 3, {'data': -1} for copies"
+_NARROW = "use mixed_precision='bf16'"
+
+# Arguments of Accelerator.
+ARGUMENTS = {
+    "deepspeed_plugin": _SHARD,
+    "deepspeed_plugins": _SHARD,
+    "megatron_lm_plugin": "use the mesh instead: Accelerator(mesh={'tensor': n, 'sequence': m, 'fsdp': k})",
+    "torch_tp_plugin": "use Accelerator(mesh={'tensor': n}), or ParallelismConfig(tp_size=n)",
+}
+
+
+def refuse_argument(name: str) -> NoReturn:
+    """Raises UnsupportedError for one of `ARGUMENTS`."""
+    raise UnsupportedError(f"{name} is not supported: no engine here is of that kind", ARGUMENTS[name])
+
+
+class _Absent:
+    """A name that scripts import. Making one raises UnsupportedError, which says what to use instead."""
+
+    _instead = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedError(f"{type(self).__name__} is not supported: no engine here is of that kind", self._instead)
+
+
+class DeepSpeedPlugin(_Absent):
+    """DeepSpeed. Instead: the mesh."""
+
+    _instead = _SHARD
+
+
+class DeepSpeedSequenceParallelConfig(_Absent):
+    """Ulysses. Instead: the mesh axis `sequence`."""
+
+    _instead = "use Accelerator(mesh={'sequence': n}), or ParallelismConfig(sp_size=n)"
+
+
+class MegatronLMPlugin(_Absent):
+    """Megatron-LM. Instead: the mesh."""
+
+    _instead = ARGUMENTS["megatron_lm_plugin"]
+
+
+class TorchTensorParallelPlugin(_Absent):
+    """Accelerate's earlier name of tensor parallelism. Instead: the mesh axis `tensor`."""
+
+    _instead = ARGUMENTS["torch_tp_plugin"]
+
+
+class FP8RecipeKwargs(_Absent):
+    """fp8. Instead: bf16."""
+
+    _instead = _NARROW
+
+
+class AORecipeKwargs(FP8RecipeKwargs):
+    """fp8 of torchao. Instead: bf16."""
+
+
+class TERecipeKwargs(FP8RecipeKwargs):
+    """fp8 of Transformer Engine. Instead: bf16."""
+
+
+class MSAMPRecipeKwargs(FP8RecipeKwargs):
+    """fp8 of MS-AMP. Instead: bf16."""
+
+
+class BnbQuantizationConfig(_Absent):
+    """4 and 8 bit weights of bitsandbytes. Instead: narrower weights of torch's own."""
+
+    _instead = "load the weights as bfloat16 (torch_dtype=torch.bfloat16), or quantise the model before prepare"
