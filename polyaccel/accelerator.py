@@ -10,7 +10,7 @@ from polyaccel import jobs, seeding
 from polyaccel.accumulation import GradientState
 from polyaccel.config import Config
 from polyaccel.config.accumulating import GradientAccumulationPlugin
-from polyaccel.config.arguments import config_of_arguments, handlers_of
+from polyaccel.config.arguments import config_of_arguments, profile_settings
 from polyaccel.config.compiling import DynamoBackend, TorchDynamoPlugin
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
@@ -112,7 +112,7 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
     ) -> None:
         self.config: Config = config_of_arguments(locals())
         chosen = choose_backend(self.config.backend)
-        self._profile_handler = handlers_of(kwargs_handlers).get(ProfileKwargs, ProfileKwargs())
+        self._profile_handler = profile_settings(kwargs_handlers)
         expected = of_script()  # before the engine imports frameworks of its own
         self._engine = chosen.open(self.config, from_environment())
         capabilities = chosen.capabilities

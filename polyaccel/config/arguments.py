@@ -81,6 +81,12 @@ def handlers_of(kwargs_handlers: Iterable[Any] | None) -> dict[type[KwargsHandle
     return found
 
 
+def profile_settings(kwargs_handlers: Iterable[Any] | None) -> ProfileKwargs:
+    """The ProfileKwargs among the handlers, or the default."""
+    found = handlers_of(kwargs_handlers).get(ProfileKwargs)
+    return found if isinstance(found, ProfileKwargs) else ProfileKwargs()
+
+
 class _Taken:
     """Settings that arguments name, and which argument named each."""
 
