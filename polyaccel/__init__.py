@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from polyaccel.big_models import init_on_device as init_on_device
     from polyaccel.big_models import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from polyaccel.big_models import load_checkpoint_in_model as load_checkpoint_in_model
-    from polyaccel.compat.enums import DistributedType as DistributedType
     from polyaccel.compat.state import PartialState as PartialState
     from polyaccel.config import Config as Config
     from polyaccel.config.loading import DataLoaderConfiguration as DataLoaderConfiguration
     from polyaccel.data import skip_first_batches as skip_first_batches
+    from polyaccel.distribution import DistributedType as DistributedType
     from polyaccel.ema import EMA as EMA
     from polyaccel.errors import PolyaccelError as PolyaccelError
     from polyaccel.launch.notebook import debug_launcher as debug_launcher
@@ -41,7 +41,7 @@ _HOME = {
     "Accelerator": "polyaccel.accelerator",
     "Config": "polyaccel.config",
     "DataLoaderConfiguration": "polyaccel.config.loading",
-    "DistributedType": "polyaccel.compat.enums",
+    "DistributedType": "polyaccel.distribution",
     "EMA": "polyaccel.ema",
     "LocalSGD": "polyaccel.local_sgd",
     "MeshSpec": "polyaccel.mesh",

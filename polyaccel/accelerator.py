@@ -15,9 +15,9 @@ from polyaccel.config.compiling import DynamoBackend, TorchDynamoPlugin
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
-from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
+from polyaccel.errors import NotStartedError
 from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Preparing, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
@@ -151,7 +151,7 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
         say_remarks(self.plan, self._engine.topology)
-        jobs.own(self)  # now that it is whole
+        self._number = jobs.own(self)  # now that it is whole
 
     def _recording(self) -> Observer:
         seeding.seed_if_unset(self.config.seed)
@@ -232,6 +232,10 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerator:
         return self  # it stands for the process, of which there is one
 
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        # No model is written with it. The number is the same in every run of a script, so that caches that hash it stay valid.
+        return _in_this_process, (self._number,)
+
     def __repr__(self) -> str:
         topology = self._engine.topology
         return (
@@ -239,3 +243,14 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
             f" process {topology.process_index} of {topology.num_processes},"
             f" {topology.num_devices} x {topology.device_kind}, data shards {self.num_data_shards})"
         )
+
+
+def _in_this_process(number: int) -> Accelerator:
+    """What an Accelerator is unpickled as: the one of this number, in its own process the very same."""
+    found: Accelerator | None = jobs.numbered(number)
+    if found is None:
+        raise NotStartedError(
+            f"Accelerator number {number} was unpickled in a process that has made no such Accelerator",
+            "pass the values that are needed there (accelerator.device, accelerator.process_index) instead of the Accelerator",
+        )
+    return found

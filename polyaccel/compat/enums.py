@@ -4,27 +4,9 @@ from __future__ import annotations
 
 import enum
 
+from polyaccel.distribution import DistributedType
 
-class DistributedType(str, enum.Enum):  # noqa: UP042 - str() of a StrEnum would be "NO", where Accelerate's is "DistributedType.NO"
-    """How a job is spread over processes and devices.
-
-    polyaccel's jobs are NO, MULTI_CPU, MULTI_GPU, MULTI_NPU, MULTI_XPU, FSDP or XLA; the others are here to be compared with.
-    """
-
-    NO = "NO"
-    MULTI_CPU = "MULTI_CPU"
-    MULTI_GPU = "MULTI_GPU"
-    MULTI_NPU = "MULTI_NPU"
-    MULTI_MLU = "MULTI_MLU"
-    MULTI_SDAA = "MULTI_SDAA"
-    MULTI_MUSA = "MULTI_MUSA"
-    MULTI_XPU = "MULTI_XPU"
-    MULTI_HPU = "MULTI_HPU"
-    MULTI_NEURON = "MULTI_NEURON"
-    DEEPSPEED = "DEEPSPEED"
-    FSDP = "FSDP"
-    XLA = "XLA"
-    MEGATRON_LM = "MEGATRON_LM"
+__all__ = ["DistributedType", "PrecisionType", "RNGType"]
 
 
 class PrecisionType(enum.StrEnum):

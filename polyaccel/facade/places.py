@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
 from polyaccel import processes
+from polyaccel.distribution import DistributedType, distributed_type_of
 from polyaccel.errors import PrepareError
 from polyaccel.facade.parts import Parts
+from polyaccel.facade.state import AcceleratorState
 from polyaccel.looking.bars import print_above
-from polyaccel.topology import Topology
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,10 +21,15 @@ R = TypeVar("R")
 class Places(Parts):
     """The job as this process sees it."""
 
-    @property
-    def state(self) -> Topology:
+    @cached_property
+    def state(self) -> AcceleratorState:
         """The processes and devices of the job, seen from here."""
-        return self._engine.topology
+        return AcceleratorState.of(self)
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """How the job is spread, in Accelerate's one word for it; see `polyaccel.distribution`."""
+        return distributed_type_of(self.backend, self._engine.topology, self.plan)
 
     @property
     def device(self) -> Any:

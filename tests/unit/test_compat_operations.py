@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from polyaccel import jobs
-from polyaccel.compat import state as states
 from polyaccel.errors import ConfigError
 from polyaccel.registry import register_backend
 from polyaccel.testing.fake import FakeBackend
@@ -71,7 +70,8 @@ def array(request):
 def job(monkeypatch):
     monkeypatch.setattr(jobs, "_engines", [])
     monkeypatch.setattr(jobs, "_accelerators", [])
-    monkeypatch.setattr(states, "_own", None)
+    monkeypatch.setattr(jobs, "_kept", None)
+    monkeypatch.setattr(jobs, "_make", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "fake")
 
 

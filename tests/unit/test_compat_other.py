@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from polyaccel import Accelerator, jobs
-from polyaccel.compat import state as states
 from polyaccel.errors import CheckpointError, UnsupportedError
 from polyaccel.utils import (
     check_os_kernel,
@@ -32,7 +31,8 @@ torch = pytest.importorskip("torch")
 def on_torch(monkeypatch):
     monkeypatch.setattr(jobs, "_engines", [])
     monkeypatch.setattr(jobs, "_accelerators", [])
-    monkeypatch.setattr(states, "_own", None)
+    monkeypatch.setattr(jobs, "_kept", None)
+    monkeypatch.setattr(jobs, "_make", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "torch")
 
 

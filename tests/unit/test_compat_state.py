@@ -1,17 +1,20 @@
 """The state classes: what they say with, without and after an Accelerator."""
 
+import copy
 import gc
+import pickle
 
 import numpy as np
 import pytest
 
 from polyaccel import Accelerator, PartialState, jobs
 from polyaccel.compat import state as states
-from polyaccel.compat.state import AcceleratorState, GradientState, distributed_type_of, is_initialized
+from polyaccel.compat.state import AcceleratorState, GradientState, is_initialized
+from polyaccel.distribution import distributed_type_of
 from polyaccel.errors import ConfigError, NotStartedError, UnsupportedError
 from polyaccel.logging import get_logger
 from polyaccel.registry import register_backend
-from polyaccel.testing.fake import FakeBackend
+from polyaccel.testing.fake import FakeBackend, FakeModel
 from polyaccel.topology import Topology
 from polyaccel.utils import DistributedType
 
@@ -23,7 +26,8 @@ def no_job(monkeypatch):
     """Engines of other tests are not this one's."""
     monkeypatch.setattr(jobs, "_engines", [])
     monkeypatch.setattr(jobs, "_accelerators", [])
-    monkeypatch.setattr(states, "_own", None)
+    monkeypatch.setattr(jobs, "_kept", None)
+    monkeypatch.setattr(jobs, "_make", None)
     monkeypatch.setattr(states, "_gradients", None)
     monkeypatch.setenv("POLYACCEL_BACKEND", "fake")
 
@@ -93,9 +97,43 @@ def test_resetting_the_accelerator_state_alone_keeps_the_job():
     AcceleratorState._reset_state()
     assert not is_initialized()
     assert PartialState().num_processes == 1
-    assert jobs.accelerator() is accelerator
+    with pytest.raises(AttributeError, match=r"`AcceleratorState` object has no attribute.*_reset_state"):
+        _ = accelerator.num_processes
+    with pytest.raises(AttributeError, match="`AcceleratorState` object has no attribute"):
+        accelerator.prepare(FakeModel([[1.0]], [0.0]))
+    state = accelerator.state
+    with pytest.raises(AttributeError, match="`AcceleratorState` object has no attribute `num_processes`"):
+        _ = state.num_processes
+    again = Accelerator()
+    assert state.num_processes == again.num_processes  # the newest one's, as AcceleratorState() says
     AcceleratorState._reset_state(True)
     assert jobs.accelerator() is None
+
+
+def test_the_state_of_an_accelerator_is_its_own():
+    first, second = Accelerator(gradient_accumulation_steps=4), Accelerator()
+    assert first.state is first.state
+    assert first.gradient_state.num_steps == 4  # a second one changes nothing
+    first.state.note = "mine"
+    assert not hasattr(second.state, "note")
+    assert (first.state.num_devices, first.state.num_local_devices, first.state.device_kind) == (1, 1, "numpy")
+    assert first.state.distributed_type is first.distributed_type is DistributedType.NO
+    assert not first.state.debug
+    first.state.destroy_process_group()
+    first.state.destroy_process_group()
+    with pytest.raises(UnsupportedError, match="destroy_process_group"):
+        first.state.destroy_process_group(object())
+
+
+def test_a_pickled_accelerator_is_the_one_of_this_process():
+    accelerator = Accelerator()
+    assert pickle.loads(pickle.dumps(accelerator)) is accelerator
+    assert copy.deepcopy({"a": accelerator})["a"] is accelerator
+    written = pickle.dumps(accelerator)
+    del accelerator
+    gc.collect()
+    with pytest.raises(NotStartedError, match="was unpickled in a process"):
+        pickle.loads(written)
 
 
 def test_when_the_accelerator_is_gone_there_is_no_job():
@@ -155,12 +193,8 @@ def test_the_kind_of_job_has_accelerates_name(backend, kind, num_processes, mesh
 
     from polyaccel.mesh import MeshSpec
 
-    job = SimpleNamespace(
-        backend=backend,
-        state=Topology(0, num_processes, 0, 1, num_processes, kind),
-        plan=SimpleNamespace(mesh=MeshSpec.of(mesh)),
-    )
-    assert distributed_type_of(job) is DistributedType(expected)
+    topology, plan = Topology(0, num_processes, 0, 1, num_processes, kind), SimpleNamespace(mesh=MeshSpec.of(mesh))
+    assert distributed_type_of(backend, topology, plan) is DistributedType(expected)
 
 
 def test_the_gradient_state_follows_the_loop():
