@@ -29,7 +29,8 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
     top.add_argument("--version", action="store_true", help="print the version")
     commands = top.add_subparsers(dest="command", metavar="command")
     for name, summary in COMMANDS.items():
-        own = commands.add_parser(name, help=summary, description=summary)
+        # No abbreviations: argparse would try to complete the options of the user's script with ours.
+        own = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if command is None or name == command:
             import_module(f"polyaccel.cli.{name}").add_arguments(own)
     return top
