@@ -165,7 +165,7 @@ class CollectiveCalls:
                 return CollectiveError(*problem)
             time.sleep(LOOK_S / 5)
         return CollectiveError(
-            f"{self.call} lost another process: {error}",
+            f"{self.call} failed between the processes: {error}",
             "look for an earlier error in the output of the other processes",
         )
 

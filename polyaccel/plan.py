@@ -28,7 +28,6 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
     "process_group": ("process_group", "its processes do not meet through torch.distributed", False),
-    "timeout_s": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 
 

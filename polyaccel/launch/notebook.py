@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import sys
 import traceback
@@ -122,9 +123,14 @@ def _first_failure(reports: dict[Any, int]) -> tuple[int, str] | None:
 
 def _child(function: Callable[..., Any], args: Sequence[Any], environment: dict[str, str], sender: Connection) -> None:
     with adopt_environment(environment):
+        atexit._clear()  # what the parent does at its own end is not for this process
         try:
             function(*args)
-        except BaseException:  # noqa: BLE001 - SystemExit of the function too; the parent raises it
+        except BaseException as error:  # noqa: BLE001 - SystemExit of the function too; the parent raises it
             sender.send_bytes(traceback.format_exc().encode())
+            sys.last_value = error  # as after a script that failed
+            atexit._run_exitfuncs()
             sys.exit(1)
+        # As at the end of a script: multiprocessing ends a forked process without (before Python 3.13). The report comes after it.
+        atexit._run_exitfuncs()
     sender.send_bytes(b"")

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from polyaccel import wire
-from polyaccel.errors import UnsupportedError
+from polyaccel.collective_calls import Call, CollectiveCalls, different_calls
+from polyaccel.errors import CollectiveError, UnsupportedError
 from polyaccel.store import MemoryStore, Store
 from polyaccel.topology import Topology
+from polyaccel_jax.job import CoordinatorStore, job_of
+
+_HEADER = 8  # bytes: the size of an object, and what it is exchanged for
+_SMALL = 192  # bytes of an object that travel with the header
+_WORDS = 256
 
 _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sum": lambda stacked: stacked.sum(0, dtype=stacked.dtype),
@@ -27,65 +33,118 @@ _REDUCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class JaxCollectives:
-    """Runs on one device of every process. Every process must call each operation, in the same order."""
+    """Runs on one device of every process. Every process must call each operation, in the same order.
 
-    def __init__(self, devices: Sequence[jax.Device], topology: Topology) -> None:
+    On CPUs an operation returns when it is done; on other devices those on arrays return before, as every computation of jax does.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], topology: Topology, timeout_s: float = 1800.0) -> None:
         first: dict[int, jax.Device] = {}
         for device in devices:
             first.setdefault(device.process_index, device)
         self._num_processes = topology.num_processes
         self._mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("process",))
         self._functions: dict[str, Callable[[jax.Array], jax.Array]] = {}
+        self._job = job_of(topology, timeout_s) if topology.num_processes > 1 else None
+        self.calls = CollectiveCalls() if self._job is None else self._job.calls
+
+    def note_exchange(self) -> None:
+        """Training begins an exchange of its own: a program that ends only if every process runs it."""
+        if self._job is not None:
+            self._job.num_exchanges += 1
 
     def all_gather(self, array: Any) -> jax.Array:
         """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,).
 
         An array that is spread over the processes, such as a batch of a flax script, is whole already: every process gets all of it.
         """
+
+        def gather() -> jax.Array:
+            given = jnp.asarray(array)
+            if _is_spread(given):
+                return jnp.asarray(multihost_utils.process_allgather(given, tiled=True))
+            stacked = self._apply("gather", _keep, given)
+            return stacked if given.ndim == 0 else stacked.reshape(-1, *given.shape[1:])
+
+        if self._job is not None:
+            return self._run("all_gather", array, gather)
         with _types_of(array):
-            array = jnp.asarray(array)
-            if self._num_processes == 1:
-                return array.reshape(1) if array.ndim == 0 else array
-            if _is_spread(array):
-                return jnp.asarray(multihost_utils.process_allgather(array, tiled=True))
-            stacked = self._apply("gather", _keep, array)
-            return stacked if array.ndim == 0 else stacked.reshape(-1, *array.shape[1:])
+            whole = jnp.asarray(array)
+            return whole.reshape(1) if whole.ndim == 0 else whole
 
     def all_reduce(self, array: Any, operation: Literal["sum", "mean", "max", "min"]) -> jax.Array:
         """Reduce elementwise over processes."""
+
+        def reduce() -> jax.Array:
+            return self._apply(operation, _REDUCTIONS[operation], _own(jnp.asarray(array), "reduce"))
+
+        if self._job is not None:
+            return self._run(f"all_reduce({operation})", array, reduce)
         with _types_of(array):
-            array = _own(jnp.asarray(array), "reduce")
-            return (
-                jnp.copy(array) if self._num_processes == 1 else self._apply(operation, _REDUCTIONS[operation], array)
-            )
+            return jnp.copy(jnp.asarray(array))
 
     def broadcast(self, array: Any, from_process: int) -> jax.Array:
         """The array of one process, on all of them."""
+
+        def broadcast() -> jax.Array:
+            name = f"from {from_process}"
+            return self._apply(name, lambda stacked: stacked[from_process], _own(jnp.asarray(array), "broadcast"))
+
+        if self._job is not None:
+            return self._run(f"broadcast(from_process={from_process})", array, broadcast)
         with _types_of(array):
-            array = _own(jnp.asarray(array), "broadcast")
-            if self._num_processes == 1:
-                return jnp.copy(array)
-            return self._apply(f"from {from_process}", lambda stacked: stacked[from_process], array)
+            return jnp.copy(jnp.asarray(array))
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Plain values and arrays of all processes, in process order."""
-        if self._num_processes == 1:
-            return [wire.decode(wire.encode(value))]
-        data = np.frombuffer(wire.encode(value), np.uint8)
-        sizes = np.asarray(self.all_gather(np.int32(data.size)))
-        padded = np.zeros(int(sizes.max()), np.uint8)
-        padded[: data.size] = data
-        rows = np.asarray(self.all_gather(padded)).reshape(self._num_processes, -1)
+        """Plain values and arrays of all processes, in process order. Raises CollectiveError where processes call different things."""
+        data = wire.encode(value)
+        if self._job is None:
+            return [wire.decode(data)]
+        job = self._job
+        with self.calls("all_gather_object") as call:
+            sizes, rows = job.run(lambda: self._meet(call, data))
+            if max(sizes) > _SMALL:
+                padded = np.zeros(max(sizes), np.uint8)
+                padded[: len(data)] = np.frombuffer(data, np.uint8)
+                rows = job.run(lambda: np.asarray(self._apply("gather", _keep, padded)))
         return [wire.decode(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def barrier(self, tag: str) -> None:
-        """Return when every process has arrived at the barrier of this name."""
-        if self._num_processes > 1:
-            multihost_utils.sync_global_devices(tag)
+        """Return when every process has arrived at the barrier of this name; raises CollectiveError where one is at another."""
+        if self._job is not None:
+            with self.calls("barrier", tag) as call:
+                self._job.run(lambda: self._meet(call, b""))
 
     def store(self) -> Store:
         """The key-value store of the coordination service, which takes calls from any thread."""
-        return MemoryStore() if self._num_processes == 1 else CoordinatorStore()
+        return MemoryStore() if self._job is None else CoordinatorStore()
+
+    def _run(self, operation: str, array: Any, work: Callable[[], jax.Array]) -> jax.Array:
+        assert self._job is not None
+
+        def typed() -> jax.Array:
+            with _types_of(array):
+                return work()
+
+        with self.calls(operation, _described(array)):
+            return self._job.run(typed)
+
+    def _meet(self, call: Call, data: bytes) -> tuple[list[int], Any]:
+        """Sizes and first bytes of everyone's data, once every process has come to this call."""
+        what = "\n".join((call.name, call.operation, call.detail)).encode()
+        row = np.zeros(_HEADER + _SMALL, np.uint8)
+        row[:_HEADER] = np.frombuffer(np.array([len(data), crc32(what)], np.uint32).tobytes(), np.uint8)
+        row[_HEADER : _HEADER + len(data)] = np.frombuffer(data[:_SMALL], np.uint8)
+        rows = np.asarray(self._apply("gather", _keep, row))
+        heads = np.ascontiguousarray(rows[:, :_HEADER]).view(np.uint32)
+        if len(set(heads[:, 1].tolist())) > 1:
+            words = (
+                "\n".join((call.name, call.place, call.operation, call.detail)).encode()[:_WORDS].ljust(_WORDS, b"\0")
+            )
+            said = np.asarray(self._apply("gather", _keep, np.frombuffer(words, np.uint8)))
+            calls = [_call_of(one.tobytes()) for one in said]
+            raise CollectiveError(*different_calls(dict(enumerate(calls))))
+        return heads[:, 0].tolist(), rows[:, _HEADER:]
 
     def _apply(self, name: str, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
         sharding = NamedSharding(self._mesh, PartitionSpec("process"))
@@ -114,29 +173,6 @@ def _own(array: jax.Array, name: str) -> jax.Array:
     return array
 
 
-class CoordinatorStore:
-    """See `polyaccel.store.Store`."""
-
-    def __init__(self) -> None:
-        client = distributed.global_state.client
-        assert client is not None  # a job of several processes has one
-        self._client = client
-
-    def set(self, key: str, value: str) -> None:
-        """Write a text for all processes."""
-        self._client.key_value_set(key, value, allow_overwrite=True)
-
-    def get(self, key: str) -> str | None:
-        """The text of this key, or None; does not wait."""
-        try:
-            text: str = self._client.key_value_try_get(key)
-        except jax.errors.JaxRuntimeError as error:
-            if str(error).startswith("NOT_FOUND"):
-                return None
-            raise
-        return text
-
-
 def _types_of(array: Any) -> AbstractContextManager[Any]:
     """64-bit types where the array has them: a torch script's int64 must not lose its upper half on the way."""
     wide = getattr(array, "dtype", None) is not None and np.dtype(array.dtype).itemsize >= 8
@@ -145,3 +181,12 @@ def _types_of(array: Any) -> AbstractContextManager[Any]:
 
 def _keep(stacked: jax.Array) -> jax.Array:
     return stacked
+
+
+def _described(array: Any) -> str:
+    return f"{tuple(getattr(array, 'shape', ()))} {getattr(array, 'dtype', type(array).__name__)}"
+
+
+def _call_of(words: bytes) -> Call:
+    name, place, operation, detail = [*words.rstrip(b"\0").decode("utf-8", "replace").split("\n"), "", "", ""][:4]
+    return Call(name, place, operation, detail)

@@ -18,7 +18,6 @@ from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import (
     ArraySpec,
-    Collectives,
     CompileEvent,
     LoaderSpec,
     LossCall,
@@ -28,7 +27,7 @@ from polyaccel.protocols import (
     StepSpec,
 )
 from polyaccel.topology import Topology
-from polyaccel_jax import dialect, looking, state
+from polyaccel_jax import dialect, job, looking, state
 from polyaccel_jax.averages import ModelAverage
 from polyaccel_jax.collectives import JaxCollectives
 from polyaccel_jax.compiles import CompileLog
@@ -86,7 +85,7 @@ class JaxEngine:
         self._local_devices = local
         if len(local) > 1 and local[0].platform == "cpu":
             self._in_flight = deque()
-        self.collectives: Collectives = JaxCollectives(self._devices, self.topology)
+        self.collectives: JaxCollectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.compiles = CompileLog()
         self.scaler: ScalerState | None = None
@@ -178,7 +177,7 @@ class JaxEngine:
         """Leave the job. Idempotent."""
         if self._holds_job:
             self._holds_job = False
-            _leave()
+            _leave(self.collectives)
 
     # -- Engine: objects -------------------------------------------------------------------------------------------------
 
@@ -458,6 +457,7 @@ def _join(rendezvous: Rendezvous) -> bool:
             "check that process 0 runs and that its port can be reached from here; create the Accelerator before using jax",
         ) from error
     _num_holders = 1
+    job.leave_at_exit()
     return True
 
 
@@ -478,8 +478,10 @@ def _wait_for_coordinator(rendezvous: Rendezvous) -> None:
             time.sleep(0.1)
 
 
-def _leave() -> None:
+def _leave(collectives: JaxCollectives) -> None:
     global _num_holders
     _num_holders -= 1
     if _num_holders == 0:
-        jax.distributed.shutdown()
+        collectives.calls.close()
+        if not collectives.calls.is_broken:  # else the others may never say goodbye
+            jax.distributed.shutdown()

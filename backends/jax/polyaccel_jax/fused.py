@@ -46,7 +46,8 @@ class FusedStep:
         if not self._is_native:
             bridge: Any = self.spec.bridge
             call = bridge.lower(LossCall(self.spec.loss_fn, (self.spec.public_model, batch), {}), "loss")
-            call = self._weighted(call)
+            if self.spec.weight is not None:
+                call = self._weighted(call)
             return self._run(call, self._program(call, sync), sync)
         leaves, treedef = _flatten(batch)
         key = (treedef, self._source.token, sync)
@@ -189,6 +190,7 @@ class _Fused:
         self._on_grad_norm = on_grad_norm
         self._compiles = engine.compiles
         self._run = engine.compiles.run
+        self._note_exchange = engine.collectives.note_exchange
         self._is_whole = optimizer.covers_model
         self._hyperparameters = optimizer.hyperparameters
         self._others = tuple(model for model in work.models if model is not optimizer.model)
@@ -205,6 +207,7 @@ class _Fused:
             base, counter = engine.stream.base, engine.stream.counter(call.draw)
             self.work.call = call  # a new input signature is built by the latest call
         is_whole = self._is_whole
+        self._note_exchange()
         loss, outputs, trained, state, changed, following, scaler, skipped, norm = self._run(
             self.jitted,
             (model.leaves if is_whole else optimizer.trained_leaves(), optimizer.leaves),

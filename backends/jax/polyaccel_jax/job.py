@@ -1,0 +1,117 @@
+"""The job that this process has joined through jax.distributed: its store, and its operations between processes."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
+
+from polyaccel.collective_calls import LOOK_S, CollectiveCalls
+from polyaccel.topology import Topology
+
+T = TypeVar("T")
+
+
+class CoordinatorStore:
+    """See `polyaccel.store.Store`."""
+
+    def __init__(self) -> None:
+        client = distributed.global_state.client
+        assert client is not None  # a job of several processes has one
+        self._client = client
+
+    def set(self, key: str, value: str) -> None:
+        """Write a text for all processes."""
+        self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def get(self, key: str) -> str | None:
+        """The text of this key, or None; does not wait."""
+        try:
+            text: str = self._client.key_value_try_get(key)
+        except jax.errors.JaxRuntimeError as error:
+            if str(error).startswith("NOT_FOUND"):
+                return None
+            raise
+        return text
+
+
+class Job:
+    """What all engines of this process share. `num_exchanges` counts the programs of training that exchange something."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.client = distributed.global_state.client
+        self.num_exchanges = 0
+        self.calls = CollectiveCalls(
+            topology.process_index,
+            topology.num_processes,
+            open_store=CoordinatorStore,
+            num_exchanges=lambda: self.num_exchanges,
+        )
+        self._waits_for_devices = topology.device_kind == "cpu"
+        self._work: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[tuple[Any, BaseException | None]]]] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Callable[[], T]) -> T:
+        """What `work` gives. It runs on a thread: jax waits for the other processes in a way that nothing can interrupt, and this one
+        looks meanwhile where they are."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run_all, name="collectives", daemon=True)
+            self._thread.start()
+        done: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
+        self._work.put((work, done))
+        while True:
+            try:
+                result, error = done.get(timeout=LOOK_S)
+            except Empty:
+                self.calls.look()
+                continue
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise self.calls.failed(error) from error
+            if error is not None:
+                raise error
+            return result
+
+    def _run_all(self) -> None:
+        while True:
+            work, done = self._work.get()
+            try:
+                result = work()
+                done.put((jax.block_until_ready(result) if self._waits_for_devices else result, None))
+            except BaseException as error:  # noqa: BLE001 - raised by the thread that asked for the work
+                done.put((None, error))
+
+
+_job: Job | None = None
+
+
+def job_of(topology: Topology, timeout_s: float) -> Job:
+    """The one job of this process, whose operations wait so long from now on."""
+    global _job
+    if _job is None or _job.client is not distributed.global_state.client:
+        _job = Job(topology)
+    _job.calls.timeout_s = timeout_s
+    return _job
+
+
+def leave_at_exit() -> None:
+    """After jax.distributed.initialize: a process that failed ends at once, with exit code 1.
+
+    jax would wait for the others to say goodbye (5 minutes), and for a program that still waits for them (for ever).
+    """
+    atexit.register(_end_failed)
+
+
+def _end_failed() -> None:
+    if hasattr(sys, "last_value") or (_job is not None and _job.calls.is_broken):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
