@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from polyaccel.big_models import init_on_device as init_on_device
     from polyaccel.big_models import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from polyaccel.big_models import load_checkpoint_in_model as load_checkpoint_in_model
+    from polyaccel.compat.parallelism_config import ParallelismConfig as ParallelismConfig
     from polyaccel.compat.state import PartialState as PartialState
     from polyaccel.config import Config as Config
+    from polyaccel.config.absent import DeepSpeedPlugin as DeepSpeedPlugin
+    from polyaccel.config.accumulating import GradientAccumulationPlugin as GradientAccumulationPlugin
+    from polyaccel.config.exchange import DDPCommunicationHookType as DDPCommunicationHookType
+    from polyaccel.config.exchange import DistributedDataParallelKwargs as DistributedDataParallelKwargs
+    from polyaccel.config.exchange import InitProcessGroupKwargs as InitProcessGroupKwargs
     from polyaccel.config.loading import DataLoaderConfiguration as DataLoaderConfiguration
+    from polyaccel.config.numerics import AutocastKwargs as AutocastKwargs
+    from polyaccel.config.numerics import GradScalerKwargs as GradScalerKwargs
+    from polyaccel.config.parallel import FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin
+    from polyaccel.config.profile import ProfileKwargs as ProfileKwargs
     from polyaccel.data import skip_first_batches as skip_first_batches
     from polyaccel.distribution import DistributedType as DistributedType
     from polyaccel.ema import EMA as EMA
@@ -39,15 +49,25 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Accelerator": "polyaccel.accelerator",
+    "AutocastKwargs": "polyaccel.config.numerics",
     "Config": "polyaccel.config",
+    "DDPCommunicationHookType": "polyaccel.config.exchange",
     "DataLoaderConfiguration": "polyaccel.config.loading",
+    "DeepSpeedPlugin": "polyaccel.config.absent",
+    "DistributedDataParallelKwargs": "polyaccel.config.exchange",
     "DistributedType": "polyaccel.distribution",
     "EMA": "polyaccel.ema",
+    "FullyShardedDataParallelPlugin": "polyaccel.config.parallel",
+    "GradScalerKwargs": "polyaccel.config.numerics",
+    "GradientAccumulationPlugin": "polyaccel.config.accumulating",
+    "InitProcessGroupKwargs": "polyaccel.config.exchange",
     "LocalSGD": "polyaccel.local_sgd",
     "MeshSpec": "polyaccel.mesh",
+    "ParallelismConfig": "polyaccel.compat.parallelism_config",
     "PartialState": "polyaccel.compat.state",
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
+    "ProfileKwargs": "polyaccel.config.profile",
     "cpu_offload": "polyaccel.big_models",
     "cpu_offload_with_hook": "polyaccel.big_models",
     "debug_launcher": "polyaccel.launch.notebook",
@@ -65,15 +85,25 @@ _HOME = {
 }
 __all__ = [
     "Accelerator",
+    "AutocastKwargs",
     "Config",
+    "DDPCommunicationHookType",
     "DataLoaderConfiguration",
+    "DeepSpeedPlugin",
+    "DistributedDataParallelKwargs",
     "DistributedType",
     "EMA",
+    "FullyShardedDataParallelPlugin",
+    "GradScalerKwargs",
+    "GradientAccumulationPlugin",
+    "InitProcessGroupKwargs",
     "LocalSGD",
     "MeshSpec",
+    "ParallelismConfig",
     "PartialState",
     "Plan",
     "PolyaccelError",
+    "ProfileKwargs",
     "__version__",
     "cpu_offload",
     "cpu_offload_with_hook",
@@ -110,7 +140,20 @@ class _Accelerate:
     of the modules in its folder. What is imported under both names is one module.
     """
 
-    names = frozenset({"big_modeling", "hooks", "logging", "memory_utils", "optimizer", "scheduler", "state", "utils"})
+    names = frozenset(
+        {
+            "big_modeling",
+            "data_loader",
+            "hooks",
+            "logging",
+            "memory_utils",
+            "optimizer",
+            "parallelism_config",
+            "scheduler",
+            "state",
+            "utils",
+        }
+    )
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:

@@ -72,9 +72,3 @@ class TERecipeKwargs(FP8RecipeKwargs):
 
 class MSAMPRecipeKwargs(FP8RecipeKwargs):
     """fp8 of MS-AMP. Instead: bf16."""
-
-
-class BnbQuantizationConfig(_Absent):
-    """4 and 8 bit weights of bitsandbytes. Instead: narrower weights of torch's own."""
-
-    _instead = "load the weights as bfloat16 (torch_dtype=torch.bfloat16), or quantise the model before prepare"

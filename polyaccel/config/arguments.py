@@ -14,7 +14,6 @@ from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
 from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
-from polyaccel.config.pending import refuse_pending
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.resolve import resolve
 from polyaccel.config.schema import Config
@@ -61,7 +60,6 @@ def config_of_arguments(given: Mapping[str, Any]) -> Config:
         taken.take_apart(name, given.get(name), kind)
     config = resolve(taken.values, origins=taken.origins)
     _check_together(config)
-    refuse_pending(config)
     return replace(config, remarks=tuple(taken.remarks))
 
 
@@ -102,11 +100,10 @@ class _Taken:
         if not isinstance(settings, kind):
             raise ConfigError(f"{argument} is a {type(settings).__name__}", f"give a polyaccel.utils.{kind.__name__}")
         named = settings.settings()
-        if isinstance(settings, FullyShardedDataParallelPlugin):
-            if left := settings.left_to_the_engine:
-                self.remarks.append(f"fsdp_plugin: {', '.join(left)}: decided by the engine")
-            if MeshSpec.of(self.values.get("mesh")).fsdp != 1:
-                return  # a mesh that shards says how; the plugin says only that
+        if left := settings.left_to_the_engine:
+            self.remarks.append(f"{argument}: {', '.join(left)}: no effect, the engine decides")
+        if isinstance(settings, FullyShardedDataParallelPlugin) and MeshSpec.of(self.values.get("mesh")).fsdp != 1:
+            return  # a mesh that shards says how; the plugin says only that
         self.add(argument, named)
 
     def add(self, argument: str, named: Mapping[str, Any]) -> None:

@@ -22,23 +22,32 @@ class KwargsHandler:
 
     def to_kwargs(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        defaults = _defaults(type(self))
-        return {name: value for name, value in self.to_dict().items() if defaults[name] != value}
+        changed = self._changed()
+        return {name: value for name, value in self.to_dict().items() if name in changed}
 
     def given(self) -> dict[str, Any]:
         """The fields that the script named, or changed since."""
         named: frozenset[str] = vars(self).get("_named", frozenset())
-        values = {name: (getattr(self, name), default) for name, default in _defaults(type(self)).items()}
-        return {name: value for name, (value, default) in values.items() if name in named or value != default}
+        shown = named | self._changed()
+        return {name: getattr(self, name) for name in _names(type(self)) if name in shown}
 
     def settings(self) -> dict[str, Any]:
         """The settings that the given fields mean, by name."""
         return self.given()
 
+    @property
+    def left_to_the_engine(self) -> list[str]:
+        """The given fields that have no effect, as every engine decides for itself what they say."""
+        return []
+
+    def _changed(self) -> set[str]:
+        return {name for name, default in self._defaults().items() if getattr(self, name) != default}
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        settings: Any = cls
+        return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(settings)}
+
 
 def _names(cls: Any) -> list[str]:
     return [field.name for field in fields(cls)]
-
-
-def _defaults(cls: Any) -> dict[str, Any]:
-    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}

@@ -20,6 +20,7 @@ class DataLoaderConfiguration(KwargsHandler):
         non_blocking: copies to the device do not wait for each other.
         use_stateful_dataloader: loaders are torchdata's StatefulDataLoader.
         prefetch_batches: how many batches are on their way to the device while one is used (not in Accelerate).
+        read_in_background: a thread reads them, so that reading overlaps with a step that waits for its results (not in Accelerate).
     """
 
     split_batches: bool = False
@@ -30,3 +31,4 @@ class DataLoaderConfiguration(KwargsHandler):
     non_blocking: bool = False
     use_stateful_dataloader: bool = False
     prefetch_batches: int = 2
+    read_in_background: bool = False

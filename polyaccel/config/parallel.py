@@ -46,6 +46,12 @@ class ParallelismConfig(KwargsHandler):
                 "give one of the two",
             )
 
+    @property
+    def left_to_the_engine(self) -> list[str]:
+        """What says how, and not over how many devices."""
+        how = ("cp_backend", "sp_backend", "tp_handler", "cp_handler", "sp_handler")
+        return [name for name, value in self.given().items() if name in how and value is not None]
+
     def settings(self) -> dict[str, Any]:
         """The setting mesh."""
         data, fsdp, tensor = self.dp_replicate_size or 1, self.dp_shard_size or 1, self.tp_size or 1
@@ -118,7 +124,7 @@ class FullyShardedDataParallelPlugin(KwargsHandler):
 
     @property
     def left_to_the_engine(self) -> list[str]:
-        """The given fields without effect."""
+        """What says how torch's FSDP works inside."""
         return [name for name, value in self.given().items() if name in _OF_THE_ENGINE and value is not None]
 
     def settings(self) -> dict[str, Any]:

@@ -63,7 +63,11 @@ class Config:
     data_seed: int | None = _setting(None, "seed of use_seedable_sampler (default: that of set_seed)", kind="int")
     use_stateful_dataloader: bool = _setting(False, "torch loaders are torchdata's StatefulDataLoader")
     non_blocking: bool = _setting(False, "copies of batches to the device do not wait for each other")
-    prefetch_batches: int = _setting(2, "batches on their way to the device while one is used", least=1)
+    prefetch_batches: int = _setting(2, "batches on their way to the device while one is used")
+    read_in_background: bool = _setting(
+        False,
+        "a thread reads the batches ahead; refused for loaders that draw random numbers of the script while they read",
+    )
     device_placement: bool = _setting(True, "prepare moves models and batches to the process's device")
     cpu: bool = _setting(False, "use the CPU even where an accelerator is present")
     rng_types: tuple[str, ...] = _setting(

@@ -116,7 +116,7 @@ def _flatten() -> Iterator[Setting]:
                 sizes = MeshSpec().sizes
                 yield from (Setting(f"mesh.{axis}", "int", sizes[axis], MESH_HELP[axis]) for axis in sizes)
             elif "help" in f.metadata:
-                default = f.default_factory() if f.default is MISSING else f.default
+                default = f.default if f.default_factory is MISSING else f.default_factory()
                 kind = f.metadata["kind"] or _KINDS[type(default)]
                 least = f.metadata["least"] if kind in ("int", "float") else None
                 yield Setting(section + f.name, kind, default, f.metadata["help"], f.metadata["choices"], least)

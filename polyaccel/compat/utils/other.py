@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 from polyaccel import jobs
+from polyaccel.big_models import served
 from polyaccel.compat.state import PartialState
 from polyaccel.errors import UnsupportedError
 from polyaccel.unwrapping import is_compiled, without_wrappers
@@ -20,6 +21,21 @@ log = logging.getLogger("polyaccel.utils.other")
 is_compiled_module = is_compiled
 
 _OLDEST_KERNEL = (5, 5, 0)
+
+
+def compile_regions(module: Any, **compile_kwargs: Any) -> Any:
+    """torch.compile the blocks that a module repeats, and its other parts, each for itself; returns the module.
+
+    In place: calls are compiled, and names, parameters and hooks stay as they are, where Accelerate makes a second module around
+    compiled copies. `compile_kwargs` are those of torch.compile. A module that repeats nothing is compiled as a whole.
+    """
+    served("compile_regions")(module, **compile_kwargs)
+    return module
+
+
+def has_compiled_regions(module: Any) -> bool:
+    """Whether `compile_regions` has compiled parts of this module."""
+    return bool(served("has_compiled_regions")(module))
 
 
 def wait_for_everyone() -> None:

@@ -53,6 +53,8 @@ from polyaccel_torch.big_models.weight_maps import (
 )
 from polyaccel_torch.big_models.weights import torch_file_weights
 from polyaccel_torch.big_models.whole_model import CpuOffload, UserCpuOffloadHook, cpu_offload_with_hook
+from polyaccel_torch.dialect.meshes import named_mesh
+from polyaccel_torch.dialect.regions import compile_regions, has_compiled_regions
 
 __all__ = [
     "AlignDevicesHook",
@@ -71,6 +73,7 @@ __all__ = [
     "attach_execution_device_hook",
     "attach_layerwise_casting_hooks",
     "calculate_maximum_sizes",
+    "compile_regions",
     "check_device_map",
     "check_tied_parameters_on_same_device",
     "compute_module_sizes",
@@ -91,6 +94,7 @@ __all__ = [
     "get_state_dict_offloaded_model",
     "has_offloaded_params",
     "id_tensor_storage",
+    "has_compiled_regions",
     "infer_auto_device_map",
     "init_empty_weights",
     "init_on_device",
@@ -99,6 +103,7 @@ __all__ = [
     "load_state_dict",
     "load_weights",
     "merged",
+    "named_mesh",
     "named_module_tensors",
     "offload_state_dict",
     "offload_weight",
