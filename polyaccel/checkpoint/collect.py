@@ -9,6 +9,7 @@ from typing import Any
 from polyaccel import generators
 from polyaccel.checkpoint.array_values import take_arrays
 from polyaccel.checkpoint.contents import Contents
+from polyaccel.checkpoint.gradients import window_weights
 from polyaccel.checkpoint.run import Run, gradients_group, registered_group, values_group
 from polyaccel.protocols import Shard
 
@@ -53,6 +54,7 @@ def _shared(run: Run, iteration: int) -> dict[str, Any]:
             "sync_gradients": window.sync_gradients,
             "num_steps": window.num_steps,
             "is_open": run.is_in_window,
+            "weights": window_weights(run),
         },
         "scaler": run.engine.read_scaler(),
         "values": {},

@@ -1,7 +1,7 @@
 """Gradients of an open accumulation window for a run of any number of processes.
 
 They are saved with one entry per process that had gradients of its own. As many processes take back their own; any other number takes
-their mean, which is what the exchange at the end of the window would have made of them.
+their mean, which is what the exchange at the end of the window would have made of them. So it is with the weights that they carry.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyaccel.checkpoint.read import Saved
+from polyaccel.checkpoint.run import Run
 from polyaccel.protocols import Shard
+from polyaccel.weighting import UNWEIGHTED
 
 
 def gradients_for(saved: Saved, group: str, place: tuple[int, int] | None) -> Iterator[Shard]:
@@ -25,6 +27,22 @@ def gradients_for(saved: Saved, group: str, place: tuple[int, int] | None) -> It
                     yield Shard(name, shape[1:], piece.offset[1:], dtype, data)
         else:
             yield _mean(name, shape, dtype, pieces)
+
+
+def window_weights(run: Run) -> list[float] | None:
+    """What every process has counted in an open window; None without one, or without weights. Every process must call it."""
+    if not run.is_in_window or run.window.window_weights in (None, UNWEIGHTED):
+        return None
+    return [float(total) for total in run.engine.collectives.all_gather_object(run.engine.read_weight())]
+
+
+def restore_weights(run: Run, is_open: bool, totals: list[float] | None) -> None:
+    """Let the window go on with its weights, or as one that has none."""
+    run.window.window_weights = UNWEIGHTED if is_open and totals is None else None
+    if totals is not None:
+        topology = run.engine.topology
+        is_same = run.has_own_gradients and len(totals) == topology.num_processes
+        run.engine.write_weight(totals[topology.process_index] if is_same else sum(totals) / len(totals))
 
 
 def _mean(name: str, shape: tuple[int, ...], dtype: str, pieces: list[Shard]) -> Shard:

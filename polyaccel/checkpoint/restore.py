@@ -8,7 +8,7 @@ from typing import Any
 
 from polyaccel import generators
 from polyaccel.checkpoint.array_values import array_names, put_arrays
-from polyaccel.checkpoint.gradients import gradients_for
+from polyaccel.checkpoint.gradients import gradients_for, restore_weights
 from polyaccel.checkpoint.read import Saved
 from polyaccel.checkpoint.run import Part, Run, gradients_group, registered_group, values_group
 from polyaccel.data import LoaderState
@@ -62,6 +62,7 @@ def restore(saved: Saved, run: Run, *, left_out: Collection[str] = ()) -> list[s
         engine.write_gradients(part.handle, gradients_for(saved, group, place) if group in saved.groups else ())
     window = saved.shared["window"]
     run.window.step, run.window.sync_gradients = window["step"], window["sync_gradients"]
+    restore_weights(run, window["is_open"], window.get("weights"))
     for part, state in _loaders(saved, run):
         part.handle.load_state(LoaderState(**state))
     return [*_changes(saved, run), *_restore_random(saved, run)]

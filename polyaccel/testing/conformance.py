@@ -28,11 +28,12 @@ from polyaccel.registry import load_backend
 from polyaccel.testing.averaging import Averaging
 from polyaccel.testing.reference import BIAS, GLOBAL_BATCH, LR, TOLERANCE, WEIGHT, X, Y, number, on_host, reference
 from polyaccel.testing.remembering import Remembering
+from polyaccel.testing.weighting import Weighting
 from polyaccel.tracking import list_runs
 from polyaccel.tracking.comparison import Recording
 
 
-class Conformance(Remembering, Averaging):
+class Conformance(Remembering, Averaging, Weighting):
     """Inherit, set `case`, and run with pytest. A test that the backend's capabilities exclude is not collected as a skip: it
     asserts the refusal instead."""
 

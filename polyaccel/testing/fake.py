@@ -507,6 +507,13 @@ class FakeCase:
     def loss(self, model: FakeModel, batch: Any) -> FakeLoss:
         return model.squared_error(batch["x"], batch["y"])
 
+    def counted_loss(self, model: FakeModel, batch: Any) -> tuple[FakeLoss, dict[str, int]]:
+        """The loss over the rows whose first target is positive, with how many they are."""
+        counted = batch["y"][:, 0] > 0
+        if not counted.any():
+            return FakeLoss(np.float32(np.nan), lambda scale: None), {"rows": 0}
+        return model.squared_error(batch["x"][counted], batch["y"][counted]), {"rows": int(counted.sum())}
+
     def parameters(self, model: FakeModel) -> FakeModel:
         return model
 

@@ -113,6 +113,7 @@ class TorchOptimizerSource:
 
     def update(self, params: Any, grads: Any, state: Any, hyper: Any) -> tuple[Any, Any]:
         """Pure and traceable."""
+        self.rule.mark_stepped()  # a fused step calls no step(), and torch's schedulers look for one before theirs
         return self.rule.update(params, grads, state, hyper)
 
     def attach(self, handle: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from polyaccel.config import Config
@@ -93,6 +94,12 @@ class JaxBackend:
     def agent_arguments(self, job: AgentJob) -> list[str] | None:
         """None: the launcher starts the processes itself."""
         return None
+
+    def estimator(self) -> ModuleType:
+        """What `polyaccel estimate-memory` asks. Imports jax and flax."""
+        from polyaccel_jax import estimate
+
+        return estimate
 
     def seed(self, value: int) -> None:
         """Nothing: jax has no global generator. Live engines have their own stream."""

@@ -44,6 +44,7 @@ class WeightedCall:
         self.models: Any = call.models
         self.wants_64bit = call.wants_64bit
         self.is_global = call.is_global
+        self._num_shards = engine.mesh.num_shards
         self._given: list[Any] = []
         self.input_axes: Sequence[int | None] | None = call.input_axes
         self.draw: int | None = call.draw
@@ -88,7 +89,8 @@ class WeightedCall:
                 "a weighted backward would give an input's gradient without the window's normaliser",
                 "detach() the input, or multiply the loss yourself",
             )
-        return _WeightedProgram(program, self.call, self.name)
+        is_one_program = self.is_global or num_shards == 1
+        return _WeightedProgram(program, self.call, self.name, self._num_shards if is_one_program else 1)
 
     def describe(self, inputs: Sequence[Any]) -> tuple[str, dict[str, str]]:
         """The call, and where its weight comes from."""
@@ -103,13 +105,14 @@ class WeightedCall:
 class _WeightedProgram:
     """Gradients and loss times the weight, 0 where that is 0: a loss may well be 0 / 0 where nothing counts."""
 
-    def __init__(self, inner: Any, call: Any, name: str | None) -> None:
+    def __init__(self, inner: Any, call: Any, name: str | None, num_shards: int) -> None:
         self.grad_names: tuple[str, ...] = inner.grad_names
         self.draws_randomly: bool = inner.draws_randomly
         self.writes_params: bool = inner.writes_params
         self._inner = inner
         self._call = call
         self._name = name
+        self._num_shards = num_shards  # that one run of the program counts for
 
     @property
     def output_axes(self) -> tuple[int | None, ...]:
@@ -120,7 +123,9 @@ class _WeightedProgram:
         own = inputs if self._name is not None else inputs[:-1]
         result: ProgramResult = self._inner(params, buffers, key, own, loss_scale)
         weight = self._weight_in(result, own) if self._name is not None else inputs[-1].sum()
-        weight = weight.astype(jnp.float32)
+        weight = (
+            weight.astype(jnp.float32) / self._num_shards
+        )  # the mean over data shards, as where each shard has its own
         result.grads = {name: _times(grad, weight) for name, grad in result.grads.items()}
         result.loss = None if result.loss is None else _times(result.loss, weight)
         result.outputs = [*result.outputs, weight]

@@ -226,7 +226,7 @@ class XlaEngine:
         return scheduler
 
     def prepare_loader(self, loader: DataLoader[Any], spec: LoaderSpec) -> PreparedLoader:
-        """Batches cut over the data shards; transfers start two batches ahead, and each batch begins a new graph."""
+        """Batches cut over the data shards; transfers start `spec.prefetch` batches ahead, and each batch begins a new graph."""
         refuse_prepared(loader)
         plan = self._plan
         sharding = DataSharding(
@@ -245,13 +245,22 @@ class XlaEngine:
         )
 
         def place(batch: Any) -> Any:
-            return self._placement.batch(batch, is_short_allowed=not spec.even_batches, full_size=host.total_batch_size)
+            even = getattr(host.batch_sampler, "even_batches", spec.even_batches)  # `join_uneven_inputs` changes it for a while
+            return self._placement.batch(batch, is_short_allowed=not even, full_size=host.total_batch_size)
 
         def hand_out(host_batch: Any, placed: Any) -> Any:
             self.flush()  # what the script left behind (a running mean) must not become part of this batch's graph
             return placed if spec.lift is None else spec.lift(host_batch, placed)
 
-        return prepared_loader(host, place=place, lift=hand_out, observer=_Boundary(self))
+        return prepared_loader(
+            host,
+            place=place if spec.device_placement else None,
+            lift=hand_out,
+            observer=_Boundary(self),
+            prefetch=spec.prefetch,
+            in_background=spec.read_in_background,
+            is_one_program=several,
+        )
 
     def unwrap(self, handle: Any) -> Any:
         """The user's own module; its values live on the devices."""
@@ -308,7 +317,8 @@ class XlaEngine:
             if self.topology.num_processes > 1:
                 host = torch.as_tensor(self.collectives.all_reduce(host, "sum"), dtype=torch.float32)
             weight = self._placement.upload_scalar(host)
-        weight = weights.as_scalar(weight, self.device)
+        # Of the global batch; counted as the mean over data shards, as engines do where each shard has its own.
+        weight = weights.as_scalar(weight, self.device) / self._plan.num_data_shards
         window = self._state.window_weights
         if window is None:
             window = self._state.window_weights = weights.WindowWeights()
@@ -332,7 +342,7 @@ class XlaEngine:
         weights.multiply(weights.gradients_of(self._prepared_models()), sent)
 
     def read_weight(self) -> float:
-        """That of the global batches so far."""
+        """The mean over data shards."""
         return float(self._state.window_weights.total)
 
     def write_weight(self, total: float) -> None:
