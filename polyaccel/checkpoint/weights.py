@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from polyaccel.protocols import Engine
+from polyaccel.checkpoint.array_values import take_arrays
+from polyaccel.errors import CheckpointError, PrepareError
+from polyaccel.protocols import Engine, Shard
 
 
 def state_dict_of(engine: Engine, handle: Any, own: Any, gather: Callable[[Any], list[Any]]) -> Any:
@@ -17,6 +19,36 @@ def state_dict_of(engine: Engine, handle: Any, own: Any, gather: Callable[[Any],
     if engine.topology.num_processes > 1:
         pieces = [tuple(piece) for part in gather(pieces) for piece in part]
     return _assembled(pieces)
+
+
+def plain_state_dict(model: Any, offloaded: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """The `state_dict` of a torch module that is not prepared; `offloaded` reads one whose values are partly elsewhere.
+
+    Raises PrepareError for a model without `state_dict`: only prepare knows how to read it.
+    """
+    if not callable(getattr(model, "state_dict", None)) or not callable(getattr(model, "parameters", None)):
+        raise PrepareError(
+            f"model, a {type(model).__name__}, is not a prepared model", "pass what accelerator.prepare returned for it"
+        )
+    if any(getattr(parameter, "is_meta", False) for parameter in model.parameters()):
+        return offloaded(model)
+    # With the module's own tensors, tied ones are one object.
+    values: dict[str, Any] = model.state_dict(keep_vars=True)
+    return values
+
+
+def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
+    """Every array of a state dict under its name, tied ones once. Raises CheckpointError for what is no array."""
+    seen: set[int] = set()
+    for name, value in state.items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        held: list[Shard] = []
+        take_arrays(value, name, held)
+        if len(held) != 1 or held[0].name != name:
+            raise CheckpointError(f"{name} is a {type(value).__name__}, no array", "keep it in a buffer")
+        yield held[0]
 
 
 def _assembled(pieces: list[Any]) -> dict[str, Any]:

@@ -99,6 +99,8 @@ class PreparedLoader:
     their number, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own loader has can be read here too.
     """
 
+    _is_accelerate_prepared = True  # Accelerate's mark of what has been through prepare
+
     def __init__(
         self,
         host: HostBatches,

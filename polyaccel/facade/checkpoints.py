@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from polyaccel.data import PreparedLoader, skip_first_batches
 from polyaccel.facade.parts import Parts
 from polyaccel.tracking import describe_job, package_versions
+from polyaccel.unwrapping import without_wrappers
 
 if TYPE_CHECKING:  # loaded by the first script that saves or loads
     from polyaccel.checkpoint.manager import Manager, RemovableHandle
@@ -94,25 +95,32 @@ class Checkpoints(Parts):
         max_shard_size: int | str = "10GB",
         safe_serialization: bool = True,
     ) -> None:
-        """Write a prepared model's weights for other libraries: model.safetensors, or several files and model.safetensors.index.json.
+        """Write a model's weights for other libraries: model.safetensors, or several files and model.safetensors.index.json.
 
         Args:
             save_directory: a local folder; weights that it held before are replaced once the new ones are complete.
             max_shard_size: of one file: "10GB" (powers of 1000), "1GiB" (powers of 1024), or bytes. A larger array has a file of its own.
             safe_serialization: only True: pickled weights run code when they are loaded.
 
-        Tied parameters are written once, under their first name. Every process must call it; process 0 writes. Raises CheckpointError.
+        A torch module need not be prepared, and its weights may be offloaded. Tied parameters are written once, under their first name.
+        Every process must call it; process 0 writes. Raises CheckpointError.
         """
+        from polyaccel.big_models import get_state_dict_offloaded_model
         from polyaccel.checkpoint.export import export_weights, metadata_of, require_safe
+        from polyaccel.checkpoint.weights import plain_state_dict, shards_of
 
         require_safe(safe_serialization)
-        handle = self._prepared.handle_of(model, "model", argument="model")
         entry = self._prepared.entry_of(model)
+        if entry is not None and entry.role == "model":
+            pieces = self._engine.read_state(entry.handle)
+        else:  # every process has all of it
+            state = plain_state_dict(without_wrappers(model), get_state_dict_offloaded_model)
+            pieces = shards_of(state) if self._engine.topology.is_main_process else iter(())
         export_weights(
-            self._engine.read_state(handle),
+            pieces,
             save_directory,
             max_shard_size=max_shard_size,
-            metadata=metadata_of(entry and entry.original),
+            metadata=metadata_of(model if entry is None else entry.original),
             gather=self._engine.collectives.all_gather_object,
             process_index=self._engine.topology.process_index,
         )
@@ -137,10 +145,14 @@ class Checkpoints(Parts):
         """A model's parameters and buffers by its own names, with present values, as the script's framework has them.
 
         torch scripts get what `model.state_dict()` gives, flax scripts numpy arrays. `unwrap` is Accelerate's, and names have no wrapper's
-        prefix in any case.
+        prefix in any case. A torch module need not be prepared, and its weights may be offloaded.
         """
-        from polyaccel.checkpoint.weights import state_dict_of
+        from polyaccel.big_models import get_state_dict_offloaded_model
+        from polyaccel.checkpoint.weights import plain_state_dict, state_dict_of
 
+        if (entry := self._prepared.entry_of(model)) is None or entry.role != "model":
+            values = plain_state_dict(without_wrappers(model), get_state_dict_offloaded_model)
+            return {name: value.detach() if hasattr(value, "detach") else value for name, value in values.items()}
         handle = self._prepared.handle_of(model, "model", argument="model")
         bridge = self._prepared.bridge
         own = self._engine.unwrap(handle)
