@@ -59,7 +59,7 @@ class UnsupportedError(PolyaccelError):
     """The chosen backend cannot do this."""
 
 
-class PrepareError(PolyaccelError):
+class PrepareError(PolyaccelError, ValueError, RuntimeError):
     """An object cannot be prepared or captured as it is."""
 
 

@@ -72,8 +72,20 @@ class PartialState(JobView):
         return self._job.on_local_process(function, local_process_index)
 
 
+class _GradientSnapshot:
+    """`GradientState._shared_state`: what it says now, by name; empty where nothing counts yet."""
+
+    def __get__(self, instance: object, owner: type[GradientState]) -> dict[str, Any]:
+        if jobs.accelerator() is None and _gradients is None:
+            return {}
+        view = object.__new__(owner)
+        return {name: getattr(view, name) for name in ("num_steps", "sync_gradients", "end_of_dataloader", "remainder")}
+
+
 class GradientState:
     """When gradients are exchanged, as the newest Accelerator counts; in a script without one, every batch is a real one."""
+
+    _shared_state = _GradientSnapshot()
 
     def __init__(self, gradient_accumulation_plugin: Any = None) -> None:
         if gradient_accumulation_plugin is not None:

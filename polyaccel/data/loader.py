@@ -96,7 +96,9 @@ class PreparedLoader:
     batch is handed out); with `in_background` a thread reads the host batches (see `read_ahead`). `lift(host_batch,
     placed_batch)` is called when the batch is handed out and makes what user code sees. While the body of the last batch runs,
     `end_of_dataloader` is True. `rows` says which rows of the current global batch are real, None where all are; `remainder` is
-    their number, else -1. `dataset`, `sampler`, `collate_fn` and whatever else the user's own loader has can be read here too.
+    their number, else -1. `is_one_program`: the processes run one program, so that a global batch of which they hold different
+    numbers of rows is an UnsupportedError. `dataset`, `sampler`, `collate_fn` and whatever else the user's own loader has can be
+    read here too.
     """
 
     _is_accelerate_prepared = True  # Accelerate's mark of what has been through prepare
@@ -110,6 +112,7 @@ class PreparedLoader:
         observer: LoaderObserver | None = None,
         prefetch: int = 2,
         in_background: bool = False,
+        is_one_program: bool = False,
         skip: int = 0,
     ) -> None:
         if prefetch < 0:
@@ -128,6 +131,7 @@ class PreparedLoader:
         self._observer = observer
         self._prefetch = prefetch
         self._in_background = in_background
+        self._is_one_program = is_one_program
         self._skip = skip  # of every pass
         self._position = _Position()
         self._knows_position = getattr(host, "knows_position", False)
@@ -236,6 +240,7 @@ class PreparedLoader:
             observer=self._observer,
             prefetch=self._prefetch,
             in_background=self._in_background,
+            is_one_program=self._is_one_program,
             skip=self._skip + num_batches,
         )
         position, resume = self._position, self._position.resume
@@ -309,6 +314,8 @@ class PreparedLoader:
                         is_exhausted = True
                     else:
                         host, rows = item
+                        if rows is not None and self._is_one_program:
+                            _refuse_uneven(rows)
                         ready.append((host, host if place is None or places_late else place(host), rows))
                 if present is not None:
                     self._write_generators(present)
@@ -350,6 +357,15 @@ class PreparedLoader:
             self._host.resume_source(resume.source, start)  # type: ignore[attr-defined]
         source = self._host.read(start, seed)
         return read_ahead(source, self._prefetch, self._generators) if self._in_background else source, to_restore
+
+
+def _refuse_uneven(rows: GlobalRows) -> None:
+    if len(set(rows.held)) > 1:
+        raise UnsupportedError(
+            f"a global batch of {rows.num_real} samples gives the processes {', '.join(map(str, rows.held))} of them, and on this"
+            " engine all processes run one program on equal parts",
+            "use even_batches=True (gather_for_metrics still counts every sample once), or drop_last=True in the loader",
+        )
 
 
 def prepared_loader(host: HostBatches, **options: Any) -> PreparedLoader:

@@ -74,7 +74,7 @@ class DataSharding:
             raise PrepareError(
                 f"split_batches=True cuts a batch of batch_size={batch_size} over {self.num_shards} data shards,"
                 " and they would not be equal",
-                f"use a batch_size that is a multiple of {self.num_shards}, or split_batches=False",
+                f"use a batch_size that is a round multiple of {self.num_shards}, or split_batches=False",
             )
 
 

@@ -24,4 +24,5 @@ class LoaderSpec:
     non_blocking: bool = False
     device_placement: bool = True
     prefetch: int = 2
+    read_in_background: bool = False
     lift: Callable[[Any, Any], Any] | None = None

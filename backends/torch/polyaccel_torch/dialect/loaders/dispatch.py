@@ -45,6 +45,11 @@ class DispatchedBatches:
         return self._source.seed
 
     @property
+    def has_random_order(self) -> bool:
+        """Whether a generator known here decides the order."""
+        return self._source.has_random_order
+
+    @property
     def source(self) -> Any:
         """The DataLoader that process 0 iterates over."""
         return self._source.source

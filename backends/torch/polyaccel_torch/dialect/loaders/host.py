@@ -134,6 +134,11 @@ class TorchHostBatches:
         return self._order.seed
 
     @property
+    def has_random_order(self) -> bool:
+        """Whether a generator known here decides the order."""
+        return not self._order.is_fixed
+
+    @property
     def source(self) -> DataLoader[Any]:
         """The DataLoader that is iterated over: the user's, cut."""
         return self._source

@@ -106,7 +106,7 @@ def _stateful(is_dispatched: bool) -> type[TorchLoader]:
         """Its `state_dict` is torchdata's, of the latest batch that was handed out, also after the loop was left; what torchdata
         does not know (the epoch, the seed of its order) stands under one key beside it."""
 
-        __setattr__ = object.__setattr__  # type: ignore[assignment]
+        __setattr__ = object.__setattr__
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kind.__init__(self, *args, **kwargs)
@@ -131,7 +131,8 @@ def _stateful(is_dispatched: bool) -> type[TorchLoader]:
             else:
                 return {_POSITION: {"seed": None, "epoch": self.epoch, "batch": 0, "own": []}}
             own = list(state.start["own"]) if state.start is not None else []
-            if state.seed is not None or state.epoch or own or state.batch != stateful.num_read(known):
+            is_random = self._host.has_random_order
+            if is_random or state.epoch or state.batch != stateful.num_read(known):
                 known[_POSITION] = {"seed": state.seed, "epoch": state.epoch, "batch": state.batch, "own": own}
             return known
 
