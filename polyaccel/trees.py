@@ -68,32 +68,35 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
 
 
 def _flatten(tree: Any, leaves: list[Any]) -> Structure:
+    contents = _contents(tree)
+    if contents is None:
+        leaves.append(tree)
+        return _LEAF
+    keys, values, template = contents
+    return Structure(type(tree), keys, tuple([_flatten(value, leaves) for value in values]), template)
+
+
+def _contents(tree: Any) -> tuple[tuple[Hashable, ...], Iterable[Any], Any] | None:
+    """Names, values and template of a container; None for a leaf."""
     kind = type(tree)
     if kind is list or kind is tuple or is_namedtuple(tree):
-        return Structure(kind, (), tuple(_flatten(child, leaves) for child in tree))
+        return (), tree, None
     if isinstance(tree, Mapping):
-        return Structure(
-            kind, tuple(tree), tuple(_flatten(tree[name], leaves) for name in tree), tree if kind is not dict else None
-        )
+        return tuple(tree), [tree[name] for name in tree], tree if kind is not dict else None
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = tuple(field.name for field in dataclasses.fields(tree) if field.init)
-        return Structure(kind, names, tuple(_flatten(getattr(tree, name), leaves) for name in names), tree)
-    leaves.append(tree)
-    return _LEAF
+        names = tuple([field.name for field in dataclasses.fields(tree) if field.init])
+        return names, [getattr(tree, name) for name in names], tree
+    return None
 
 
 def opened(tree: Any) -> tuple[list[Any], Structure] | None:
     """The values directly inside a container, and the structure that rebuilds it from as many others; None for a leaf."""
-    structure = _flatten(tree, [])
-    if structure.kind is None:
+    contents = _contents(tree)
+    if contents is None:
         return None
-    if isinstance(tree, tuple | list):
-        values = list(tree)
-    elif isinstance(tree, Mapping):
-        values = [tree[name] for name in tree]
-    else:
-        values = [getattr(tree, str(name)) for name in structure.keys]
-    return values, dataclasses.replace(structure, children=(_LEAF,) * len(values))
+    keys, values, template = contents
+    held = list(values)
+    return held, Structure(type(tree), keys, (_LEAF,) * len(held), template)
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

@@ -81,6 +81,7 @@ class Preparing(Parts):
             non_blocking=config.non_blocking,
             device_placement=config.device_placement,
             prefetch=config.prefetch_batches,
+            read_in_background=config.read_in_background,
         )
 
     def _gated(self, value: Any) -> Any:

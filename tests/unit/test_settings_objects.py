@@ -6,12 +6,9 @@ from dataclasses import fields
 import pytest
 
 from polyaccel import Accelerator, DataLoaderConfiguration
-from polyaccel.config import Config
 from polyaccel.config.arguments import config_of_arguments
-from polyaccel.config.pending import PENDING, refuse_pending
-from polyaccel.config.resolve import resolve
 from polyaccel.config.settings import SETTINGS
-from polyaccel.errors import ConfigError, UnsupportedError
+from polyaccel.errors import ConfigError
 from polyaccel.registry import register_backend
 from polyaccel.testing.fake import FakeBackend
 from polyaccel.utils import GradientAccumulationPlugin
@@ -82,11 +79,3 @@ def test_copies_keep_what_differs_and_kwargs_are_only_that():
         "sync_with_dataloader": True,
         "sync_each_batch": False,
     }
-
-
-def test_a_setting_that_nothing_honours_yet_is_refused_and_its_default_is_not():
-    refuse_pending(Config())
-    for name, (neutral, _) in PENDING.items():
-        text = {"int": "7", "str": "other"}.get(SETTINGS[name].kind, "false" if True in neutral else "true")
-        with pytest.raises(UnsupportedError, match=f"^{name}=.*environment POLYACCEL_{name.upper()}"):
-            refuse_pending(resolve({}, {f"POLYACCEL_{name.upper()}": text}))

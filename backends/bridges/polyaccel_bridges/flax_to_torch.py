@@ -17,7 +17,7 @@ from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import Engine, LossCall, StepSpec
 from polyaccel_jax import dialect
 from polyaccel_jax.dialect.functional import Handle
-from polyaccel_jax.dialect.loaders import HostIterable
+from polyaccel_jax.dialect.iterables import HostIterable
 
 from .exchange import to_tensor
 from .flax_arrays import host, is_key, place, to_jax, to_torch

@@ -160,7 +160,7 @@ class TorchEngine:
         return scheduler
 
     def prepare_loader(self, loader: Any, spec: LoaderSpec) -> PreparedLoader:
-        """This process's share of every global batch, on its device; on a GPU copied there two batches ahead."""
+        """This process's share of every global batch, on its device; on a GPU copied there `spec.prefetch` batches ahead."""
         refuse_prepared(loader)
         plan = self._bound
         is_host_loader = hasattr(loader, "shard") and hasattr(loader, "loader")  # a bridge made it
@@ -178,10 +178,13 @@ class TorchEngine:
             process_index=self.topology.process_index,
             pin_memory=spec.non_blocking and self.device.type == "cuda",
         )
-        if self.device.type == "cpu" or not spec.device_placement:
-            return prepared_loader(batches, lift=spec.lift, observer=self.gradient_state, prefetch=1)
+        options = {"observer": self.gradient_state, "in_background": spec.read_in_background}
+        if self.device.type == "cpu" or not spec.device_placement:  # nothing to transfer: no batch is held for it
+            return prepared_loader(
+                batches, lift=spec.lift, prefetch=spec.prefetch if spec.read_in_background else 1, **options
+            )
         feeder = StreamFeeder(self.device, spec.lift)
-        return prepared_loader(batches, place=feeder.place, lift=feeder.hand_out, observer=self.gradient_state)
+        return prepared_loader(batches, place=feeder.place, lift=feeder.hand_out, prefetch=spec.prefetch, **options)
 
     def unwrap(self, handle: nn.Module) -> nn.Module:
         """The user's own module."""

@@ -17,7 +17,7 @@ from polyaccel import jobs, trees
 from polyaccel.compat.state import PartialState
 from polyaccel.compat.utils.dataclasses import TensorInformation
 from polyaccel.errors import ConfigError
-from polyaccel.gathering import is_array
+from polyaccel.metrics import is_array
 from polyaccel.trees import is_namedtuple
 
 __all__ = [
