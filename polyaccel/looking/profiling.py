@@ -13,6 +13,7 @@ from typing import Any
 
 from polyaccel.config.profile import Phase, ProfileKwargs
 from polyaccel.errors import ConfigError, UnsupportedError
+from polyaccel.looking.spans import averages_of
 from polyaccel.protocols import Tracer
 
 _RECORDING = ("record", "record and save")
@@ -22,7 +23,7 @@ class Profile(AbstractContextManager["Profile"]):
     """What `with accelerator.profile() as prof` gives. Call `step` after every step where there is a schedule.
 
     Every step is a span `ProfilerStep#<n>` of the trace (`ProfilerStep <n>` where XLA writes it). What the engine's own profiler can
-    do (`key_averages` on torch) can be asked here too, after a trace was recorded. `files`: what has been saved so far.
+    do (`events` on torch) can be asked here too, after a trace was recorded. `files`: what has been saved so far.
     """
 
     def __init__(
@@ -74,6 +75,24 @@ class Profile(AbstractContextManager["Profile"]):
             return
         with gzip.open(self._last, "rb") as packed, Path(path).open("wb") as plain:
             shutil.copyfileobj(packed, plain)
+
+    def key_averages(self, **options: Any) -> Any:
+        """Calls and times of every operation, and `.table(sort_by=, row_limit=)` of them: the own table of the engine's profiler
+        (torch), which takes `options`, or the sums of the last trace. Raises ConfigError where there is no trace yet.
+        """
+        native = self._tracer.native
+        if native is not None:
+            return native.key_averages(**options)
+        if options:
+            raise ConfigError(
+                f"key_averages has no {', '.join(sorted(options))} on this engine", "call it without arguments"
+            )
+        if self._last is None:
+            raise ConfigError(
+                "there is no trace to sum up yet",
+                "call it in on_trace_ready, or after the block of accelerator.profile",
+            )
+        return averages_of(self._last)
 
     def __enter__(self) -> Profile:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ def test_stacks_and_memory_are_recorded_when_asked_for(tmp_path):
     with_all = ProfileKwargs(with_stack=True, profile_memory=True, output_trace_dir=tmp_path / "a")
     with accelerator.profile(with_all) as profile:
         step(np.ones((8, 8), np.float32))
+    assert "PjitFunction(step)" in profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=500)
     assert gzip.decompress(next(file for file in profile.files if file.name == "memory.prof").read_bytes())
     assert any("test_jax_profile" in str(event) for event in events(profile)), "the function that called"
     assert "PjitFunction(step)" in {event.get("name") for event in events(profile)}

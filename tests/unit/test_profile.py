@@ -7,6 +7,7 @@ import pytest
 from polyaccel import Accelerator
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import ConfigError, UnsupportedError
+from polyaccel.looking.spans import averages_of
 from polyaccel.registry import register_backend
 from polyaccel.testing.fake import FakeBackend, FakeTracer
 
@@ -149,5 +150,46 @@ def test_a_warm_up_that_nothing_follows_is_ended(tmp_path, monkeypatch):
 
 
 def test_what_only_another_frameworks_profiler_has_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="key_averages"):
-        _ = accelerator().profile().key_averages
+    with pytest.raises(AttributeError, match="events"):
+        _ = accelerator().profile().events
+
+
+def test_a_trace_is_summed_up_by_the_names_of_its_spans(tmp_path):
+    def span(name, start, duration, pid=1, tid=1):
+        return {"ph": "X", "pid": pid, "tid": tid, "ts": start, "dur": duration, "name": name}
+
+    trace = tmp_path / "trace.json"
+    place = {"ph": "M", "name": "process_name"}
+    trace.write_text(json.dumps({"traceEvents": [
+        {**place, "pid": 1, "args": {"name": "/host:CPU"}},
+        {**place, "pid": 2, "args": {"name": "/device:GPU:0"}},
+        span("outer", 0, 10), span("inner", 1, 4), span("innermost", 2, 1), span("inner", 6, 2),
+        span("inner", 20, 5), span("inner", 0, 1, tid=2), span("kernel", 3, 7, pid=2), {},
+    ]}))  # fmt: skip
+    found = averages_of(trace)
+    assert {(row.key, row.is_on_device): (row.count, row.total_us, row.self_us) for row in found} == {
+        ("outer", False): (1, 10, 4),
+        ("inner", False): (4, 12, 11),
+        ("innermost", False): (1, 1, 1),
+        ("kernel", True): (1, 7, 7),
+    }
+    assert [line.split()[0] for line in found.table("self_cuda_time_total").splitlines()][:2] == ["name", "kernel"]
+    assert [line.split()[0] for line in found.table("cpu_time", row_limit=1).splitlines()] == ["name", "outer"]
+    assert found.table("count", row_limit=1).splitlines()[1].split() == [
+        "inner",
+        "host",
+        "11.0",
+        "us",
+        "12.0",
+        "us",
+        "3.0",
+        "us",
+        "4",
+    ]
+    with pytest.raises(ConfigError, match="self_cpu_memory_usage"):
+        found.table(sort_by="self_cpu_memory_usage")
+
+
+def test_a_profile_without_a_trace_has_nothing_to_sum_up():
+    with pytest.raises(ConfigError, match="no trace to sum up yet"):
+        accelerator().profile().key_averages()
