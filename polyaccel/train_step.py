@@ -8,7 +8,7 @@ from typing import Any
 from polyaccel.accumulation import GradientState
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import Bridge, Engine, LossCall, RetainedLoss, StepSpec
-from polyaccel.weighting import checked_weight, refuse_name_for_value
+from polyaccel.weighting import UNWEIGHTED, checked_weight, refuse_name_for_value
 
 
 class TrainStep:
@@ -42,7 +42,7 @@ class TrainStep:
         sync = state.advance()
         if self._is_weighted:
             state.note_weighted()
-        else:
+        elif state.window_weights is not UNWEIGHTED:
             state.note_unweighted()
         result = self._lift(self._step(batch, sync))
         if sync:
