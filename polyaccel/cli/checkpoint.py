@@ -10,6 +10,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from polyaccel.cli import checkpoint_convert
+from polyaccel.cli.amounts import bytes_text
 
 if TYPE_CHECKING:
     from polyaccel.checkpoint.read import Saved
@@ -64,15 +65,14 @@ def _show(options: argparse.Namespace) -> int:
     manifest = saved.manifest
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created))
     total = sum(file.bytes for file in manifest.files.values())
-    print(
-        f"{saved.path}: {_count(saved.num_processes, 'process', 'es')}, {written}, {_size(total)} in {_count(len(manifest.files), 'file')}"
-    )
+    size = f"{bytes_text(total)} in {_count(len(manifest.files), 'file')}"
+    print(f"{saved.path}: {_count(saved.num_processes, 'process', 'es')}, {written}, {size}")
     for name, value in saved.facts.items():
         print(f"  {name}: {_line(value)}")
     for group, arrays in manifest.groups.items():
         elements = sum(prod(array.shape) for array in arrays.values())
-        size = sum(prod(array.shape) * STORED[array.dtype].size for array in arrays.values())
-        print(f"{group}: {_count(len(arrays), 'array')}, {elements} elements, {_size(size)}")
+        num_bytes = sum(prod(array.shape) * STORED[array.dtype].size for array in arrays.values())
+        print(f"{group}: {_count(len(arrays), 'array')}, {elements} elements, {bytes_text(num_bytes)}")
         if options.group and group in options.group:
             for name, array in arrays.items():
                 pieces = f"  {len(array.pieces)} pieces" if len(array.pieces) > 1 else ""
@@ -116,7 +116,7 @@ def _verify(options: argparse.Namespace) -> int:
             continue
         total = sum(file.bytes for file in saved.manifest.files.values())
         print(
-            f"whole   {path}: {_count(len(saved.manifest.files), 'file')}, {_size(total)}, {time.perf_counter() - start:.1f} s"
+            f"whole   {path}: {_count(len(saved.manifest.files), 'file')}, {bytes_text(total)}, {time.perf_counter() - start:.1f} s"
         )
     if num_broken and len(found) > 1:
         print(f"{num_broken} of {len(found)} checkpoints are broken", file=sys.stderr)
@@ -135,12 +135,3 @@ def _line(value: Any) -> str:
 
 def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
-
-
-def _size(num_bytes: int) -> str:
-    size = float(num_bytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "ask for, write, show and check the configuration",
     "doctor": "try every engine on this machine, and name what is wrong and its cure",
     "env": "what a bug report needs to say about this machine",
+    "estimate-memory": "count what a model needs for training and inference, from its shapes alone",
     "launch": "start a training script on an engine, with one or more processes",
     "runs": "list, show, report and open the runs that scripts have logged, and send them to trackers",
     "test": "train on every engine through the configuration in force, and hold the numbers against known ones",
@@ -32,8 +33,12 @@ def parser(command: str | None = None) -> argparse.ArgumentParser:
         # No abbreviations: argparse would try to complete the options of the user's script with ours.
         own = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if command is None or name == command:
-            import_module(f"polyaccel.cli.{name}").add_arguments(own)
+            import_module(_module(name)).add_arguments(own)
     return top
+
+
+def _module(command: str) -> str:
+    return f"polyaccel.cli.{command.replace('-', '_')}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         top.print_help()
         return 0
     try:
-        code = int(import_module(f"polyaccel.cli.{options.command}").run(options))
+        code = int(import_module(_module(options.command)).run(options))
         sys.stdout.flush()
         return code
     except BrokenPipeError:

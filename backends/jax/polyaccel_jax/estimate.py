@@ -66,10 +66,11 @@ def _shapes(question: Question, inputs: list[jax.ShapeDtypeStruct]) -> tuple[_Tr
     jax.eval_shape(make)
     module = found[0]
     if isinstance(module, nnx.Module):
-        graph, params, others = nnx.split(nnx.eval_shape(question.factory), nnx.Param, ...)
+        split: Any = nnx.split(nnx.eval_shape(question.factory), nnx.Param, ...)
+        graph, params, others = split
 
         def run_nnx(params: _Tree, others: _Tree, *args: Any) -> Any:
-            return nnx.merge(graph, params, others)(*args)
+            return nnx.merge(graph, params, others, copy=True)(*args)  # its statistics are written in this trace
 
         return params, others, run_nnx
     if not isinstance(module, linen.Module):
@@ -118,7 +119,7 @@ def _temporaries(
         return sum(jnp.mean(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(outputs))
 
     compiled = jax.jit(jax.grad(loss)).lower(params, others, inputs).compile()
-    analysis = compiled.memory_analysis()
+    analysis: Any = compiled.memory_analysis()
     return int(analysis.temp_size_in_bytes)
 
 

@@ -100,6 +100,12 @@ class TorchBackend:
 
         return big_models
 
+    def estimator(self) -> ModuleType:
+        """What `polyaccel estimate-memory` asks. Imports torch."""
+        from polyaccel_torch import estimate
+
+        return estimate
+
     def seed(self, value: int) -> None:
         """Seed torch's generators of all devices, if torch is loaded."""
         if "torch" in sys.modules:

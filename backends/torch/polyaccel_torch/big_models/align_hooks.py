@@ -276,17 +276,17 @@ def attach_align_device_hook_on_blocks(
     tied_params_map: TiedTensors | None = None,
 ) -> None:
     """Hooks for blocks: a device, and whether weights leave, by module name, or one for all. Outputs of the whole come back."""
-    if not isinstance(execution_device, Mapping) and not isinstance(offload, Mapping):
-        execution_device, offload = {module_name: execution_device}, {module_name: offload}  # type: ignore[dict-item]
-    elif not isinstance(execution_device, Mapping):
-        execution_device = dict.fromkeys(offload, execution_device)  # type: ignore[arg-type]
-    elif not isinstance(offload, Mapping):
-        offload = dict.fromkeys(execution_device, offload)
-    assert isinstance(execution_device, Mapping)
-    assert isinstance(offload, Mapping)
-    device, is_root = execution_device.get(module_name), module_name == ""
-    is_block = module_name in execution_device and module_name in offload
-    if is_block and offload[module_name]:
+    devices: Mapping[str, Any]
+    leaving: Mapping[str, bool]
+    if isinstance(execution_device, Mapping):
+        devices = execution_device
+        leaving = offload if isinstance(offload, Mapping) else dict.fromkeys(devices, offload)
+    else:
+        leaving = offload if isinstance(offload, Mapping) else {module_name: offload}
+        devices = dict.fromkeys(leaving, execution_device)
+    device, is_root = devices.get(module_name), module_name == ""
+    is_block = module_name in devices and module_name in leaving
+    if is_block and leaving[module_name]:
         attach_align_device_hook(
             module,
             device,
@@ -320,8 +320,8 @@ def attach_align_device_hook_on_blocks(
     for name, child in module.named_children():
         attach_align_device_hook_on_blocks(
             child,
-            execution_device,
-            offload,
+            devices,
+            leaving,
             weights_map,
             offload_buffers,
             join(module_name, name),
