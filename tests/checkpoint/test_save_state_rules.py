@@ -333,7 +333,7 @@ def test_registered_objects_come_back_as_they_were(tmp_path):
 
 def test_registering_names_what_cannot_be_saved():
     acc, model, *_ = script()
-    with pytest.raises(CheckpointError, match=r"item at index 0 is a int; item at index 2 is a object"):
+    with pytest.raises(CheckpointError, match=r"Item at index 0 is a int. Item at index 2 is a object"):
         acc.register_for_checkpointing(1, model, object())
 
 

@@ -38,12 +38,13 @@ def wrap(module: nn.Module, device: torch.device, config: Config) -> Distributed
         module,
         device_ids=[device.index] if on_gpu else None,
         output_device=device.index if on_gpu else None,
-        broadcast_buffers=config.ddp_broadcast_buffers,
         # Torch's own size is asked for by None: its first bucket is then small, so that the exchange begins early.
         bucket_cap_mb=None if config.ddp_bucket_cap_mb == _TORCHS_BUCKET_MB else config.ddp_bucket_cap_mb,
         find_unused_parameters=config.ddp_find_unused_parameters,
         gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
         static_graph=config.ddp_static_graph,
+        # True is torch's own value too, and newer versions warn of everybody who gives it by this name.
+        **({} if config.ddp_broadcast_buffers else {"broadcast_buffers": False}),
     )
     hook = _HOOKS.get(config.ddp_comm_hook)
     if hook is not None:
