@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from polyaccel.errors import ConfigError
+from polyaccel.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -30,10 +31,18 @@ _TORCHS_BUCKET_MB = 25
 def wrap(module: nn.Module, device: torch.device, config: Config) -> DistributedDataParallel:
     """The module with gradients averaged over processes; process 0's values are copied to all. Every process must call it.
 
-    Raises ConfigError for options that PowerSGD does not have.
+    Raises ConfigError for options that PowerSGD does not have, and UnsupportedError for bf16 without NCCL.
     """
     state = _power_sgd(config)
+    for setting in ("ddp_comm_hook", "ddp_comm_wrapper"):
+        if getattr(config, setting) == "bf16" and dist.get_backend() != "nccl":  # torch would refuse it, too
+            raise UnsupportedError(
+                f"{setting}='bf16' needs NCCL, and this job exchanges gradients through {dist.get_backend()}",
+                f"use {setting}='fp16' or 'no' here",
+            )
     on_gpu = device.type == "cuda"
+    # True is torch's own value too, and newer versions warn of everybody who gives it by this name.
+    buffers: dict[str, Any] = {} if config.ddp_broadcast_buffers else {"broadcast_buffers": False}
     parallel = DistributedDataParallel(
         module,
         device_ids=[device.index] if on_gpu else None,
@@ -43,8 +52,7 @@ def wrap(module: nn.Module, device: torch.device, config: Config) -> Distributed
         find_unused_parameters=config.ddp_find_unused_parameters,
         gradient_as_bucket_view=config.ddp_gradient_as_bucket_view,
         static_graph=config.ddp_static_graph,
-        # True is torch's own value too, and newer versions warn of everybody who gives it by this name.
-        **({} if config.ddp_broadcast_buffers else {"broadcast_buffers": False}),
+        **buffers,
     )
     hook = _HOOKS.get(config.ddp_comm_hook)
     if hook is not None:
