@@ -46,6 +46,7 @@ Feature = Literal[
     "ddp",
     "autocast_cache",
     "process_group",
+    "uneven_inputs",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
@@ -62,6 +63,7 @@ Feature = Literal[
 # flops:          `engine.count_flops()` starts counting what its programs multiply, and gives a function that returns the floating
 #                 point operations since then, of all devices of the job; None where a program cannot be counted
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
+# uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
 # ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is (with the latter, timeout_s)
 
 

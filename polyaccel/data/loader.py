@@ -142,6 +142,14 @@ class PreparedLoader:
         return -1 if self.rows is None else self.rows.num_real
 
     @property
+    def cut(self) -> Any:
+        """What completes its last global batch where its `even_batches`, which can be set, is True; None where that is fixed."""
+        for part in (getattr(self._host, "batch_sampler", None), self._host):
+            if hasattr(part, "even_batches"):
+                return part
+        return None
+
+    @property
     def total_batch_size(self) -> int | None:
         """Samples in a full global batch, None if unknown."""
         return self._host.total_batch_size

@@ -15,7 +15,7 @@ from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import compiling, data_parallel, looking, parallel, state
+from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers, weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
@@ -47,7 +47,9 @@ class TorchEngine:
         self._plan: Plan | None = None
         self._autocast: Autocast | None = None
         self._scaler: LossScaler | None = None
-        self._usual_weight: torch.Tensor | None = None  # fp16: mean over shards of a backward's weight in the last window
+        self._usual_weight: torch.Tensor | None = (
+            None  # fp16: mean over shards of a backward's weight in the last window
+        )
         # Weak on both sides: what user code drops is freed. A module that is its own handle has no entry in `_originals`.
         self._handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._originals: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
@@ -208,6 +210,10 @@ class TorchEngine:
         """The next backward inside exchanges gradients, whatever the forward passes were told."""
         part = parallel.parallel_part(model)
         return _NOTHING if part is None else parallel.exchanging(part)
+
+    def joined(self, handles: list[Any]) -> AbstractContextManager[None]:
+        """Inside, processes may have different numbers of batches; see `joining.joined`."""
+        return joining.joined(handles, self.collectives)
 
     def remove_autocast(self, model: nn.Module) -> None:
         """The user's own module computes in its parameters' precision from now on."""
@@ -426,9 +432,7 @@ class TorchEngine:
     def read_gradients(self, handle: nn.Module) -> Iterator[Shard]:
         """What every process has accumulated: between updates they differ."""
         place = (self.topology.process_index, self.topology.num_processes)
-        return state.read_gradients(
-            self.unwrap(handle), process=place, scale=self._gradient_scale()
-        )
+        return state.read_gradients(self.unwrap(handle), process=place, scale=self._gradient_scale())
 
     def write_gradients(self, handle: nn.Module, shards: Iterable[Shard]) -> None:
         """Replace this process's gradients."""
