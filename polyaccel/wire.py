@@ -60,7 +60,7 @@ def _pack(value: Any, blocks: list[bytes]) -> Any:
 def _pack_array(value: Any, blocks: list[bytes]) -> Any:
     import numpy as np
 
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(value, torch.Tensor)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
