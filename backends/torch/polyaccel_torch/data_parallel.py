@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,11 +17,30 @@ from polyaccel.errors import ConfigError, UnsupportedError
 if TYPE_CHECKING:
     from polyaccel.config import Config
 
+
+def _orthogonalize_one(matrix: torch.Tensor, epsilon: float = 0) -> None:
+    powerSGD_hook._orthogonalize(matrix.unsqueeze(0), epsilon)
+
+
+def _batched_power_sgd() -> Any:
+    """Torch's hook, made whole: it hands single matrices to a function that has taken batches of them since
+    https://github.com/pytorch/pytorch/pull/75157, and would fail at its first compression. Nothing of torch is changed; where torch takes
+    single matrices again, its hook is used as it is."""
+    theirs = powerSGD_hook.batched_powerSGD_hook
+    try:
+        powerSGD_hook._orthogonalize(torch.ones(2, 1))
+    except AssertionError:
+        names = {**theirs.__globals__, "_orthogonalize": _orthogonalize_one}
+        ours = types.FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__)
+        return functools.update_wrapper(ours, theirs)
+    return theirs
+
+
 _HOOKS: dict[str, Any] = {
     "fp16": default_hooks.fp16_compress_hook,
     "bf16": default_hooks.bf16_compress_hook,
     "power_sgd": powerSGD_hook.powerSGD_hook,
-    "batched_power_sgd": powerSGD_hook.batched_powerSGD_hook,
+    "batched_power_sgd": _batched_power_sgd(),
 }
 _WRAPPERS: dict[str, Any] = {
     "fp16": default_hooks.fp16_compress_wrapper,
