@@ -124,6 +124,10 @@ class Config:
     compilation_cache: str = _setting(
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
     )
+    blocking_saves: bool = _setting(
+        False,
+        "save_state returns when the checkpoint is complete on the disk, as Accelerate's does; false: when it is copied",
+    )
     preemption: Literal["off", "save"] = _setting(
         "off",
         f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",

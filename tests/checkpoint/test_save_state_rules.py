@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,24 @@ def test_training_after_the_call_does_not_change_what_is_saved(backend, tmp_path
     acc.wait_for_checkpoint()
     acc.load_state(tmp_path / "c")
     assert same(weights(model), saved)
+    acc.end_training()
+
+
+def test_with_the_setting_a_save_is_complete_when_it_returns(tmp_path, monkeypatch):
+    from polyaccel.checkpoint import manager
+
+    write = manager.write_checkpoint
+    monkeypatch.setattr(manager, "write_checkpoint", lambda *args, **kwargs: (time.sleep(0.5), write(*args, **kwargs)))
+    monkeypatch.setenv("POLYACCEL_BLOCKING_SAVES", "1")
+    acc, *_ = script()
+    assert open_checkpoint(acc.save_state(tmp_path / "c"))
+    assert not (tmp_path / "d").exists()
+    assert acc.save_state(tmp_path / "d", blocking=False) == str(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    for place in ("cpu", "on_device"):
+        assert acc.load_state(tmp_path / "c", map_location=place) == str(tmp_path / "c")
+    with pytest.raises(TypeError, match="'elsewhere' is neither"):
+        acc.load_state(tmp_path / "c", map_location="elsewhere")
     acc.end_training()
 
 
