@@ -26,11 +26,11 @@ class Collectives(Parts):
 
         What is no array is gathered as an object, one entry of a list per sample; a dict keeps its structure. With
         `use_gather_object` arrays are too: they may differ in shape. It is about the batch of the innermost running loop over a
-        prepared loader; every process that has a part of that batch must call it, with trees of one structure.
+        prepared loader, or of one that was left just now; every process that has a part of that batch must call it, with trees of
+        one structure.
         """
-        topology, loader = self._engine.topology, self.gradient_state.active_dataloader
-        rows = None if loader is None else loader.rows
-        batch = BatchRows(topology.process_index, topology.num_processes, rows)
+        topology, (rows, is_left) = self._engine.topology, self.gradient_state.batch_rows
+        batch = BatchRows(topology.process_index, topology.num_processes, rows, is_left)
         return self._gathering.gather_for_metrics(input_data, batch, as_objects=use_gather_object)
 
     @contextmanager
@@ -52,7 +52,7 @@ class Collectives(Parts):
             yield
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`."""
+        """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`: new arrays, also in one process."""
         return self._gathering.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:
