@@ -262,10 +262,10 @@ class TorchEngine:
         self._differentiate(value * factor, 1.0, is_retained)
         if result is None or self.topology.num_processes == 1:
             return None if result is None else self._over_shards(result)
-        is_empty = torch.as_tensor(weight == 0, device=self.device)
-        share = torch.where(is_empty, torch.zeros_like(value), value.detach() * weight)
+        weight = weights.on_device(weight, self.device)
+        share = torch.where(weight == 0, torch.zeros_like(value), value.detach() * weight)
         aux = result[1:] if isinstance(result, tuple) else ()
-        shares, total, *aux = self._over_shards((share, torch.as_tensor(weight, device=self.device), *aux))
+        shares, total, *aux = self._over_shards((share, weight, *aux))
         mean = torch.where(total == 0, torch.zeros_like(shares), shares / total.to(shares.dtype))
         return (mean, *aux) if isinstance(result, tuple) else mean
 
@@ -276,7 +276,7 @@ class TorchEngine:
             # Thousands of tokens, times the loss scale, would leave float16, in which gradients may also be exchanged.
             if self._keeps_usual_size:
                 if self._usual_weight is None:
-                    first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+                    first = weights.on_device(weight, self.device)
                     self._usual_weight = _or_one(self.collectives.mean_and_sum([first], [])[0][0])
                 unit = 1 / self._usual_weight
             window = self.gradient_state.window_weights = weights.WindowWeights(unit=unit)
@@ -288,11 +288,10 @@ class TorchEngine:
         window = self.gradient_state.window_weights
         total, num_shards = window.total, 1
         if self.topology.num_processes > 1 and self.gradient_state.exchanges_weights:
-            mine = torch.as_tensor(total, device=self.device)
+            mine = weights.on_device(total, self.device)
             total, num_shards = self.collectives.mean_and_sum([], [mine])[1][0], self.topology.num_processes
-        if self._keeps_usual_size:
-            mean = torch.as_tensor(total, dtype=torch.float32, device=self.device) / (num_shards * window.count)
-            self._usual_weight = _or_one(mean)
+        if self._keeps_usual_size and num_shards == self.topology.num_processes:  # one value for all of them
+            self._usual_weight = _or_one(weights.on_device(total, self.device) / (num_shards * window.count))
         window.close(weights.gradients_of(self._handles), total, num_shards)
 
     @property
