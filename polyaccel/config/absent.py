@@ -38,6 +38,18 @@ class DeepSpeedPlugin(_Absent):
     _instead = _SHARD
 
 
+class DummyOptim(_Absent):
+    """An optimizer that DeepSpeed's configuration stands for. Instead: the optimizer itself."""
+
+    _instead = "prepare an optimizer of torch.optim"
+
+
+class DummyScheduler(_Absent):
+    """A schedule that DeepSpeed's configuration stands for. Instead: the schedule itself."""
+
+    _instead = "prepare a scheduler of torch.optim.lr_scheduler"
+
+
 class DeepSpeedSequenceParallelConfig(_Absent):
     """Ulysses. Instead: the mesh axis `sequence`."""
 
@@ -48,6 +60,10 @@ class MegatronLMPlugin(_Absent):
     """Megatron-LM. Instead: the mesh."""
 
     _instead = ARGUMENTS["megatron_lm_plugin"]
+
+
+class MegatronLMDummyScheduler(DummyScheduler):
+    """A schedule that Megatron-LM's configuration stands for. Instead: the schedule itself."""
 
 
 class TorchTensorParallelPlugin(_Absent):

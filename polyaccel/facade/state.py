@@ -168,6 +168,8 @@ class AcceleratorState(JobView):
     the first Accelerator, and ConfigError where `mixed_precision` or `cpu` contradict it: they are settings of the Accelerator.
     """
 
+    deepspeed_plugin = None  # what many scripts ask before they do what DeepSpeed wants
+
     _known_attrs = (*JobView._known_attrs, "mixed_precision")
     _bound: weakref.ref[Any] | None = None
 
