@@ -6,6 +6,17 @@ from typing import Any, NoReturn
 
 from polyaccel.errors import UnsupportedError
 
+__all__ = [
+    "AORecipeKwargs",
+    "DeepSpeedPlugin",
+    "DeepSpeedSequenceParallelConfig",
+    "FP8RecipeKwargs",
+    "MSAMPRecipeKwargs",
+    "MegatronLMPlugin",
+    "TERecipeKwargs",
+    "TorchTensorParallelPlugin",
+]
+
 _SHARD = "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stage 3, {'data': -1} for copies"
 _NARROW = "use mixed_precision='bf16'"
 

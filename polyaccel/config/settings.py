@@ -74,7 +74,7 @@ class Setting:
         return self.check(text)
 
     def check(self, value: Any) -> Any:
-        """The value, a list as a tuple, members of enums as what they stand for. Raises ValueError that says why it cannot be this one's."""
+        """The value, a list as a tuple, members of enums as what they stand for. Raises ValueError that says why it cannot be."""
         value = value.value if isinstance(value, Enum) else value
         if self.kind == "list" and isinstance(value, (list, tuple, set)):
             value = tuple(item.value if isinstance(item, Enum) else item for item in value)
