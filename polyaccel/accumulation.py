@@ -81,6 +81,19 @@ class GradientState:
         finally:
             self.sync_gradients = before
 
+    @property
+    def in_dataloader(self) -> bool:
+        """Whether a prepared loader is running."""
+        return self.active_dataloader is not None
+
+    def _set_sync_gradients(self, sync_gradients: bool) -> None:
+        # Accelerate's name; transformers' Trainer tells by it which batches are real ones.
+        self.sync_gradients = sync_gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What runs and what an engine holds stay here: a prepared scheduler can be pickled inside a loop.
+        return {**vars(self), "_running": [], "window_weights": None}
+
     # -- the loaders report here ---------------------------------------------------------------------------------------
 
     def loader_started(self, loader: Any) -> None:

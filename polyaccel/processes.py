@@ -106,7 +106,8 @@ def split(inputs: Any, *, index: int, num_processes: int, apply_padding: bool) -
     share, extra = divmod(length, num_processes)
     start = index * share + min(index, extra)
     stop = start + share + (index < extra)
-    if hasattr(inputs, "select") and hasattr(inputs, "column_names"):  # a Hugging Face dataset, whose slices are dicts of columns
+    # A Hugging Face dataset, whose slices are dicts of columns.
+    if hasattr(inputs, "select") and hasattr(inputs, "column_names"):
         padding = share + (extra > 0) - (stop - start) if apply_padding else 0
         return inputs.select([*range(start, stop), *[length - 1] * (padding if length else 0)])
     part = inputs[start:stop]

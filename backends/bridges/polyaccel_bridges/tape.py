@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_CALLS = 32  # model calls in one recording; a loop that only looks at outputs is computed in parts of this size
-_COMPARISONS = frozenset({torch.isclose, torch.allclose, torch.equal, torch.eq, torch.ne})  # they have no gradient to be lost
+# They have no gradient that could be lost.
+_COMPARISONS = frozenset({torch.isclose, torch.allclose, torch.equal, torch.eq, torch.ne})
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
