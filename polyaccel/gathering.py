@@ -20,13 +20,13 @@ class Gathering:
 
     With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
     With `debug` the processes first tell each other what they called and with what: another call, another number of arrays, another
-    shape or dtype is an UnsupportedError on all of them, before any array moves.
+    shape or dtype is a CollectiveError on all of them, before any array moves.
     """
 
     def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None], *, debug: bool = False) -> None:
         self._engine = engine
         self._script_bridge = script_bridge
-        self._debug = debug
+        self.debug = debug
 
     @property
     def num_processes(self) -> int:
@@ -177,8 +177,8 @@ class Gathering:
         return any(self._engine.collectives.all_gather_object(flag))
 
     def _check(self, call: str, tree: Any = (), *, any_shape: bool = False) -> None:
-        """With `debug`: raises UnsupportedError unless every process is at this call, with arrays like these."""
-        if not self._debug:
+        """With `debug`: raises CollectiveError unless every process is at this call, with arrays like these."""
+        if not self.debug:
             return
         mine = [_described(leaf, any_shape) for leaf in trees.flatten(tree)[0]]
         calls, arrays = zip(*self._engine.collectives.all_gather_object((call, mine)), strict=True)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from polyaccel import jobs
 from polyaccel.distribution import DistributedType
 from polyaccel.errors import ConfigError, NotStartedError, UnsupportedError
+from polyaccel.protocols import Engine
 
 _HOSTS = ("cpu", "numpy")
 
@@ -142,8 +143,12 @@ class JobView:
 
     @property
     def debug(self) -> bool:
-        """Whether collectives are compared between processes before they run."""
-        return bool(self._job.config.debug)
+        """Whether collectives are compared between processes before they run. May be set, on every process alike."""
+        return bool(self._job._gathering.debug)
+
+    @debug.setter
+    def debug(self, value: bool) -> None:
+        self._job._gathering.debug = bool(value)
 
     def __repr__(self) -> str:
         if self._found() is None:
@@ -152,7 +157,12 @@ class JobView:
 
 
 class _Retired:
-    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`."""
+    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`: it may still say which process this is,
+    and end the training, as long as the job itself was not reset."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        if engine is not None:
+            self.topology, self.synchronize, self.close = engine.topology, engine.synchronize, engine.close
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -209,13 +219,19 @@ class AcceleratorState(JobView):
         newest = jobs.of_script()
         for accelerator in jobs.accelerators():
             if accelerator is not jobs.kept():
-                accelerator._engine = accelerator._prepared = _Retired()
+                is_over = reset_partial_state or not hasattr(accelerator._engine, "topology")
+                accelerator._engine = accelerator._prepared = _Retired(None if is_over else accelerator._engine)
         jobs.retire()
         if reset_partial_state:
             jobs.forget()
         elif newest is not None:
             kind, backend, cpu = type(newest), newest.backend, newest.config.cpu
             jobs.keep(lambda: kind(backend=backend, cpu=cpu))
+
+    @property
+    def deepspeed_plugin(self) -> None:
+        """None: there is no DeepSpeed here, which scripts find out by asking."""
+        return None
 
     @property
     def mixed_precision(self) -> str:
