@@ -232,7 +232,7 @@ def test_a_state_that_is_no_plain_data_is_named_when_it_is_saved():
     next(iter(loader))
     steps = iter(loader)
     next(steps)
-    with pytest.raises(Exception, match="builtins.object"):
+    with pytest.raises(Exception, match=r"builtins\.object"):
         _ = loader.state
 
 
