@@ -405,3 +405,23 @@ def test_unwrapping_without_the_fp32_wrapper_computes_as_the_parameters_are():
     assert is_rounded(model, accelerator.unwrap_model(model)(x))
     assert is_rounded(model, pickle.loads(pickle.dumps(model))(x))  # a prepared model can be pickled as it is
     assert not is_rounded(model, accelerator.unwrap_model(model, keep_fp32_wrapper=False)(x))
+
+
+# -- what a script asks ------------------------------------------------------------------------------------------------------
+
+
+@every_engine
+def test_settings_can_be_read_under_accelerates_names(engine, caplog):
+    accelerator = on(engine, even_batches=False)
+    assert (accelerator.split_batches, accelerator.even_batches, accelerator.dispatch_batches) == (False, False, None)
+    assert not accelerator.use_seedable_sampler
+    assert not accelerator.non_blocking
+    assert not accelerator.use_stateful_dataloader
+    assert not accelerator.multi_device
+    assert accelerator.should_save_model
+    assert accelerator.deepspeed_plugin is accelerator.state.deepspeed_plugin is None
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            with accelerator.maybe_context_parallel(buffers=[torch.ones(2)], buffer_seq_dims=[0]):
+                pass
+    assert sum("maybe_context_parallel cuts nothing" in record.message for record in caplog.records) <= 1
