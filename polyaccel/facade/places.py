@@ -21,6 +21,8 @@ R = TypeVar("R")
 class Places(Parts):
     """The job as this process sees it."""
 
+    said_distributed_type: DistributedType | None = None  # what the script has written over it
+
     @cached_property
     def state(self) -> AcceleratorState:
         """The processes and devices of the job, seen from here."""
@@ -29,7 +31,7 @@ class Places(Parts):
     @property
     def distributed_type(self) -> DistributedType:
         """How the job is spread, in Accelerate's one word for it; see `polyaccel.distribution`."""
-        return distributed_type_of(self.backend, self._engine.topology, self.plan)
+        return self.said_distributed_type or distributed_type_of(self.backend, self._engine.topology, self.plan)
 
     @property
     def device(self) -> Any:

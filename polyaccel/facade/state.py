@@ -74,6 +74,11 @@ class JobView:
         kind: DistributedType = self._read("distributed_type")
         return kind
 
+    @distributed_type.setter
+    def distributed_type(self, value: DistributedType) -> None:
+        """Say another word, as scripts of Accelerate can: it is what they read then, and changes nothing else."""
+        self._job.said_distributed_type = value
+
     @property
     def num_processes(self) -> int:
         """Processes of the job."""
@@ -227,11 +232,6 @@ class AcceleratorState(JobView):
         elif newest is not None:
             kind, backend, cpu = type(newest), newest.backend, newest.config.cpu
             jobs.keep(lambda: kind(backend=backend, cpu=cpu))
-
-    @property
-    def deepspeed_plugin(self) -> None:
-        """None: there is no DeepSpeed here, which scripts find out by asking."""
-        return None
 
     @property
     def mixed_precision(self) -> str:
