@@ -337,6 +337,13 @@ class Conformance(Remembering, Averaging, Weighting):
             store.set(f"polyaccel.conformance/{engine.topology.process_index}", text)
         assert store.get(f"polyaccel.conformance/{engine.topology.process_index}") == "second"
 
+    def test_every_operation_between_processes_is_known_to_its_calls(self) -> None:
+        collectives = self.accelerator()._engine.collectives
+        with collectives.calls("conformance", "detail") as call:
+            assert (call.operation, call.detail) == ("conformance", "detail")
+        collectives.barrier("conformance")
+        assert not collectives.calls.is_broken
+
     def test_objects_between_processes_survive_the_wire(self) -> None:
         engine = self.accelerator()._engine
         value = {"n": 1, "x": [1.5, float("inf"), None, True], "s": ("a", b"b"), "array": np.arange(3)}
