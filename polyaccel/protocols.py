@@ -44,6 +44,7 @@ Feature = Literal[
     "flops",
     "profile",
     "ddp",
+    "grad_scaler",
     "autocast_cache",
     "process_group",
     "uneven_inputs",
@@ -65,6 +66,7 @@ Feature = Literal[
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
 # uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
 # uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
+# grad_scaler:    `engine.grad_scaler` is the torch.amp.GradScaler that scales the loss under fp16, else None
 # ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is
 
 

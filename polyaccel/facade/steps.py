@@ -252,6 +252,12 @@ class Steps(Parts):
         )
 
     @property
+    def scaler(self) -> Any:
+        """The torch.amp.GradScaler of fp16 on the engine torch, to be read; None elsewhere, also where an engine scales in its programs."""
+        engine: Any = self._engine  # what it declares beside the seam
+        return engine.grad_scaler if "grad_scaler" in self._features else None
+
+    @property
     def optimizer_step_was_skipped(self) -> bool:
         """True if the last update of any prepared optimizer was skipped because of gradients that were not finite (fp16)."""
         return any(optimizer.step_was_skipped for optimizer in self._prepared.public("optimizer"))

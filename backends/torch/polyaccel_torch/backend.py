@@ -38,6 +38,8 @@ class TorchBackend:
                 "fence",
                 "profile",
                 "ddp",
+                "grad_scaler",
+                "uneven_inputs",
                 "uneven_inputs",
                 "autocast_cache",
                 "process_group",
