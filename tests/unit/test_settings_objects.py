@@ -191,6 +191,15 @@ def test_a_parallelism_config_is_a_mesh(sizes, mesh):
     assert config_of_arguments({"parallelism_config": ParallelismConfig(**sizes)}).mesh == mesh
 
 
+def test_an_axis_that_a_backend_does_not_have_is_refused_with_the_argument_that_asked_for_it():
+    for argument, value in (
+        ("fsdp_plugin", FullyShardedDataParallelPlugin()),
+        ("parallelism_config", ParallelismConfig(tp_size=2)),
+    ):
+        with pytest.raises(UnsupportedError, match=rf"mesh\.\w+=-?\d \(argument {argument}\) is not supported"):
+            Accelerator(backend="fake", **{argument: value})
+
+
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="tp_size=0"):
         ParallelismConfig(tp_size=0)

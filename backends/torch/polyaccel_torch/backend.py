@@ -40,7 +40,6 @@ class TorchBackend:
                 "ddp",
                 "grad_scaler",
                 "uneven_inputs",
-                "uneven_inputs",
                 "autocast_cache",
                 "process_group",
             }
