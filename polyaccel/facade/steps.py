@@ -63,9 +63,7 @@ class Steps(Parts):
         if weight is not None:
             return add_weighted(self._engine, bridge, self.gradient_state, work, weight, is_call=is_call)
         state = self.gradient_state
-        if state.window_weights is None:
-            state.window_weights = UNWEIGHTED
-        elif state.window_weights is not UNWEIGHTED:
+        if state.window_weights is not UNWEIGHTED:
             state.note_unweighted()
         if bridge is not None:
             work = bridge.lower(work, "loss")
