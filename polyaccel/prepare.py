@@ -241,6 +241,11 @@ class Preparation:
                 return entry
         return None
 
+    def is_foreign_loader(self, value: Any) -> bool:
+        """Whether it passed through and is an iterable that knows where it stands."""
+        has_state = all(hasattr(value, name) for name in ("__iter__", "state_dict", "load_state_dict"))
+        return has_state and self.entry_of(value) is None
+
     def handles(self, role: Role) -> list[Any]:
         """The engine's handles of one role, in the order in which they were prepared."""
         return [entry.handle for entry in self.entries if entry.role == role]

@@ -15,7 +15,6 @@ from polyaccel.prepare import placements_of
 from polyaccel.schedules import steps_per_update
 from polyaccel.unwrapping import without_wrappers
 
-
 _LOADER_SETTINGS = tuple([field.name for field in fields(DataLoaderConfiguration)])
 
 
@@ -26,7 +25,8 @@ class Preparing(Parts):
         """Hand models, optimizers, loaders and schedulers to the engine; use what it returns instead of them.
 
         Any number, in any order; returned in the order given (one object alone, not in a tuple). What is prepared already, and objects
-        that no engine needs, are returned as they are. Must be called on every process.
+        that no engine needs, are returned as they are; an iterable among them that has `state_dict` and `load_state_dict` is registered
+        for checkpointing. Must be called on every process.
 
         Args:
             device_placement: one value per object, in place of the constructor's `device_placement`: False leaves a model where it is
@@ -37,6 +37,9 @@ class Preparing(Parts):
         placements = placements_of(device_placement, len(objects), default=self.config.device_placement)
         prepared = self._prepared.prepare(objects, spec=self._loader_spec(), placements=placements)
         results = [self._gated(value) for value in prepared]
+        if foreign := [value for value in results if self._prepared.is_foreign_loader(value)]:
+            run: Any = self  # checkpoints are another topic of the facade
+            run.register_for_checkpointing(*foreign)
         return results[0] if len(results) == 1 else tuple(results)
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
