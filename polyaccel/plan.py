@@ -66,7 +66,8 @@ def make_plan(
     for axis, size in config.mesh.sizes.items():
         if size != 1 and axis not in mesh_axes:
             raise UnsupportedError(
-                f"mesh.{axis}={size}{_given_by(config, axis)} is not supported by backend {backend!r}, which shards over: {', '.join(sorted(mesh_axes))}",
+                f"mesh.{axis}={size}{_given_by(config, axis)} is not supported by backend {backend!r},"
+                f" which shards over: {', '.join(sorted(mesh_axes))}",
                 f"leave mesh.{axis} at 1, or choose another backend",
             )
     mesh = config.mesh.resolve(topology.num_devices)
