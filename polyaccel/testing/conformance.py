@@ -20,6 +20,7 @@ import pytest
 
 from polyaccel import Accelerator
 from polyaccel.case import Case
+from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
 from polyaccel.mesh import MeshSpec
@@ -376,6 +377,16 @@ class Conformance(Remembering, Averaging, Weighting):
             # bfloat16 keeps 8 bits of mantissa, float16 11: one part in 256 or 2048 per product, averaged over the batch.
             tolerance = {"no": TOLERANCE, "fp16": 5e-3, "bf16": 3e-2}[name]
             np.testing.assert_allclose(losses, reference(epochs=3, skipped=skipped)[0], rtol=tolerance)
+
+    def test_handlers_switch_narrow_numbers_and_loss_scaling_off(self) -> None:
+        for name in load_backend(self.case.backend).capabilities.mixed_precision - {"no"}:
+            off = [AutocastKwargs(enabled=False), GradScalerKwargs(enabled=False)]
+            accelerator = self.accelerator(mixed_precision=name, kwargs_handlers=off)
+            model, optimizer, loader = self.prepared(accelerator)
+            step = accelerator.train_step(self.case.loss, model, optimizer)
+            with accelerator.autocast(AutocastKwargs(enabled=False)):
+                losses = [number(step(batch)) for batch in loader]
+            np.testing.assert_allclose(losses, reference(epochs=1)[0], rtol=TOLERANCE)
 
     def test_mesh_axes_are_what_the_backend_declares(self) -> None:
         declared = load_backend(self.case.backend).capabilities.mesh_axes
