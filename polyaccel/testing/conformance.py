@@ -22,7 +22,7 @@ from polyaccel import Accelerator
 from polyaccel.case import Case
 from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
 from polyaccel.config.profile import ProfileKwargs
-from polyaccel.errors import ConfigError, PolyaccelError, UnsupportedError
+from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS
 from polyaccel.registry import load_backend
