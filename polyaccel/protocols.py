@@ -284,7 +284,7 @@ class Engine(StatefulEngine, WeightingEngine, Protocol):
         ...
 
     def prepare_optimizer(self, optimizer: Any, model: Any | None) -> Any:
-        """A handle with step(), zero_grad(set_to_none=True), param_groups (torch dialect), step_was_skipped."""
+        """An OptimizerHandle (`polyaccel.prepared`), in the torch dialect with param_groups."""
         ...
 
     def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
@@ -296,7 +296,8 @@ class Engine(StatefulEngine, WeightingEngine, Protocol):
         ...
 
     def unwrap(self, handle: Any) -> Any:
-        """The user's own object, with current values."""
+        """The user's own object, with current values. `remove_autocast(model)`, where an engine has it, lets that compute in the
+        parameters' own precision."""
         ...
 
     def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.parts import Parts
-from polyaccel.prepare import placements_of
+from polyaccel.prepare import is_spread, placements_of
 from polyaccel.schedules import steps_per_update
 from polyaccel.unwrapping import without_wrappers
 
@@ -137,8 +137,7 @@ class Preparing(Parts):
 
     def verify_device_map(self, model: Any) -> bool:
         """Whether a device_map has spread the model, or a part of it, over several devices (`dispatch_model`)."""
-        parts = model.modules() if callable(getattr(model, "modules", None)) else [model]
-        return any(len(getattr(part, "hf_device_map", ())) > 1 for part in parts)
+        return is_spread(model)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Drop every prepared object and wait for the device; returns one None per argument, to overwrite the script's names."""
