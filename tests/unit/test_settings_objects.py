@@ -296,7 +296,8 @@ def test_members_of_accelerates_enums_are_what_they_stand_for():
 
 
 def test_the_constructor_has_every_argument_of_accelerates():
-    theirs = """device_placement split_batches mixed_precision gradient_accumulation_steps cpu dataloader_config deepspeed_plugin fsdp_plugin
-        torch_tp_plugin megatron_lm_plugin rng_types log_with project_dir project_config gradient_accumulation_plugin
-        step_scheduler_with_optimizer kwargs_handlers dynamo_backend dynamo_plugin deepspeed_plugins parallelism_config"""
+    theirs = """device_placement split_batches mixed_precision gradient_accumulation_steps cpu dataloader_config
+        deepspeed_plugin fsdp_plugin torch_tp_plugin megatron_lm_plugin rng_types log_with project_dir project_config
+        gradient_accumulation_plugin step_scheduler_with_optimizer kwargs_handlers dynamo_backend dynamo_plugin
+        deepspeed_plugins parallelism_config"""
     assert set(theirs.split()) <= inspect.signature(Accelerator).parameters.keys()
