@@ -438,6 +438,11 @@ class _Boundary:
     def __init__(self, engine: XlaEngine) -> None:
         self._engine = engine
 
+    @property
+    def gradient_state(self) -> Any:
+        """What the loaders report to, beyond this."""
+        return self._engine.gradient_state
+
     def loader_started(self, loader: PreparedLoader) -> None:
         if self._engine.gradient_state is not None:
             self._engine.gradient_state.loader_started(loader)
