@@ -276,7 +276,7 @@ def attach_align_device_hook_on_blocks(
     tied_params_map: TiedTensors | None = None,
 ) -> None:
     """Hooks for blocks: a device, and whether weights leave, by module name, or one for all. Outputs of the whole come back."""
-    devices: Mapping[str, Any]
+    devices: Any
     leaving: Mapping[str, bool]
     if isinstance(execution_device, Mapping):
         devices = execution_device
