@@ -80,7 +80,10 @@ def rows_of(accelerator, batch):
 
 def numpy_loaders():
     """The same data in a script without torch's loaders."""
+    from flax import nnx
+
     accelerator = Accelerator()
+    accelerator.prepare(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))  # this is a flax script, though torch is imported
     batches = [{"number": np.arange(start, min(start + 4, 22))} for start in range(0, 22, 4)]
     loader = accelerator.prepare_data_loader(batches)
     answers = {"numpy": rows(accelerator, loader, lambda batch: batch["number"])}
