@@ -377,7 +377,7 @@ def _refuse_uneven(rows: GlobalRows) -> None:
         raise UnsupportedError(
             f"a global batch of {rows.num_real} samples gives the processes {', '.join(map(str, rows.held))} of them, and on this"
             " engine all processes run one program on equal parts",
-            "use even_batches=True (gather_for_metrics still counts every sample once) or drop_last=True; where the data is batches already,"
+            "use even_batches=True (gather_for_metrics counts every sample once) or drop_last=True; where the data is batches already,"
             " let it give batches of one size",
         )
 
