@@ -83,6 +83,9 @@ class Job:
         while True:
             work, done = self._work.get()
             try:
+                if self._waits_for_devices:
+                    # On CPUs a step that is under way exchanges through the same connections, and would be given these bytes.
+                    jax.block_until_ready(jax.live_arrays())
                 result = work()
                 done.put((jax.block_until_ready(result) if self._waits_for_devices else result, None))
             except BaseException as error:  # noqa: BLE001 - raised by the thread that asked for the work
