@@ -224,7 +224,9 @@ def _wait_for_manifest(target: Folder, work: Folder, attempt: str, process_index
         now = time.monotonic()
         if mine in work.entries():
             watch.check(f"process 0 did not complete {target.url}", "see what process 0 said")
-        elif _attempt_of(target) == attempt:
+        elif (
+            _attempt_of(open_folder(target.url)) == attempt
+        ):  # anew: an opened folder stays the one that was there before
             return
         elif gone_since is None:
             gone_since = now

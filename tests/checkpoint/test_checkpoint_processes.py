@@ -155,6 +155,19 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert holds(tmp_path / "two", contents(2))
 
 
+def test_a_process_that_looks_before_an_empty_folder_is_filled_still_sees_the_checkpoint(tmp_path, monkeypatch):
+    target = tmp_path / "one"
+    target.mkdir()
+    complete = write._name_plainly
+
+    def slowly(*arguments):  # the parts are gone already, and the checkpoint is not there yet
+        time.sleep(0.3)
+        complete(*arguments)
+
+    monkeypatch.setattr(write, "_name_plainly", slowly)
+    assert save_together(target, halves()) == [str(target)] * 2
+
+
 def test_replacing_takes_the_place_of_a_checkpoint_and_of_nothing_else(tmp_path):
     save(tmp_path / "one", contents(1))
     save(tmp_path / "one", contents(2), replace=True)

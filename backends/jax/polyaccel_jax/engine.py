@@ -88,7 +88,9 @@ class JaxEngine:
             self._in_flight = deque()
         collectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
         self.collectives: Collectives = collectives
-        self.note_exchange = collectives.note_exchange  # called before a program that ends only if every process runs it
+        self.note_exchange = (
+            collectives.note_exchange
+        )  # called before a program that ends only if every process runs it
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.compiles = CompileLog()
         self.scaler: ScalerState | None = None

@@ -117,7 +117,9 @@ def join(
     return Job(topology, device, collectives, owns_group)
 
 
-_exchanges: weakref.WeakKeyDictionary[Any, HostExchange] = weakref.WeakKeyDictionary()  # by the default group that they are beside
+_exchanges: weakref.WeakKeyDictionary[Any, HostExchange] = (
+    weakref.WeakKeyDictionary()
+)  # by the default group that they are beside
 
 
 def _host_exchange(topology: Topology, timeout: timedelta) -> HostExchange:

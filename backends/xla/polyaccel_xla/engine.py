@@ -250,7 +250,9 @@ class XlaEngine:
         )
 
         def place(batch: Any) -> Any:
-            even = getattr(host.batch_sampler, "even_batches", spec.even_batches)  # `join_uneven_inputs` changes it for a while
+            even = getattr(
+                host.batch_sampler, "even_batches", spec.even_batches
+            )  # `join_uneven_inputs` changes it for a while
             return self._placement.batch(batch, is_short_allowed=not even, full_size=host.total_batch_size)
 
         def hand_out(host_batch: Any, placed: Any) -> Any:
