@@ -27,7 +27,7 @@ class JaxBackend:
     name = "jax"
     capabilities = Capabilities(
         dialect="flax",
-        mesh_axes=frozenset({"replica", "data"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset({"multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}),

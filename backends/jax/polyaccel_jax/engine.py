@@ -381,6 +381,12 @@ class JaxEngine:
             return tree
         return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.replicated), tree)
 
+    def keep(self, tree: Any) -> Any:
+        """Traced: parameters, gradients or optimizer state, which lie as the mesh keeps them. Nothing on one device."""
+        if self.mesh.is_single_device:
+            return tree
+        return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.kept(value)), tree)
+
     def dtypes(self, wants_64bit: bool) -> AbstractContextManager[Any]:
         """The context in which programs of such a model are traced and called."""
         return jax.enable_x64(True) if wants_64bit else nullcontext()
