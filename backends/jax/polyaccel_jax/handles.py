@@ -33,8 +33,8 @@ class JaxModel:
         self.names: tuple[str, ...] = tuple(params)
         self.positions = {key: index for index, key in enumerate(self.names)}
         with engine.dtypes(self.wants_64bit):
-            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(list(params.values())))
-            arrays = engine.mesh.replicate(list(buffers.values()))
+            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values()))
+            arrays = engine.mesh.replicate(list(buffers.values()))  # few and small
         self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays, strict=True))
         self.gradients: dict[str, jax.Array] = {}
         self.gradients_are_shared = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -92,10 +92,13 @@ class DeviceMesh:
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def keep(self, values: Sequence[Any]) -> list[jax.Array]:
-        """Copies of host or device arrays, equal on all processes, each cut as what is kept is; every device gets its part alone."""
+    def keep(self, values: Iterable[Any]) -> list[jax.Array]:
+        """Copies of host or device arrays, equal on all processes, each cut as what is kept is; every device gets its part alone.
+
+        The values are taken one by one: where they are made when they are asked for, no two of them are whole at a time.
+        """
         if self.num_parts == 1:
-            return self.replicate(values)
+            return self.replicate(list(values))
         copies: list[jax.Array] = []
         for value in values:
             value = value if hasattr(value, "dtype") else np.asarray(value)
@@ -105,6 +108,7 @@ class DeviceMesh:
             else:
                 host = value if isinstance(value, jax.Array) else np.array(value)
                 copies.append(jax.device_put(host, sharding, may_alias=False))
+                copies[-1].block_until_ready()  # the host's copy goes before the next one comes
         return copies
 
     def replicate(self, values: Sequence[Any]) -> list[jax.Array]:
