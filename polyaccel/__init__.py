@@ -145,6 +145,7 @@ class _Accelerate:
             "big_modeling",
             "data_loader",
             "hooks",
+            "launchers",
             "logging",
             "memory_utils",
             "optimizer",

@@ -18,7 +18,7 @@ from polyaccel.config.parallel import FullyShardedDataParallelPlugin, Parallelis
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
 from polyaccel.errors import NotStartedError
-from polyaccel.facade import Checkpoints, Collectives, Looking, Places, Preparing, Steps, Tracking
+from polyaccel.facade import Checkpoints, Collectives, Looking, Preparing, Settings, Steps, Tracking
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
@@ -31,7 +31,7 @@ from polyaccel.registry import choose_backend
 from polyaccel.tracking import Observer, Session, describe_job
 
 
-class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Checkpoints):
+class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Checkpoints):
     """One training script, on the engine that the configuration names.
 
     Args:
@@ -191,11 +191,6 @@ class Accelerator(Places, Preparing, Steps, Collectives, Tracking, Looking, Chec
     def mixed_precision(self) -> str:
         """ "no", "bf16" or "fp16"."""
         return self.plan.precision.name
-
-    @property
-    def split_batches(self) -> bool:
-        """Whether a loader's batch_size is the global batch."""
-        return self.plan.split_batches
 
     @property
     def compile_events(self) -> tuple[CompileEvent, ...]:

@@ -34,6 +34,10 @@ class GradientState:
         self.sync_gradients = True
         self._weighted_step = -1
         self._running: list[weakref.ref[Any]] = []
+        # By a loop: the rows of its last batch, and which loop is around it and how far that was.
+        self._left: tuple[Any, int | None, int] | None = None
+        # By a loop: the rows of its last batch, and which loop is around it and how far that was.
+        self._left: tuple[Any, int | None, int] | None = None
 
     def advance(self) -> bool:
         """Count one micro batch and decide whether it closes the window."""
@@ -77,15 +81,36 @@ class GradientState:
         finally:
             self.sync_gradients = before
 
+    @property
+    def in_dataloader(self) -> bool:
+        """Whether a prepared loader is running."""
+        return self.active_dataloader is not None
+
+    def _set_sync_gradients(self, sync_gradients: bool) -> None:
+        # Accelerate's name; transformers' Trainer tells by it which batches are real ones.
+        self.sync_gradients = sync_gradients
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What runs and what an engine holds stay here: a prepared scheduler can be pickled inside a loop.
+        return {**vars(self), "_running": [], "window_weights": None}
+
     # -- the loaders report here ---------------------------------------------------------------------------------------
 
     def loader_started(self, loader: Any) -> None:
         """A prepared loader began an epoch; it is the active one until it finishes or an inner one starts."""
         self._running.append(weakref.ref(loader))
+        self._left = None
+        self._left = None
 
     def loader_finished(self, loader: Any) -> None:
         """A prepared loader's epoch ended, by exhaustion or because its loop was left."""
         self._running = [ref for ref in self._running if ref() is not None and ref() is not loader]
+        if not getattr(loader, "is_exhausted", True):
+            around = self.active_dataloader
+            self._left = (loader.rows, None, 0) if around is None else (loader.rows, id(around), around.num_handed_out)
+        if not getattr(loader, "is_exhausted", True):
+            around = self.active_dataloader
+            self._left = (loader.rows, None, 0) if around is None else (loader.rows, id(around), around.num_handed_out)
 
     @property
     def active_dataloader(self) -> Any:
@@ -101,6 +126,26 @@ class GradientState:
         """True while the active loader's last batch is being used."""
         loader = self.active_dataloader
         return loader is not None and loader.end_of_dataloader
+
+    @property
+    def batch_rows(self) -> tuple[Any, bool]:
+        """The rows of the batch in use (see `PreparedLoader.rows`), and whether that is the last one of a loop that was left."""
+        loader = self.active_dataloader
+        if self._left is not None:
+            rows, *where = self._left
+            if where == ([None, 0] if loader is None else [id(loader), loader.num_handed_out]):
+                return rows, True
+        return (None if loader is None else loader.rows), False
+
+    @property
+    def batch_rows(self) -> tuple[Any, bool]:
+        """The rows of the batch in use (see `PreparedLoader.rows`), and whether that is the last one of a loop that was left."""
+        loader = self.active_dataloader
+        if self._left is not None:
+            rows, *where = self._left
+            if where == ([None, 0] if loader is None else [id(loader), loader.num_handed_out]):
+                return rows, True
+        return (None if loader is None else loader.rows), False
 
     @property
     def remainder(self) -> int:

@@ -25,7 +25,7 @@ from polyaccel.store import Store
 LOOK_S = 0.5  # a process that waits looks this often where the others are; its engine calls `look`
 _ANSWER_S = 1.0  # a process that does not wait looks this often whether it is asked
 _PROCESSES_PER_S = 256  # that look at the store; in a larger job each looks less often
-_STUCK_S = 5.0  # a process that waits in its training step for one that waits for it gets no further in this time
+_STUCK_S = 5.0  # processes that wait for each other at different places get no further in this time
 
 # Between the line of a script and an operation: these packages stand for the script, not for themselves.
 _PASSED = frozenset({"contextlib", "functools", "logging", "torch", "torchdata", "jax", "flax", "importlib", "runpy"})
@@ -181,7 +181,7 @@ class CollectiveCalls:
                     "make every process call it; look for an earlier error in that process",
                 )
             is_inside = other.begun == self._begun and other.completed < other.begun
-            if is_inside and other.call is not None and not call.fits(other.call):
+            if is_inside and other.call is not None and not call.fits(other.call) and self._is_stuck(index, other):
                 return different_calls({self._process_index: call, index: other.call})
             if other.begun < self._begun and other.exchanges > exchanges and self._is_stuck(index, other):
                 here = sorted([self._process_index, *(i for i, o in reports.items() if o and o.begun >= self._begun)])
@@ -193,6 +193,7 @@ class CollectiveCalls:
         return None
 
     def _is_stuck(self, index: int, other: _Report) -> bool:
+        # Not at once: an operation that begins with an exchange of what was called is about to say so, and the job can go on after it.
         now, progress = time.monotonic(), (other.begun, other.exchanges)
         seen, since = self._ahead.get(index, (None, now))
         if seen != progress:

@@ -71,7 +71,7 @@ class CollectiveError(PolyaccelError):
     """The processes of a job came to different collectives, with arrays that do not fit together, or some of them not at all."""
 
 
-class LaunchError(PolyaccelError):
+class LaunchError(PolyaccelError, RuntimeError):
     """Processes could not be started or could not find each other."""
 
 

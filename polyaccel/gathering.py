@@ -20,13 +20,13 @@ class Gathering:
 
     With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
     With `debug` the processes first tell each other what they called and with what: another call, another number of arrays, another
-    shape or dtype is an UnsupportedError on all of them, before any array moves.
+    shape or dtype is a CollectiveError on all of them, before any array moves.
     """
 
     def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None], *, debug: bool = False) -> None:
         self._engine = engine
         self._script_bridge = script_bridge
-        self._debug = debug
+        self.debug = debug
 
     @property
     def num_processes(self) -> int:
@@ -120,7 +120,8 @@ class Gathering:
         return gathered[[row for start, kept in parts for row in range(start, start + kept)]]
 
     def reduce(self, tree: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Every array reduced elementwise over processes, then multiplied by `scale`; "none" gives the input back."""
+        """Every array reduced elementwise over processes, then multiplied by `scale`: a copy, also in one process; "none" gives the
+        input back."""
         if reduction not in REDUCTIONS:
             raise ConfigError(f"reduction={reduction!r} is unknown", nearest(str(reduction), REDUCTIONS))
         if reduction == "none":
@@ -129,6 +130,8 @@ class Gathering:
         if self.num_processes > 1:
             self._check(f"reduce({reduction})", tree)
             tree = self._map(lambda array: self._engine.collectives.all_reduce(array, operation), tree, "reduce")
+        elif scale == 1.0:
+            tree = trees.map_leaves(_copied, tree)
         return tree if scale == 1.0 else trees.map_leaves(lambda leaf: leaf * scale if is_array(leaf) else leaf, tree)
 
     def broadcast(self, tree: Any, from_process: int = 0) -> Any:
@@ -174,8 +177,8 @@ class Gathering:
         return any(self._engine.collectives.all_gather_object(flag))
 
     def _check(self, call: str, tree: Any = (), *, any_shape: bool = False) -> None:
-        """With `debug`: raises UnsupportedError unless every process is at this call, with arrays like these."""
-        if not self._debug:
+        """With `debug`: raises CollectiveError unless every process is at this call, with arrays like these."""
+        if not self.debug:
             return
         mine = [_described(leaf, any_shape) for leaf in trees.flatten(tree)[0]]
         calls, arrays = zip(*self._engine.collectives.all_gather_object((call, mine)), strict=True)
@@ -210,6 +213,12 @@ class Gathering:
                 f"from_process={from_process} is no process of this job of {self.num_processes}",
                 "processes count from 0",
             )
+
+
+def _copied(leaf: Any) -> Any:
+    if hasattr(leaf, "clone"):  # torch
+        return leaf.clone()
+    return leaf.copy() if type(leaf).__module__ == "numpy" else leaf  # arrays of jax never change
 
 
 def _described(leaf: Any, any_shape: bool) -> str:

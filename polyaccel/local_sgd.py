@@ -24,7 +24,8 @@ class LocalSGD:
 
     What is averaged are the floating-point parameters, over all processes, in place (S. Stich, "Local SGD Converges Fast and
     Communicates Little", 2019). Buffers and the optimizer's state stay each process's own, so a checkpoint that is saved inside holds
-    those of process 0. Every process must take equally many steps; after an exception nothing is averaged.
+    those of process 0. Every process must take equally many steps; after an exception nothing is averaged. Weights that `backward` takes
+    are those of each process's own window.
 
     Args:
         accelerator: the Accelerator that prepared the model.
@@ -44,6 +45,7 @@ class LocalSGD:
         self.num_steps = 0
         self._handle = accelerator._prepared.handle_of(model, "model", argument="model")
         self._engine: Any = accelerator._engine  # average_parameters comes with the feature that is asked for below
+        self._state = accelerator.gradient_state
         self._without_exchange = ExitStack()
         if not self.enabled:
             return
@@ -63,6 +65,8 @@ class LocalSGD:
     def __enter__(self) -> LocalSGD:
         if self.enabled:
             self._without_exchange.enter_context(self._engine.gradient_sync(self._handle, enabled=False))
+            self._without_exchange.callback(setattr, self._state, "exchanges_weights", self._state.exchanges_weights)
+            self._state.exchanges_weights = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

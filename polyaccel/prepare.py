@@ -100,6 +100,10 @@ class Preparation:
         for value, kind in zip(objects, kinds, strict=True):
             if kind is not None and kind[1] == "model":
                 self._enter_dialect(kind[0], value)
+        if not evaluation_mode:
+            self._meet(
+                [value for value, kind in zip(objects, kinds, strict=True) if kind is not None and kind[1] == "model"]
+            )
         given = [entry for entry in map(self.entry_of, objects) if entry is not None]
         in_this_call = [entry for entry in given if entry.role == "model"]
         results = [entry.public if (entry := self.entry_of(value)) else value for value in objects]
@@ -116,6 +120,11 @@ class Preparation:
         for call in self.on_prepared:
             call()
         return results
+
+    def _meet(self, models: list[Any]) -> None:
+        """Before models become those of the whole job: a process that does not come, or comes with others, is named."""
+        if models and self._engine.topology.num_processes > 1:
+            self._engine.collectives.barrier(", ".join(type(model).__name__ for model in models))
 
     def _identify(self, value: Any, unknown: Role | None) -> tuple[Dialect, Role] | None:
         found = identify(value, self._capabilities.kinds)

@@ -28,6 +28,18 @@ class OptimizerHandle:
         """Whether the last real step left the parameters alone, because of gradients that were not finite (fp16)."""
         raise NotImplementedError
 
+    def train(self) -> None:
+        """Reaches optimizers that have a training mode (schedule-free ones)."""
+        own = getattr(self, "optimizer", None)
+        if hasattr(own, "train"):
+            own.train()
+
+    def eval(self) -> None:
+        """Reaches optimizers that have an evaluation mode (schedule-free ones)."""
+        own = getattr(self, "optimizer", None)
+        if hasattr(own, "eval"):
+            own.eval()
+
     @property
     def _is_overflow(self) -> bool:
         return self.step_was_skipped

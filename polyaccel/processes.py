@@ -105,7 +105,12 @@ def split(inputs: Any, *, index: int, num_processes: int, apply_padding: bool) -
         ) from error
     share, extra = divmod(length, num_processes)
     start = index * share + min(index, extra)
-    part = inputs[start : start + share + (index < extra)]
+    stop = start + share + (index < extra)
+    # A Hugging Face dataset, whose slices are dicts of columns.
+    if hasattr(inputs, "select") and hasattr(inputs, "column_names"):
+        padding = share + (extra > 0) - (stop - start) if apply_padding else 0
+        return inputs.select([*range(start, stop), *[length - 1] * (padding if length else 0)])
+    part = inputs[start:stop]
     missing = share + (extra > 0) - len(part)
     if not apply_padding or not missing or not length:
         return part

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_check
 
 from polyaccel.averages import ParameterAverage as ParameterAverage
 from polyaccel.case import Case as Case
+from polyaccel.collectives import Collectives as Collectives
 from polyaccel.config import Config
 from polyaccel.data.spec import LoaderSpec as LoaderSpec
 from polyaccel.dialects import Dialect, Role
 from polyaccel.shards import ArraySpec as ArraySpec
 from polyaccel.shards import Shard as Shard
 from polyaccel.shards import StatefulEngine as StatefulEngine
-from polyaccel.store import Store
 from polyaccel.topology import Topology
 from polyaccel.weighting import WeightingEngine as WeightingEngine
 
@@ -46,6 +46,7 @@ Feature = Literal[
     "ddp",
     "autocast_cache",
     "process_group",
+    "uneven_inputs",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
@@ -62,6 +63,7 @@ Feature = Literal[
 # flops:          `engine.count_flops()` starts counting what its programs multiply, and gives a function that returns the floating
 #                 point operations since then, of all devices of the job; None where a program cannot be counted
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
+# uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
 # ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is (with the latter, timeout_s)
 
 
@@ -243,37 +245,6 @@ class Tracer(Protocol):
     def span(self, name: str, step: int | None) -> AbstractContextManager[Any]:
         """A named span of the trace; with a number, that of a step, which is part of its name: `ProfilerStep#3`, or after a space
         where the framework gives # a meaning."""
-        ...
-
-
-class Collectives(Protocol):
-    """Between processes. Every process must call each of them, in the same order. Arrays are the engine's own."""
-
-    def all_gather(self, array: Array) -> Array:
-        """Concatenate along dim 0 over processes; a scalar gives shape (num_processes,). Shapes must be equal."""
-        ...
-
-    def all_reduce(self, array: Array, operation: Literal["sum", "mean", "max", "min"]) -> Array:
-        """Reduce elementwise over processes; a new array."""
-        ...
-
-    def broadcast(self, array: Array, from_process: int) -> Array:
-        """The array of one process, on all of them."""
-        ...
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        """JSON-like or array values (see `polyaccel.wire`) of all processes, in process order."""
-        ...
-
-    def barrier(self, tag: str) -> None:
-        """Return when every process has arrived at the barrier of this name."""
-        ...
-
-    def store(self) -> Store:
-        """A new connection to the texts that the processes of the job share, for a thread of its own; alone, a MemoryStore.
-
-        The only one of these that a process may use without the others, and beside an operation of the main thread.
-        """
         ...
 
 

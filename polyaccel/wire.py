@@ -1,19 +1,21 @@
 """Python values as bytes between processes, without pickle: what arrives can hold data, never code.
 
 Plain values (None, bool, int, float, str, bytes, list, tuple, set, dict) and arrays are encoded; anything else is refused by
-name. JSON carries the structure; bytes and arrays follow it as raw blocks.
+name. Torch tensors come back as torch tensors in host memory, other arrays as numpy's. JSON carries the structure; bytes and
+arrays follow it as raw blocks.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 from polyaccel.errors import UnsupportedError
 
 
 def encode(value: Any) -> bytes:
-    """`value` as bytes that `decode` turns back into an equal value; arrays of any framework come back as numpy arrays.
+    """`value` as bytes that `decode` turns back into an equal value.
 
     Raises UnsupportedError naming the first type that cannot be sent.
     """
@@ -58,8 +60,13 @@ def _pack(value: Any, blocks: list[bytes]) -> Any:
 def _pack_array(value: Any, blocks: list[bytes]) -> Any:
     import numpy as np
 
+    torch: Any = sys.modules.get("torch")
+    is_tensor = torch is not None and isinstance(value, torch.Tensor)
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+    if is_tensor and value.dtype == torch.bfloat16:  # which numpy lacks
+        blocks.append(value.contiguous().view(torch.int16).numpy().tobytes())
+        return {"tensor": ["bfloat16", list(value.shape), 2 * value.numel()]}
     array = np.asarray(value)
     if array.dtype.hasobject:
         raise UnsupportedError(
@@ -67,7 +74,7 @@ def _pack_array(value: Any, blocks: list[bytes]) -> Any:
         )
     array = np.ascontiguousarray(array).reshape(array.shape)
     blocks.append(array.tobytes())
-    return {"array": [array.dtype.name, list(array.shape), array.nbytes]}
+    return {"tensor" if is_tensor else "array": [array.dtype.name, list(array.shape), array.nbytes]}
 
 
 def _unpack(tree: Any, rest: memoryview) -> tuple[Any, memoryview]:
@@ -78,10 +85,12 @@ def _unpack(tree: Any, rest: memoryview) -> tuple[Any, memoryview]:
         return float.fromhex(content), rest
     if kind == "bytes":
         return bytes(rest[:content]), rest[content:]
-    if kind == "array":
+    if kind in ("array", "tensor"):
         import numpy as np
 
         dtype, shape, size = content
+        if kind == "tensor" and "torch" in sys.modules:
+            return _tensor(dtype, shape, rest[:size]), rest[size:]
         if dtype not in np.sctypeDict:
             import ml_dtypes
 
@@ -98,3 +107,9 @@ def _unpack(tree: Any, rest: memoryview) -> tuple[Any, memoryview]:
             items.append(entry)
     kinds: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}
     return kinds[kind](items), rest
+
+
+def _tensor(dtype: str, shape: list[int], data: memoryview) -> Any:
+    torch = sys.modules["torch"]
+    flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, dtype)) if len(data) else torch.empty(0)
+    return flat.to(getattr(torch, dtype)).reshape(shape)

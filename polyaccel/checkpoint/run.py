@@ -99,12 +99,12 @@ def _plain(value: Any) -> Any:
 def check_registrable(objects: Sequence[Any]) -> None:
     """Raises CheckpointError naming position and class of everything that cannot give and take its state."""
     bad = [
-        f"item at index {index} is a {type(value).__name__}"
+        f"Item at index {index} is a {type(value).__name__}"
         for index, value in enumerate(objects)
         if not all(callable(getattr(value, name, None)) for name in ("state_dict", "load_state_dict"))
     ]
     if bad:
         raise CheckpointError(
-            f"register_for_checkpointing takes objects with state_dict and load_state_dict: {'; '.join(bad)}",
+            f"register_for_checkpointing takes objects with state_dict and load_state_dict. {'. '.join(bad)}",
             "give them these two methods: state_dict() returns plain values and arrays, load_state_dict(state) takes them back",
         )

@@ -6,6 +6,17 @@ from typing import Any, NoReturn
 
 from polyaccel.errors import UnsupportedError
 
+__all__ = [
+    "AORecipeKwargs",
+    "DeepSpeedPlugin",
+    "DeepSpeedSequenceParallelConfig",
+    "FP8RecipeKwargs",
+    "MSAMPRecipeKwargs",
+    "MegatronLMPlugin",
+    "TERecipeKwargs",
+    "TorchTensorParallelPlugin",
+]
+
 _SHARD = "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stage 3, {'data': -1} for copies"
 _NARROW = "use mixed_precision='bf16'"
 
@@ -38,6 +49,18 @@ class DeepSpeedPlugin(_Absent):
     _instead = _SHARD
 
 
+class DummyOptim(_Absent):
+    """An optimizer that DeepSpeed's configuration stands for. Instead: the optimizer itself."""
+
+    _instead = "prepare an optimizer of torch.optim"
+
+
+class DummyScheduler(_Absent):
+    """A schedule that DeepSpeed's configuration stands for. Instead: the schedule itself."""
+
+    _instead = "prepare a scheduler of torch.optim.lr_scheduler"
+
+
 class DeepSpeedSequenceParallelConfig(_Absent):
     """Ulysses. Instead: the mesh axis `sequence`."""
 
@@ -48,6 +71,10 @@ class MegatronLMPlugin(_Absent):
     """Megatron-LM. Instead: the mesh."""
 
     _instead = ARGUMENTS["megatron_lm_plugin"]
+
+
+class MegatronLMDummyScheduler(DummyScheduler):
+    """A schedule that Megatron-LM's configuration stands for. Instead: the schedule itself."""
 
 
 class TorchTensorParallelPlugin(_Absent):

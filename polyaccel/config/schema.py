@@ -124,6 +124,10 @@ class Config:
     compilation_cache: str = _setting(
         "auto", "jax, xla: folder of the persistent compilation cache; auto: the user's cache folder; off"
     )
+    blocking_saves: bool = _setting(
+        False,
+        "save_state returns when the checkpoint is complete on the disk, as Accelerate's does; false: when it is copied",
+    )
     preemption: Literal["off", "save"] = _setting(
         "off",
         f"on SIGTERM or SIGUSR1, save: all processes save the same step and leave with exit code {PREEMPTED}; off: nothing is changed",
@@ -137,7 +141,9 @@ class Config:
         "", "new folder where losses, gradient norms and parameters are recorded, for `polyaccel compare`"
     )
     record_steps: int = _setting(0, "with record: end the script after so many updates; 0: where it ends by itself")
-    timeout_s: int = _setting(1800, "torch: seconds that a process waits for the others in an exchange", least=1)
+    timeout_s: int = _setting(
+        1800, "seconds that a process waits for the others in an exchange, before an error says who is missing", least=1
+    )
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
     remarks: tuple[str, ...] = field(default=(), compare=False)
 

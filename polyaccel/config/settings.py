@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from enum import Enum
 from typing import Any
 
 from polyaccel.config.schema import MESH_HELP, SECTIONS, Config
@@ -73,9 +74,10 @@ class Setting:
         return self.check(text)
 
     def check(self, value: Any) -> Any:
-        """The value, a list as a tuple. Raises ValueError that says why it cannot be this setting's."""
-        if self.kind == "list" and isinstance(value, (list, set)):
-            value = tuple(value)
+        """The value, a list as a tuple, members of enums as what they stand for. Raises ValueError that says why it cannot be."""
+        value = value.value if isinstance(value, Enum) else value
+        if self.kind == "list" and isinstance(value, (list, tuple, set)):
+            value = tuple(item.value if isinstance(item, Enum) else item for item in value)
         elif self.kind == "float" and type(value) is int:
             value = float(value)
         elif self.kind == "table" and isinstance(value, Mapping):

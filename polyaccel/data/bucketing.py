@@ -237,8 +237,10 @@ def counted(loader: PreparedLoader, accelerator: Any, mask: Key = "mask") -> Ite
         # The mask of a global array is that of all processes already.
         if accelerator.num_processes > 1 and getattr(window[0][0][mask], "is_fully_addressable", True):
             total, num_parts = float(sum(accelerator.gather_object([total]))), accelerator.num_processes
+        # What the accelerator divides this window by.
+        steps = len(window) if accelerator.gradient_state.scales_tail else accelerator.gradient_accumulation_steps
         for batch, is_last, rows in window:
             # Accumulation asks the loader whether this is the end of the data: it is that for the last batch of the window alone.
             loader.end_of_dataloader, loader.rows = is_last, rows
             num_samples = batch[mask].shape[0] * num_parts
-            yield batch, total / (accelerator.gradient_accumulation_steps * num_samples)
+            yield batch, total / (steps * num_samples)

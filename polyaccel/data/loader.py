@@ -122,7 +122,7 @@ class PreparedLoader:
                 "read_in_background=True, and process 0 reads this loader for all: processes can only talk on the script's thread",
                 "set dispatch_batches=False, so that every process reads, or leave read_in_background out",
             )
-        self.end_of_dataloader = False
+        self.end_of_dataloader = self.is_exhausted = False
         self.rows: GlobalRows | None = None
         self._host = host
         self._place = place
@@ -142,9 +142,22 @@ class PreparedLoader:
         return -1 if self.rows is None else self.rows.num_real
 
     @property
+    def cut(self) -> Any:
+        """What completes its last global batch where its `even_batches`, which can be set, is True; None where that is fixed."""
+        for part in (getattr(self._host, "batch_sampler", None), self._host):
+            if hasattr(part, "even_batches"):
+                return part
+        return None
+
+    @property
     def total_batch_size(self) -> int | None:
         """Samples in a full global batch, None if unknown."""
         return self._host.total_batch_size
+
+    @property
+    def num_handed_out(self) -> int:
+        """How many batches of the running pass were handed out, those that it skipped included."""
+        return self._position.batch
 
     @property
     def epoch(self) -> int:
@@ -291,7 +304,7 @@ class PreparedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         position, running = self._position, object()
-        self.end_of_dataloader, self.rows = False, None
+        self.end_of_dataloader, self.rows, self.is_exhausted = False, None, False
         place, lift = self._place, self._lift
         ahead = max(1, self._prefetch)  # one host batch more than is handed out, to know the last one
         places_late = place is not None and not self._prefetch
@@ -332,7 +345,7 @@ class PreparedLoader:
                 yield placed if lift is None else lift(host, placed)
                 host = placed = None  # the consumer owns the batch: do not keep its memory while the next one is made
             position.epoch += 1
-            self.rows = None
+            self.rows, self.is_exhausted = None, True
         finally:  # also when the body breaks, raises or the generator is dropped
             if self._in_background and source is not None:
                 source.close()  # type: ignore[attr-defined]  # a generator; its thread ends with it

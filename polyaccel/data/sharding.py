@@ -88,8 +88,8 @@ class ShardedBatchSampler:
     `on_start` is called at the start of each pass, right before the first index is drawn: processes agree on the order there.
     `rows` belongs to the latest pass: for each batch taken so far and not yet popped, the GlobalRows of its global batch, or None.
 
-    With `deals_out` the indices of every shard of all processes come one after the other, for a process that reads for all;
-    `counts` then goes with `rows`: how many of them make up the global batch.
+    With `deals_out` the indices of every process come one after the other, for a process that reads for all; `counts` then goes
+    with `rows`: how many of them make up the global batch.
     """
 
     def __init__(
@@ -185,7 +185,9 @@ class ShardedBatchSampler:
         global_batches = cut_batches(self.batch_sampler, cut, self.batch_size, self.drop_last)
         for shards, num_real in itertools.islice(global_batches, skip, None):
             if self._deals_out:
-                filled = [shard for shard in shards if len(shard)]
+                local = cut.num_local_shards
+                parts = [shards[first : first + local] for first in range(0, cut.num_shards, local)]
+                filled = [part for one in parts if (part := list(itertools.chain.from_iterable(one)))]
                 rows.append(cut.rows([len(shard) for shard in shards], num_real, self.batch_size))
                 counts.append(len(filled))
                 yield from filled
@@ -201,8 +203,7 @@ class IterableShard:
 
     `batch_size` None: the elements of the stream are batches already, and a global batch is `num_shards` of them. The stream is
     read in full by every process, so all must read the same one. `rows` is the GlobalRows of the global batch, or None, as in
-    `ShardedBatchSampler.rows`. With `deals_out`, (a list of the samples of each shard of all processes, rows), for a process that
-    reads for all.
+    `ShardedBatchSampler.rows`. With `deals_out`, (a list of the samples of each process, rows), for a process that reads for all.
     """
 
     def __init__(
@@ -252,7 +253,8 @@ class IterableShard:
                 if cut.even_batches and cut.num_shards > 1:
                     chunk = _completed(chunk, first, size)
             if self._deals_out:
-                parts = [chunk[first : first + part] for first in range(0, len(chunk), part)]
+                held = part * cut.num_local_shards
+                parts = [chunk[first : first + held] for first in range(0, len(chunk), held)]
                 yield parts, self._rows(chunk, num_real, part)
             elif local := chunk[span]:
                 yield local, self._rows(chunk, num_real, part)

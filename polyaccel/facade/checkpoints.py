@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from polyaccel.data import PreparedLoader, skip_first_batches
 from polyaccel.facade.parts import Parts
@@ -35,7 +35,8 @@ class Checkpoints(Parts):
                 complete. None: `project_dir/checkpoints/checkpoint_<iteration>`.
             safe_serialization: only True: nothing in a checkpoint is pickled.
             blocking: True returns when the checkpoint is complete on the disk. Otherwise training goes on as soon as everything is copied
-                to host memory, and a failure to write is raised by the next call about checkpoints, or by `end_training`.
+                to host memory, and a failure to write is raised by the next call about checkpoints, or by `end_training`. None: the
+                setting blocking_saves, which is False.
 
         Returns the folder. Every process must call it, outside of `is_main_process`. Raises CheckpointError, before anything is written,
         where the folder cannot be used, and naming what cannot be saved.
@@ -43,18 +44,28 @@ class Checkpoints(Parts):
         from polyaccel.checkpoint.export import require_safe
 
         require_safe(safe_serialization)
-        return self._checkpoints.save(output_dir, blocking=bool(blocking))
+        return self._checkpoints.save(output_dir, blocking=self.config.blocking_saves if blocking is None else blocking)
 
-    def load_state(self, input_dir: str | PathLike[str] | None = None) -> str:
+    def load_state(
+        self, input_dir: str | PathLike[str] | None = None, *, map_location: Literal["cpu", "on_device"] | None = None
+    ) -> str:
         """Continue exactly where a checkpoint was saved; prepare and register everything first, as the script that saved it did.
 
         Without `input_dir` the newest whole checkpoint of the project, and the log says which ones were passed over and why. The
         next pass over a loader goes on after the last batch that was used; `skip_first_batches` does not skip twice. The engine, the
         number of processes and the devices may be others than before.
 
+        Args:
+            input_dir: the checkpoint's folder or URL.
+            map_location: Accelerate's place on the way; each array is read into the place of what it belongs to, whichever is named.
+
         Returns the folder. Every process must call it. Raises CheckpointError, before anything is changed, where the checkpoint is
-        damaged or does not fit.
+        damaged or does not fit, and TypeError for another `map_location`.
         """
+        if map_location not in (None, "cpu", "on_device"):
+            raise TypeError(
+                f"Unsupported optimizer map location passed: {map_location!r} is neither 'cpu' nor 'on_device'"
+            )
         return self._checkpoints.load(input_dir)
 
     @property

@@ -1,10 +1,13 @@
-"""Values of all processes, brought together."""
+"""Values of all processes, brought together, and loops that are not equally long on all of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from polyaccel.facade.parts import Parts
+from polyaccel.joining import Joining
 from polyaccel.metrics import BatchRows
 
 
@@ -23,15 +26,33 @@ class Collectives(Parts):
 
         What is no array is gathered as an object, one entry of a list per sample; a dict keeps its structure. With
         `use_gather_object` arrays are too: they may differ in shape. It is about the batch of the innermost running loop over a
-        prepared loader; every process that has a part of that batch must call it, with trees of one structure.
+        prepared loader, or of one that was left just now; every process that has a part of that batch must call it, with trees of
+        one structure.
         """
-        topology, loader = self._engine.topology, self.gradient_state.active_dataloader
-        rows = None if loader is None else loader.rows
-        batch = BatchRows(topology.process_index, topology.num_processes, rows)
+        topology, (rows, is_left) = self._engine.topology, self.gradient_state.batch_rows
+        batch = BatchRows(topology.process_index, topology.num_processes, rows, is_left)
         return self._gathering.gather_for_metrics(input_data, batch, as_objects=use_gather_object)
 
+    @contextmanager
+    def join_uneven_inputs(self, joinables: Iterable[Any], even_batches: bool | None = None) -> Iterator[None]:
+        """Inside, the processes may have different numbers of batches: those that are done wait for the others.
+
+        `joinables` are prepared models. `even_batches` holds for loaders of indexed data inside, None: the setting. With even batches
+        nothing else happens; without, a process that is done takes its part in the others' gradient exchanges (see `joined` of the
+        torch engine), or, where an engine cannot do that, UnsupportedError is raised. Every process must enter it.
+        """
+        joining = Joining(
+            self._engine,
+            self._prepared,
+            self.gradient_state,
+            self.plan,
+            can_join="uneven_inputs" in self._features,
+        )
+        with joining.uneven_inputs(joinables, even_batches):
+            yield
+
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`."""
+        """Every array of a tree reduced over processes ("sum", "mean", "max", "min"), times `scale`: new arrays, also in one process."""
         return self._gathering.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: float = 0, pad_first: bool = False) -> Any:

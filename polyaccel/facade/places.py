@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,6 +21,8 @@ R = TypeVar("R")
 class Places(Parts):
     """The job as this process sees it."""
 
+    said_distributed_type: DistributedType | None = None  # what the script has written over it
+
     @cached_property
     def state(self) -> AcceleratorState:
         """The processes and devices of the job, seen from here."""
@@ -29,7 +31,7 @@ class Places(Parts):
     @property
     def distributed_type(self) -> DistributedType:
         """How the job is spread, in Accelerate's one word for it; see `polyaccel.distribution`."""
-        return distributed_type_of(self.backend, self._engine.topology, self.plan)
+        return self.said_distributed_type or distributed_type_of(self.backend, self._engine.topology, self.plan)
 
     @property
     def device(self) -> Any:
@@ -129,13 +131,17 @@ class Places(Parts):
             return lambda wrapped: self.on_local_process(wrapped, local_process_index)
         return processes.only_if(lambda: self.local_process_index == local_process_index, function)
 
-    def main_process_first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def main_process_first(self) -> Iterator[None]:
         """The block runs on process 0, then on all others. Every process must enter it."""
-        return processes.one_first(self.is_main_process, self._engine.collectives.barrier)
+        with processes.one_first(self.is_main_process, self._engine.collectives.barrier):
+            yield
 
-    def local_main_process_first(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
         """The block runs on the first process of every host, then on all others. Every process must enter it."""
-        return processes.one_first(self.is_local_main_process, self._engine.collectives.barrier)
+        with processes.one_first(self.is_local_main_process, self._engine.collectives.barrier):
+            yield
 
     @contextmanager
     def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:

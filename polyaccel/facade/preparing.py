@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from polyaccel.accumulation import SchedulerGate
+from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.parts import Parts
 from polyaccel.prepare import placements_of
 from polyaccel.schedules import steps_per_update
 from polyaccel.unwrapping import without_wrappers
+
+
+_LOADER_SETTINGS = tuple([field.name for field in fields(DataLoaderConfiguration)])
 
 
 class Preparing(Parts):
@@ -67,6 +72,16 @@ class Preparing(Parts):
         placements = placements_of([device_placement], 1, default=self.config.device_placement)
         spec = self._loader_spec()
         return self._prepared.prepare((data_loader,), spec=spec, placements=placements, unknown="loader")[0]
+
+    @property
+    def dataloader_config(self) -> DataLoaderConfiguration:
+        """How loaders are prepared. May be set to another one, for loaders that are prepared from then on."""
+        return DataLoaderConfiguration(**{name: getattr(self.config, name) for name in _LOADER_SETTINGS})
+
+    @dataloader_config.setter
+    def dataloader_config(self, value: DataLoaderConfiguration) -> None:
+        self.config = replace(self.config, **{name: getattr(value, name) for name in _LOADER_SETTINGS})
+        self.plan = replace(self.plan, split_batches=value.split_batches, even_batches=value.even_batches)
 
     def _loader_spec(self) -> LoaderSpec:
         config = self.config

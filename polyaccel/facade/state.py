@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from polyaccel import jobs
 from polyaccel.distribution import DistributedType
 from polyaccel.errors import ConfigError, NotStartedError, UnsupportedError
+from polyaccel.protocols import Engine
 
 _HOSTS = ("cpu", "numpy")
 
@@ -72,6 +73,11 @@ class JobView:
         """How the job is spread; see `polyaccel.distribution`."""
         kind: DistributedType = self._read("distributed_type")
         return kind
+
+    @distributed_type.setter
+    def distributed_type(self, value: DistributedType) -> None:
+        """Say another word, as scripts of Accelerate can: it is what they read then, and changes nothing else."""
+        self._job.said_distributed_type = value
 
     @property
     def num_processes(self) -> int:
@@ -142,8 +148,12 @@ class JobView:
 
     @property
     def debug(self) -> bool:
-        """Whether collectives are compared between processes before they run."""
-        return bool(self._job.config.debug)
+        """Whether collectives are compared between processes before they run. May be set, on every process alike."""
+        return bool(self._job._gathering.debug)
+
+    @debug.setter
+    def debug(self, value: bool) -> None:
+        self._job._gathering.debug = bool(value)
 
     def __repr__(self) -> str:
         if self._found() is None:
@@ -152,7 +162,12 @@ class JobView:
 
 
 class _Retired:
-    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`."""
+    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`: it may still say which process this is,
+    and end the training, as long as the job itself was not reset."""
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        if engine is not None:
+            self.topology, self.synchronize, self.close = engine.topology, engine.synchronize, engine.close
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -167,6 +182,8 @@ class AcceleratorState(JobView):
     `AcceleratorState()` speaks of the newest Accelerator, `accelerator.state` of that one. Raises NotStartedError (a ValueError) before
     the first Accelerator, and ConfigError where `mixed_precision` or `cpu` contradict it: they are settings of the Accelerator.
     """
+
+    deepspeed_plugin = None  # what many scripts ask before they do what DeepSpeed wants
 
     _known_attrs = (*JobView._known_attrs, "mixed_precision")
     _bound: weakref.ref[Any] | None = None
@@ -207,7 +224,8 @@ class AcceleratorState(JobView):
         newest = jobs.of_script()
         for accelerator in jobs.accelerators():
             if accelerator is not jobs.kept():
-                accelerator._engine = accelerator._prepared = _Retired()
+                is_over = reset_partial_state or not hasattr(accelerator._engine, "topology")
+                accelerator._engine = accelerator._prepared = _Retired(None if is_over else accelerator._engine)
         jobs.retire()
         if reset_partial_state:
             jobs.forget()

@@ -10,9 +10,12 @@ from typing import Any
 from polyaccel.config.numerics import AutocastKwargs
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.parts import Parts
+from polyaccel.logs import get_logger
 from polyaccel.protocols import LossCall, StepSpec
 from polyaccel.train_step import TrainStep, add_weighted, loss_value, scale_tail, weight_name
 from polyaccel.weighting import UNWEIGHTED
+
+_log = get_logger("polyaccel.steps")
 
 
 class Steps(Parts):
@@ -181,6 +184,26 @@ class Steps(Parts):
         return self._engine.autocast(
             enabled=enabled, cache_enabled=self.config.autocast_cache if cache is None else cache
         )
+
+    @contextmanager
+    def maybe_context_parallel(
+        self,
+        buffers: list[Any] | None = None,
+        buffer_seq_dims: list[int] | None = None,
+        no_restore_buffers: set[Any] | None = None,
+    ) -> Iterator[None]:
+        """A block in which sequences are cut over the mesh axis `sequence`: without one, nothing is cut, which the log says once.
+
+        Raises UnsupportedError where the axis is longer than 1: no engine cuts the buffers of a script.
+        """
+        if self.plan.mesh.sequence > 1:
+            raise UnsupportedError(
+                f"maybe_context_parallel cannot cut buffers over mesh.sequence={self.plan.mesh.sequence}",
+                "leave mesh.sequence at 1",
+            )
+        if buffers:
+            _log.warning_once("maybe_context_parallel cuts nothing: mesh.sequence is 1")
+        yield
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """Scale gradients so that their total norm is at most `max_norm`; returns the norm before, or None while accumulating.

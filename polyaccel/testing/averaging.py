@@ -45,18 +45,24 @@ class Averaging:
                 np.testing.assert_array_equal(after[name], present[name])
 
     def test_an_average_changes_with_real_updates_only(self) -> None:
-        accelerator = self.accelerator(gradient_accumulation_steps=2)
-        model, optimizer, loader = self.prepared(accelerator)
-        ema = EMA(model, decay=0.5)
-        counts = []
-        for batch in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(self.case.loss, model, batch)
-                optimizer.step()
-                optimizer.zero_grad()
-                ema.update()
-            counts.append(ema.num_updates)
-        assert counts[:4] == [0, 1, 1, 2]
+        for form in ("function", "train_step"):
+            accelerator = self.accelerator(gradient_accumulation_steps=2)
+            model, optimizer, loader = self.prepared(accelerator)
+            step = accelerator.train_step(self.case.loss, model, optimizer)
+            ema = EMA(model, decay=0.5)
+            counts = []
+            for batch in loader:
+                if form == "train_step":
+                    step(batch)
+                    ema.update()
+                else:
+                    with accelerator.accumulate(model):
+                        accelerator.backward(self.case.loss, model, batch)
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        ema.update()
+                counts.append(ema.num_updates)
+            assert counts[:4] == [0, 1, 1, 2]
 
     def test_an_average_is_saved_and_loaded_with_the_run(self, tmp_path: Path) -> None:
         averages, folder = [], tmp_path / "saved"

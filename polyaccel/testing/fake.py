@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from polyaccel.collective_calls import CollectiveCalls
 from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.prepared import OptimizerHandle
@@ -178,6 +179,9 @@ class _Optimizer(OptimizerHandle):
 
 class _Collectives:
     """Between one process and itself."""
+
+    def __init__(self) -> None:
+        self.calls = CollectiveCalls()
 
     def all_gather(self, array: Any) -> Any:
         return np.atleast_1d(array)

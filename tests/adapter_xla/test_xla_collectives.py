@@ -10,12 +10,13 @@ import torch
 from polyaccel import Accelerator
 
 WORKER = """
-import sys, numpy as np, torch
-from polyaccel_xla.collectives import SpmdCollectives, join, leave
+import os, sys, time, numpy as np, torch
+from polyaccel.errors import CollectiveError
+from polyaccel_xla.collectives import SpmdCollectives, join
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 assert join(rank, 2, "127.0.0.1", port)
 assert "torch_xla" not in sys.modules
-c = SpmdCollectives(2, lambda: None)
+c = SpmdCollectives(rank, 2, lambda: None)
 assert c.all_gather(torch.tensor([[rank, 5]])).tolist() == [[0, 5], [1, 5]]
 assert c.all_gather(np.float32(rank)).tolist() == [0.0, 1.0]
 assert c.all_reduce(torch.tensor([1.0 + rank]), "mean").tolist() == [1.5]
@@ -25,8 +26,23 @@ assert c.broadcast(torch.tensor([rank]), 1).tolist() == [1]
 objects = c.all_gather_object({"rank": rank, "text": "x" * (1 + 100 * rank), "rows": np.arange(rank)})
 assert [o["rank"] for o in objects] == [0, 1] and len(objects[1]["text"]) == 101 and len(objects[0]["rows"]) == 0
 c.barrier("end")
-leave()
-print("done")
+def refused(action, *words):
+    try:
+        action()
+    except CollectiveError as error:
+        assert all(word in str(error) for word in words), error
+    else:
+        raise AssertionError("nothing was raised")
+refused(lambda: c.all_gather(torch.zeros(2 + rank)), "all_gather needs", "process 0: (2,)", "process 1: (3,)")
+refused(lambda: c.barrier("end") if rank else c.all_gather_object(1), "process 0: all_gather_object at", "process 1: barrier at")
+if rank == 0:
+    c.calls.timeout_s = 1
+    refused(lambda: c.barrier("late"), "has waited 1 s (timeout_s) for process 1: process 1 is at <string>:")
+else:
+    time.sleep(2.5)
+    os._exit(print("done", flush=True) or 0)
+print("done", flush=True)
+os._exit(0)  # the group has failed
 """
 
 

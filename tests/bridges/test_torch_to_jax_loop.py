@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -279,6 +281,15 @@ def test_a_detached_loss_is_refused_by_name():
         acc.backward(loss)
     with pytest.raises(PrepareError, match="no trainable parameter"):
         acc.backward(F.cross_entropy(model(x), y).detach())
+
+
+def test_a_prepared_parameter_is_compared_with_one_that_is_not():
+    acc = on_jax()
+    reference = nn.Linear(3, 2)
+    model = acc.prepare(copy.deepcopy(reference))
+    torch.testing.assert_close(reference.weight, acc.unwrap_model(model).weight)
+    assert torch.allclose(model.module.weight, reference.weight)
+    assert torch.equal(reference.bias, model.module.bias)
 
 
 def test_a_second_backward_fails_as_in_torch():

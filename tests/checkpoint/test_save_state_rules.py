@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,24 @@ def test_training_after_the_call_does_not_change_what_is_saved(backend, tmp_path
     acc.end_training()
 
 
+def test_with_the_setting_a_save_is_complete_when_it_returns(tmp_path, monkeypatch):
+    from polyaccel.checkpoint import manager
+
+    write = manager.write_checkpoint
+    monkeypatch.setattr(manager, "write_checkpoint", lambda *args, **kwargs: (time.sleep(0.5), write(*args, **kwargs)))
+    monkeypatch.setenv("POLYACCEL_BLOCKING_SAVES", "1")
+    acc, *_ = script()
+    assert open_checkpoint(acc.save_state(tmp_path / "c"))
+    assert not (tmp_path / "d").exists()
+    assert acc.save_state(tmp_path / "d", blocking=False) == str(tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+    for place in ("cpu", "on_device"):
+        assert acc.load_state(tmp_path / "c", map_location=place) == str(tmp_path / "c")
+    with pytest.raises(TypeError, match="'elsewhere' is neither"):
+        acc.load_state(tmp_path / "c", map_location="elsewhere")
+    acc.end_training()
+
+
 def test_a_failure_to_write_is_raised_by_the_next_call_and_once(tmp_path, monkeypatch):
     from polyaccel.checkpoint import manager
 
@@ -333,7 +352,7 @@ def test_registered_objects_come_back_as_they_were(tmp_path):
 
 def test_registering_names_what_cannot_be_saved():
     acc, model, *_ = script()
-    with pytest.raises(CheckpointError, match=r"item at index 0 is a int; item at index 2 is a object"):
+    with pytest.raises(CheckpointError, match=r"Item at index 0 is a int. Item at index 2 is a object"):
         acc.register_for_checkpointing(1, model, object())
 
 

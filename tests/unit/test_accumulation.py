@@ -1,6 +1,15 @@
 """Accelerate's accumulation rules, without an engine."""
 
+import numpy as np
+import pytest
+
+from polyaccel import Accelerator
 from polyaccel.accumulation import GradientState, SchedulerGate
+from polyaccel.errors import UnsupportedError
+from polyaccel.registry import register_backend
+from polyaccel.testing.fake import FakeBackend, FakeLoader
+
+register_backend(FakeBackend())
 
 
 class Loader:
@@ -54,6 +63,49 @@ def test_two_states_do_not_know_each_other():
     one.advance()
     assert not one.sync_gradients
     assert two.sync_gradients
+
+
+def test_a_second_accelerator_leaves_the_windows_of_the_first_alone():
+    # rule G9: in Accelerate it resets the first one's gradient_accumulation_steps
+    first = Accelerator(backend="fake", gradient_accumulation_steps=4)
+    with first.accumulate():
+        pass
+    second = Accelerator(backend="fake")
+    assert (first.gradient_accumulation_steps, second.gradient_accumulation_steps) == (4, 1)
+    assert (first.sync_gradients, second.sync_gradients) == (False, True)
+    loader = second.prepare(FakeLoader({"x": np.zeros((2, 1))}, 1))
+    for _ in loader:
+        with first.accumulate(), second.accumulate():
+            assert second.sync_gradients
+    assert first.gradient_state.step == 3  # the end of a loader of the second one closes no window of the first
+    first.gradient_accumulation_steps = 2
+    assert second.gradient_accumulation_steps == 1
+
+
+def windows(state, length):
+    """Per batch the true size of the window that it closes, as far as gradients have to be scaled by it."""
+    return [state.tail_factor for _ in Loader(state, length) if state.advance()]
+
+
+def test_a_short_window_knows_what_its_gradients_lack():
+    state = GradientState(4, scales_tail=True)
+    assert windows(state, 6) == [1.0, 2.0]  # four batches, and two that were divided by four
+    assert windows(state, 5) == [1.0, 4.0]
+    assert windows(state, 8) == [1.0, 1.0]
+    assert windows(state, 1) == [4.0]
+    assert windows(GradientState(4), 6) == [1.0, 1.0]  # Accelerate's rule G4
+
+
+def test_two_weighted_backwards_in_one_open_micro_batch_are_refused():
+    state = GradientState(2)
+    state.advance()
+    state.note_weighted()
+    state.window_weights = 1.0
+    with pytest.raises(UnsupportedError, match="two weighted backward calls in one micro batch"):
+        state.note_weighted()
+    state.advance()
+    state.note_weighted()
+    state.note_weighted()  # in the one that closes the window: without accumulate every batch is one
 
 
 class Scheduler:

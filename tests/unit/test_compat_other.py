@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from polyaccel import Accelerator, jobs
-from polyaccel.errors import CheckpointError, UnsupportedError
+from polyaccel.config.resolve import resolve
+from polyaccel.errors import CheckpointError, ConfigError, UnsupportedError
 from polyaccel.utils import (
     check_os_kernel,
     convert_bytes,
@@ -22,6 +23,7 @@ from polyaccel.utils import (
     recursive_getattr,
     save,
     wait_for_everyone,
+    write_basic_config,
 )
 
 torch = pytest.importorskip("torch")
@@ -120,3 +122,14 @@ def test_an_old_kernel_is_warned_of(system, release, warns, monkeypatch, caplog)
     with caplog.at_level(logging.WARNING):
         check_os_kernel()
     assert ["5.4.0 is older than 5.5.0" in record.getMessage() for record in caplog.records] == [True] * warns
+
+
+@pytest.mark.parametrize("name", ["config.toml", "config.yml", "config.json"])
+def test_a_basic_configuration_is_written_and_read_back(tmp_path, name):
+    path = tmp_path / name
+    assert write_basic_config("BF16", path) == path
+    found = resolve({}, environment={"POLYACCEL_CONFIG_FILE": str(path)})
+    assert (found.mixed_precision, found.sources["mixed_precision"].startswith(str(path))) == ("bf16", True)
+    assert write_basic_config("no", path) is False
+    with pytest.raises(ConfigError, match="mixed_precision='half' is unknown"):
+        write_basic_config("half", tmp_path / "other.toml")

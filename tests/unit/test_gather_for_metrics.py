@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyaccel import wire
-from polyaccel.data import DataSharding, GlobalRows, IterableShard, ShardedBatchSampler
+from polyaccel.accumulation import GradientState
+from polyaccel.data import DataSharding, GlobalRows, IterableShard, PreparedLoader, ShardedBatchSampler
 from polyaccel.errors import UnsupportedError
 from polyaccel.gathering import Gathering
 from polyaccel.metrics import BatchRows
@@ -256,3 +257,45 @@ def test_nothing_is_exchanged_to_find_out_what_is_real():
     uneven = GlobalRows((3, 0), 3, 4)
     alone.run(lambda g, process: process or g.gather_for_metrics(np.zeros(3), BatchRows(process, 2, uneven)))
     assert alone.num_exchanges == 0
+
+
+def test_the_batch_in_use_is_that_of_the_innermost_loop_or_of_one_that_was_left_within_it():
+    state = GradientState(1)
+    outer, inner = loader_of(5, 2, state), loader_of(7, 4, state)
+    found = []
+    for _ in outer:
+        found.append(state.batch_rows[0])
+        for _ in inner:
+            found.append(state.batch_rows[0])
+        found.append(state.batch_rows[0])  # the outer one again
+    short_outer, short_inner = GlobalRows((1,), 1, 2), GlobalRows((3,), 3, 4)
+    whole = [None, None, short_inner, None]
+    assert found == [*whole, *whole, short_outer, None, short_inner, short_outer]
+
+    batches = iter(loader_of(3, 4, state))
+    next(batches)
+    del batches  # `next(iter(loader))`, whose loop ends at once
+    assert state.batch_rows == (short_inner, True)
+    for number, _ in enumerate(outer):
+        if number == 1:
+            next(iter(inner))
+            assert state.batch_rows == (None, True), "a full batch of the inner one"
+        if number == 2:
+            assert state.batch_rows == (short_outer, False), "the outer one has handed out another batch"
+
+
+def loader_of(num_samples: int, batch_size: int, state: GradientState) -> PreparedLoader:
+    class Host:
+        loader, seed = None, None
+        sampler = ShardedBatchSampler(Batches(num_samples, batch_size), DataSharding())
+
+        def __init__(self) -> None:
+            self.batch_size = self.total_batch_size = batch_size
+
+        def set_epoch(self, epoch: int) -> None:
+            pass
+
+        def read(self, skip: int = 0, seed: int | None = None):
+            return read(self.sampler)
+
+    return PreparedLoader(Host(), observer=state)

@@ -33,6 +33,30 @@ def test_a_dict_is_cut_value_by_value_and_not_changed():
     assert inputs == {"a": [1, 2, 3], "b": [4, 5, 6]}
 
 
+class Rows:
+    """A Hugging Face dataset: its slices are dicts of columns."""
+
+    column_names = ("k",)
+
+    def __init__(self, rows):
+        self.rows = list(rows)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, item):
+        return {"k": self.rows[item]}
+
+    def select(self, indices):
+        return Rows(self.rows[index] for index in indices)
+
+
+def test_a_dataset_is_cut_by_rows_and_stays_a_dataset():
+    assert [part.rows for part in parts(Rows("abc"), 2)] == [["a", "b"], ["c"]]
+    assert [part.rows for part in parts(Rows("abc"), 2, padding=True)] == [["a", "b"], ["c", "c"]]
+    assert [part.rows for part in parts(Rows(""), 2, padding=True)] == [[], []]
+
+
 def test_one_process_keeps_the_object_itself():
     inputs = {"a": [1]}
     assert processes.split(inputs, index=0, num_processes=1, apply_padding=False) is inputs

@@ -2,16 +2,32 @@
 
 import copy
 from dataclasses import fields
+from datetime import timedelta
 
 import pytest
 
-from polyaccel import Accelerator, DataLoaderConfiguration
+import polyaccel.utils
+from polyaccel import (
+    Accelerator,
+    AutocastKwargs,
+    DataLoaderConfiguration,
+    DDPCommunicationHookType,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    GradScalerKwargs,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+    ProfileKwargs,
+)
+from polyaccel.config import absent
 from polyaccel.config.arguments import config_of_arguments
+from polyaccel.config.resolve import environment_for, gather, resolve
 from polyaccel.config.settings import SETTINGS
-from polyaccel.errors import ConfigError
+from polyaccel.errors import ConfigError, UnsupportedError
+from polyaccel.mesh import MeshSpec
 from polyaccel.registry import register_backend
 from polyaccel.testing.fake import FakeBackend
-from polyaccel.utils import GradientAccumulationPlugin
+from polyaccel.utils import GradientAccumulationPlugin, PrecisionType, RNGType, TorchDynamoPlugin
 
 register_backend(FakeBackend())
 
@@ -79,3 +95,191 @@ def test_copies_keep_what_differs_and_kwargs_are_only_that():
         "sync_with_dataloader": True,
         "sync_each_batch": False,
     }
+
+
+def test_at_most_one_handler_of_each_class_and_only_handlers_that_mean_something():
+    with pytest.raises(ConfigError, match="two AutocastKwargs"):
+        Accelerator(backend="fake", kwargs_handlers=[AutocastKwargs(), AutocastKwargs(enabled=False)])
+    with pytest.raises(ConfigError, match="kwargs_handlers has a dict"):
+        Accelerator(backend="fake", kwargs_handlers=[{}])
+
+
+def test_every_handler_names_settings():
+    config = config_of_arguments(
+        {
+            "kwargs_handlers": [
+                AutocastKwargs(enabled=False, cache_enabled=False),
+                GradScalerKwargs(init_scale=8, growth_interval=5, enabled=False),
+                DistributedDataParallelKwargs(
+                    bucket_cap_mb=15,
+                    find_unused_parameters=True,
+                    comm_hook=DDPCommunicationHookType.POWER_SGD,
+                    comm_state_option={"matrix_approximation_rank": 2},
+                ),
+                InitProcessGroupKwargs(backend="gloo", timeout=timedelta(minutes=2)),
+                ProfileKwargs(record_shapes=True),
+            ]
+        }
+    )
+    named = {name: getattr(config, name) for name in config.sources}
+    assert named == {
+        "autocast": False,
+        "autocast_cache": False,
+        "loss_scaling": False,
+        "loss_scaling_init_scale": 8.0,
+        "loss_scaling_growth_interval": 5,
+        "ddp_bucket_cap_mb": 15,
+        "ddp_find_unused_parameters": True,
+        "ddp_comm_hook": "power_sgd",
+        "ddp_comm_state_option": {"matrix_approximation_rank": 2},
+        "process_group": "gloo",
+        "timeout_s": 120,
+    }
+    assert config.sources["timeout_s"] == "argument InitProcessGroupKwargs"
+
+
+def test_kwargs_of_a_handler_are_what_differs_from_its_defaults():
+    assert DistributedDataParallelKwargs(static_graph=True, comm_hook="fp16").to_kwargs() == {"static_graph": True}
+    assert AutocastKwargs(enabled=True).to_kwargs() == {}
+    assert ProfileKwargs(with_stack=True).to_kwargs() == {"with_stack": True}
+    assert TorchDynamoPlugin(backend="eager", use_regional_compilation=True).to_kwargs() == {"backend": "eager"}
+
+
+def test_accelerates_variables_fill_what_an_object_leaves_open(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_FULLGRAPH", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "4")
+    assert TorchDynamoPlugin().to_kwargs() == {"backend": "aot_eager", "fullgraph": True}
+    assert TorchDynamoPlugin(backend="eager", fullgraph=False).to_kwargs() == {"backend": "eager"}
+    config = config_of_arguments({})
+    assert (config.compile, config.compile_backend, config.compile_fullgraph) == (True, "aot_eager", True)
+    assert config.sources["compile"] == "environment ACCELERATE_DYNAMO_BACKEND"
+    assert not config_of_arguments({"dynamo_backend": "no"}).compile
+    assert config_of_arguments({"parallelism_config": ParallelismConfig()}).mesh == MeshSpec(data=1, tensor=4)
+
+
+def test_a_plugin_that_says_nothing_of_the_backend_leaves_it_to_the_environment(monkeypatch):
+    monkeypatch.setenv("POLYACCEL_COMPILE", "true")
+    assert config_of_arguments({"dynamo_plugin": TorchDynamoPlugin(mode="max-autotune")}).compile
+
+
+def test_accelerates_other_variables_mean_settings_and_arguments_count_more():
+    environment = {
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+    }
+    config = resolve({"gradient_accumulation_steps": 2}, environment)
+    assert (config.cpu, config.mixed_precision, config.gradient_accumulation_steps) == (True, "bf16", 2)
+    assert not config.compile
+    assert resolve({}, {**environment, "POLYACCEL_MIXED_PRECISION": "no"}).mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "mesh"),
+    [
+        ({}, MeshSpec()),
+        ({"dp_replicate_size": 8}, MeshSpec(data=8)),
+        ({"dp_shard_size": 4}, MeshSpec(data=1, fsdp=4)),
+        ({"dp_replicate_size": 2, "dp_shard_size": 4}, MeshSpec(data=2, fsdp=4)),
+        ({"dp_shard_size": 2, "tp_size": 2, "cp_size": 2}, MeshSpec(data=1, fsdp=2, tensor=2, sequence=2)),
+        ({"sp_size": 2}, MeshSpec(data=1, sequence=2)),
+    ],
+)
+def test_a_parallelism_config_is_a_mesh(sizes, mesh):
+    assert config_of_arguments({"parallelism_config": ParallelismConfig(**sizes)}).mesh == mesh
+
+
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="tp_size=0"):
+        ParallelismConfig(tp_size=0)
+    with pytest.raises(ConfigError, match="both split sequences"):
+        ParallelismConfig(cp_size=2, sp_size=2)
+    with pytest.raises(ConfigError, match="contradicts parallelism_config"):
+        Accelerator(mesh={"data": 2}, parallelism_config=ParallelismConfig(dp_shard_size=2))
+
+
+def test_the_fsdp_plugin_is_a_mesh_and_what_it_leaves_to_the_engine_is_said(caplog):
+    plugin = FullyShardedDataParallelPlugin(sharding_strategy="FULL_SHARD", use_orig_params=True)
+    config = config_of_arguments({"fsdp_plugin": plugin})
+    assert config.mesh == MeshSpec(data=1, fsdp=-1)
+    assert config.remarks == ("fsdp_plugin: use_orig_params: no effect, the engine decides",)
+    shared = {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)}
+    sizes = ParallelismConfig(dp_replicate_size=2, dp_shard_size=4)
+    assert config_of_arguments({**shared, "parallelism_config": sizes}).mesh == MeshSpec(data=2, fsdp=4)
+    assert config_of_arguments({**shared, "mesh": {"fsdp": 2, "data": 1}}).mesh == MeshSpec(data=1, fsdp=2)
+    assert config_of_arguments({"fsdp_plugin": FullyShardedDataParallelPlugin(sharding_strategy=3)}).mesh == MeshSpec()
+    Accelerator(backend="fake", fsdp_plugin=FullyShardedDataParallelPlugin(sharding_strategy=3, use_orig_params=True))
+    assert "use_orig_params: no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "hint"),
+    [
+        ("sharding_strategy", "HYBRID_SHARD", "mesh={'data': hosts"),
+        ("reshard_after_forward", False, "mesh={'fsdp': -1}"),
+        ("cpu_offload", True, "mesh.fsdp"),
+        ("activation_checkpointing", True, "torch.utils.checkpoint"),
+        ("mixed_precision_policy", "bf16", "mixed_precision='bf16'"),
+    ],
+)
+def test_what_sharding_here_cannot_do_is_refused_with_what_to_use(field, value, hint):
+    with pytest.raises(UnsupportedError, match=f"{field}=") as caught:
+        Accelerator(backend="fake", fsdp_plugin=FullyShardedDataParallelPlugin(**{field: value}))
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("argument", ["deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin"])
+def test_plugins_of_absent_engines_are_refused_and_the_mesh_is_named(argument):
+    with pytest.raises(UnsupportedError, match=argument) as caught:
+        Accelerator(backend="fake", **{argument: object()})
+    assert "mesh" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", absent.__all__)
+def test_settings_of_absent_libraries_can_be_imported_and_not_made(name):
+    with pytest.raises(UnsupportedError, match=name):
+        getattr(polyaccel.utils, name)()
+
+
+def test_fp8_is_refused_and_bf16_is_named():
+    with pytest.raises(UnsupportedError, match="mixed_precision='fp8'") as caught:
+        Accelerator(backend="fake", mixed_precision="fp8")
+    assert "bf16" in caught.value.hint
+
+
+def test_a_backend_without_ddp_says_which_settings_have_no_effect_and_refuses_those_that_would_change_numbers(caplog):
+    Accelerator(backend="fake", kwargs_handlers=[DistributedDataParallelKwargs(bucket_cap_mb=15)])
+    assert (
+        "ddp_bucket_cap_mb=15 (argument DistributedDataParallelKwargs) has no effect on backend 'fake'" in caplog.text
+    )
+    for settings in ({"comm_hook": "fp16"}, {"broadcast_buffers": False}):
+        with pytest.raises(UnsupportedError, match=r"ddp_.* is not supported by backend 'fake'"):
+            Accelerator(backend="fake", kwargs_handlers=[DistributedDataParallelKwargs(**settings)])
+
+
+def test_a_scale_that_cannot_be_is_refused_before_anything_is_opened():
+    with pytest.raises(ConfigError, match="loss_scaling_growth_factor="):
+        Accelerator(backend="fake", kwargs_handlers=[GradScalerKwargs(growth_factor=0.5)])
+
+
+def test_options_of_a_compiler_are_a_table_in_files_and_json_in_the_environment(tmp_path):
+    file = tmp_path / "settings.toml"
+    for text in ("compile_options = { max_autotune = true }", "[compile_options]\nmax_autotune = true"):
+        file.write_text(text)
+        assert resolve({}, {"POLYACCEL_CONFIG_FILE": str(file)}).compile_options == {"max_autotune": True}
+    other = tmp_path / "settings.yaml"
+    other.write_text("compile_options:\n  max_autotune: true\n  level: 2\n")
+    gathered = gather({"POLYACCEL_CONFIG_FILE": str(other)})
+    assert gathered.values["compile_options"] == {"max_autotune": True, "level": 2}
+    variables = environment_for(gathered, launched="torch")
+    assert resolve({}, variables).compile_options == {"max_autotune": True, "level": 2}
+    for text in ("max_autotune", "[1]", '{"a": [1]}'):
+        with pytest.raises(ConfigError, match="POLYACCEL_COMPILE_OPTIONS"):
+            resolve({}, {"POLYACCEL_COMPILE_OPTIONS": text})
+
+
+def test_members_of_accelerates_enums_are_what_they_stand_for():
+    config = config_of_arguments({"mixed_precision": PrecisionType.BF16, "rng_types": [RNGType.TORCH]})
+    assert (config.mixed_precision, config.rng_types) == ("bf16", ("torch",))

@@ -52,3 +52,11 @@ def test_what_could_run_code_is_refused_by_type():
 def test_bytes_left_over_are_an_error():
     with pytest.raises(ValueError, match="after the end"):
         wire.decode(wire.encode(1) + b"x")
+
+
+def test_torch_tensors_come_back_as_tensors_of_their_dtype():
+    torch = pytest.importorskip("torch")
+    for tensor in (torch.arange(6).reshape(2, 3), torch.full((2,), 1.5, dtype=torch.bfloat16), torch.zeros(0, 4)):
+        back = wire.decode(wire.encode({"a": [tensor]}))["a"][0]
+        assert back.dtype == tensor.dtype
+        assert torch.equal(back, tensor)

@@ -114,7 +114,7 @@ def run_example(name: str, index: int, processes: int, launch: Command, folder: 
     arguments = EXAMPLES[name][index].format(out=out).split()
     code, output = launch([*([] if name in NO_CPU_FLAG else ["--cpu"]), *arguments], record)
     (folder / f"run-{index}.log").write_text(output)
-    printed = [line for line in output.splitlines() if re.search(r"^(epoch \d+:|Average test|\{'accuracy)", line)]
+    printed = [line for line in output.splitlines() if re.search(r"^(\[0\] )?(epoch \d+:|Average test)", line)]
     return Outcome(code, _last_line(output), printed, record)
 
 

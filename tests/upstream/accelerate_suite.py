@@ -173,9 +173,10 @@ def run_examples(work: Path, name: str, processes: int, backend: str, timeout_s:
     for index, arguments in enumerate(EXAMPLES[name]):
         outcome = run_example(name, index, processes, launch, folder)
         found = outcome.report
-        reference = Path(str(folder).replace(f"-{backend}-", "-accelerate-")) / f"record-{index}"
-        if not is_reference and reference.is_dir():
-            found["against Accelerate"] = difference(reference, outcome.recording)
+        for other in ("accelerate", "torch"):
+            reference = work / "runs" / folder.name.replace(f"-{backend}-", f"-{other}-") / f"record-{index}"
+            if other != backend and not is_reference and reference.is_dir():
+                found[f"against {other}"] = difference(reference, outcome.recording)
         yield f"{name} {arguments}".strip(), found
 
 

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.prepared import OptimizerHandle
 from polyaccel.protocols import ArraySpec
+from polyaccel_torch.dialect.optimizers import PreparedOptimizer as TorchOptimizer
 
 from .torch_optimizers import lower_optimizer
 
@@ -224,6 +225,20 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
 
     def __repr__(self) -> str:
         return f"Prepared({self.optimizer!r})"
+
+    # A copy or pickle carries the user's optimizer with its state, over tensors of torch's own; the engine stays here.
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = object.__new__(type(self.optimizer))
+        plain.__setstate__({**self.optimizer.__getstate__(), "param_groups": _plain(self.param_groups), "state": {}})
+        plain.load_state_dict(self.state_dict())
+        return TorchOptimizer, (plain, None)
+
+
+def _plain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def value(parameter: torch.Tensor) -> torch.nn.Parameter:
+        return torch.nn.Parameter(parameter.detach().cpu().clone(), parameter.requires_grad)
+
+    return [{**group, "params": [value(parameter) for parameter in group["params"]]} for group in groups]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_source"):

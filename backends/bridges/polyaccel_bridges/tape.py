@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MAX_CALLS = 32  # model calls in one recording; a loop that only looks at outputs is computed in parts of this size
+# They have no gradient that could be lost.
+_COMPARISONS = frozenset({torch.isclose, torch.allclose, torch.equal, torch.eq, torch.ne})
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -211,7 +213,7 @@ class Recorder:
                 index, axis = session.input(found)
                 is_spent = found._is_spent and found._requires_grad
                 return (LEAF, "i", index, found._dtype, found._shape, is_spent, axis)
-            if found.requires_grad and modes.is_grad_enabled:
+            if found.requires_grad and modes.is_grad_enabled and func not in _COMPARISONS:
                 if self.halves.computed(found):
                     raise Unfollowed(None)
                 self._refuse_foreign(found)

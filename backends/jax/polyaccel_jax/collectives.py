@@ -146,7 +146,7 @@ class JaxCollectives:
             raise CollectiveError(*different_calls(dict(enumerate(calls))))
         return heads[:, 0].tolist(), rows[:, _HEADER:]
 
-    def _apply(self, name: str, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+    def _apply(self, name: str, function: Callable[[jax.Array], jax.Array], array: Any) -> jax.Array:
         sharding = NamedSharding(self._mesh, PartitionSpec("process"))
         shape = (self._num_processes, *array.shape)
         mine = self._mesh.local_devices[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from polyaccel import wire
 from polyaccel.collective_calls import Call, CollectiveCalls
+from polyaccel.errors import UnsupportedError
 from polyaccel.store import MemoryStore
 from polyaccel_torch.dialect.host_exchange import HostExchange, all_gather_single
 from polyaccel_torch.dialect.stores import GroupStore
@@ -21,8 +23,10 @@ class ProcessCollectives:
 
     def __init__(self, num_processes: int, host: HostExchange) -> None:
         self.calls = host.calls
+        self.is_uneven = False  # some processes may have run out of batches; see `joining`
         self._num_processes = num_processes
         self._host = host
+        self._subsets: dict[tuple[int, ...], SubsetCollectives] = {}
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Concatenated along dim 0; a scalar gives shape (num_processes,). Raises CollectiveError for unequal shapes."""
@@ -69,10 +73,31 @@ class ProcessCollectives:
         """A connection of its own to the store through which the processes found each other."""
         return GroupStore()  # also where the script made the group itself
 
+    def among(self, processes: tuple[int, ...]) -> SubsetCollectives:
+        """Exchanges between some of the processes, which alone have to call this and them."""
+        if processes not in self._subsets:
+            timeout_s = self.calls.timeout_s
+            group = dist.new_group(
+                list(processes), timedelta(seconds=timeout_s), backend="gloo", use_local_synchronization=True
+            )
+            calls = CollectiveCalls(timeout_s=timeout_s)  # not of the path that all processes share
+            host = HostExchange(group, len(processes), calls)
+            self._subsets[processes] = SubsetCollectives(ProcessCollectives(len(processes), host))
+        return self._subsets[processes]
+
     def mean_and_sum(
         self, means: list[torch.Tensor], sums: list[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """0-d tensors averaged, and 0-d tensors added up, over processes in one exchange that does not wait for the device."""
+        """0-d tensors averaged, and 0-d tensors added up, over processes in one exchange that does not wait for the device.
+
+        Raises UnsupportedError where processes may have run out of batches, which would not answer.
+        """
+        if self.is_uneven:
+            raise UnsupportedError(
+                "inside join_uneven_inputs with even_batches=False this call needs a number from every process, and some may have used"
+                " up their batches",
+                "use accelerator.backward(loss) with the value of a loss, and no weight; or even_batches=True",
+            )
         together = torch.stack([tensor.detach().double() for tensor in (*means, *sums)])
         dist.all_reduce(together, group=self._training_group(together))
         together[: len(means)] /= self._num_processes
@@ -108,11 +133,27 @@ class ProcessCollectives:
             exchange(*args)  # in the order of the device's work: every process has come, so none waits for ever
 
 
+class SubsetCollectives:
+    """What a part of the processes exchanges, through host memory: NCCL groups are for what every step does."""
+
+    def __init__(self, between: ProcessCollectives) -> None:
+        self._between = between
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenated along dim 0 over these processes, on the tensor's own device."""
+        return self._between.all_gather(tensor.cpu()).to(tensor.device)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Plain values and arrays of these processes, in their order."""
+        return self._between.all_gather_object(value)
+
+
 class SingleCollectives:
     """The same operations in a job of one process."""
 
     def __init__(self) -> None:
         self.calls = CollectiveCalls()
+        self.is_uneven = False
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, a scalar with shape (1,)."""

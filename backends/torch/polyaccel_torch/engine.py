@@ -15,7 +15,7 @@ from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import compiling, data_parallel, looking, parallel, state
+from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers, weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
@@ -47,7 +47,9 @@ class TorchEngine:
         self._plan: Plan | None = None
         self._autocast: Autocast | None = None
         self._scaler: LossScaler | None = None
-        self._usual_weight: torch.Tensor | None = None  # fp16: mean over shards of a backward's weight in the last window
+        self._usual_weight: torch.Tensor | None = (
+            None  # fp16: mean over shards of a backward's weight in the last window
+        )
         # Weak on both sides: what user code drops is freed. A module that is its own handle has no entry in `_originals`.
         self._handles: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
         self._originals: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
@@ -209,6 +211,10 @@ class TorchEngine:
         part = parallel.parallel_part(model)
         return _NOTHING if part is None else parallel.exchanging(part)
 
+    def joined(self, handles: list[Any]) -> AbstractContextManager[None]:
+        """Inside, processes may have different numbers of batches; see `joining.joined`."""
+        return joining.joined(handles, self.collectives)
+
     def remove_autocast(self, model: nn.Module) -> None:
         """The user's own module computes in its parameters' precision from now on."""
         modules.remove_autocast(model)
@@ -256,10 +262,10 @@ class TorchEngine:
         self._differentiate(value * factor, 1.0, is_retained)
         if result is None or self.topology.num_processes == 1:
             return None if result is None else self._over_shards(result)
-        is_empty = torch.as_tensor(weight == 0, device=self.device)
-        share = torch.where(is_empty, torch.zeros_like(value), value.detach() * weight)
+        weight = weights.on_device(weight, self.device)
+        share = torch.where(weight == 0, torch.zeros_like(value), value.detach() * weight)
         aux = result[1:] if isinstance(result, tuple) else ()
-        shares, total, *aux = self._over_shards((share, torch.as_tensor(weight, device=self.device), *aux))
+        shares, total, *aux = self._over_shards((share, weight, *aux))
         mean = torch.where(total == 0, torch.zeros_like(shares), shares / total.to(shares.dtype))
         return (mean, *aux) if isinstance(result, tuple) else mean
 
@@ -270,7 +276,7 @@ class TorchEngine:
             # Thousands of tokens, times the loss scale, would leave float16, in which gradients may also be exchanged.
             if self._keeps_usual_size:
                 if self._usual_weight is None:
-                    first = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+                    first = weights.on_device(weight, self.device)
                     self._usual_weight = _or_one(self.collectives.mean_and_sum([first], [])[0][0])
                 unit = 1 / self._usual_weight
             window = self.gradient_state.window_weights = weights.WindowWeights(unit=unit)
@@ -282,11 +288,10 @@ class TorchEngine:
         window = self.gradient_state.window_weights
         total, num_shards = window.total, 1
         if self.topology.num_processes > 1 and self.gradient_state.exchanges_weights:
-            mine = torch.as_tensor(total, device=self.device)
+            mine = weights.on_device(total, self.device)
             total, num_shards = self.collectives.mean_and_sum([], [mine])[1][0], self.topology.num_processes
-        if self._keeps_usual_size:
-            mean = torch.as_tensor(total, dtype=torch.float32, device=self.device) / (num_shards * window.count)
-            self._usual_weight = _or_one(mean)
+        if self._keeps_usual_size and num_shards == self.topology.num_processes:  # one value for all of them
+            self._usual_weight = _or_one(weights.on_device(total, self.device) / (num_shards * window.count))
         window.close(weights.gradients_of(self._handles), total, num_shards)
 
     @property
@@ -426,9 +431,7 @@ class TorchEngine:
     def read_gradients(self, handle: nn.Module) -> Iterator[Shard]:
         """What every process has accumulated: between updates they differ."""
         place = (self.topology.process_index, self.topology.num_processes)
-        return state.read_gradients(
-            self.unwrap(handle), process=place, scale=self._gradient_scale()
-        )
+        return state.read_gradients(self.unwrap(handle), process=place, scale=self._gradient_scale())
 
     def write_gradients(self, handle: nn.Module, shards: Iterable[Shard]) -> None:
         """Replace this process's gradients."""

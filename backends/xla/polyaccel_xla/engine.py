@@ -87,8 +87,10 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
         _log.warning(
             "backend 'xla' on %d hosts: this path follows torch_xla's documentation and is untested", num_processes
         )
-    owns_group = join(xr.process_index(), num_processes, rendezvous.address, rendezvous.coordinator_port)
-    return XlaEngine(owns_group=owns_group)
+    owns_group = join(
+        xr.process_index(), num_processes, rendezvous.address, rendezvous.coordinator_port, config.timeout_s
+    )
+    return XlaEngine(owns_group=owns_group, timeout_s=config.timeout_s)
 
 
 def _check_autograd_knows_the_devices() -> None:
@@ -130,7 +132,7 @@ class XlaEngine:
     _plan: Plan
     _placement: Placement
 
-    def __init__(self, *, owns_group: bool) -> None:
+    def __init__(self, *, owns_group: bool, timeout_s: float = 1800.0) -> None:
         self.topology = Topology(
             process_index=xr.process_index(),
             num_processes=xr.process_count(),
@@ -139,7 +141,9 @@ class XlaEngine:
             num_devices=xr.global_runtime_device_count(),
             device_kind=str(xr.device_type()).lower(),
         )
-        self.collectives = SpmdCollectives(self.topology.num_processes, self.flush)
+        self.collectives = SpmdCollectives(
+            self.topology.process_index, self.topology.num_processes, self.flush, timeout_s
+        )
         self._owns_group = owns_group
         self._updates: weakref.WeakKeyDictionary[PreparedOptimizer, Update] = weakref.WeakKeyDictionary()
         self._models: list[weakref.ref[torch.nn.Module]] = []  # in the order in which they were prepared
@@ -174,6 +178,7 @@ class XlaEngine:
     def close(self) -> None:
         """Leave the group of hosts; the runtime itself lives as long as the process."""
         if self._owns_group:
+            self.collectives.calls.close()
             leave()
             self._owns_group = False
 

@@ -13,6 +13,8 @@ from polyaccel.compat.utils.dataclasses import (
     DeepSpeedSequenceParallelConfig,
     DistributedDataParallelKwargs,
     DistributedType,
+    DummyOptim,
+    DummyScheduler,
     DynamoBackend,
     FP8RecipeKwargs,
     FullyShardedDataParallelPlugin,
@@ -21,6 +23,7 @@ from polyaccel.compat.utils.dataclasses import (
     InitProcessGroupKwargs,
     KwargsHandler,
     LoggerType,
+    MegatronLMDummyScheduler,
     MegatronLMPlugin,
     MSAMPRecipeKwargs,
     PrecisionType,
@@ -106,6 +109,7 @@ from polyaccel.compat.utils.memory import (
 from polyaccel.compat.utils.operations import (
     CannotPadNestedTensorWarning,
     ConvertOutputsToFp32,
+    DistributedOperationException,
     GatheredParameters,
     broadcast,
     broadcast_object_list,
@@ -146,6 +150,7 @@ from polyaccel.compat.utils.other import (
     recursive_getattr,
     save,
     wait_for_everyone,
+    write_basic_config,
 )
 from polyaccel.compat.utils.random import (
     set_seed,
@@ -164,12 +169,15 @@ __all__ = [
     "BnbQuantizationConfig",
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
+    "DistributedOperationException",
     "DDPCommunicationHookType",
     "DataLoaderConfiguration",
     "DeepSpeedPlugin",
     "DeepSpeedSequenceParallelConfig",
     "DistributedDataParallelKwargs",
     "DistributedType",
+    "DummyOptim",
+    "DummyScheduler",
     "DynamoBackend",
     "FP8RecipeKwargs",
     "FullyShardedDataParallelPlugin",
@@ -180,6 +188,7 @@ __all__ = [
     "KwargsHandler",
     "LoggerType",
     "MSAMPRecipeKwargs",
+    "MegatronLMDummyScheduler",
     "MegatronLMPlugin",
     "PrecisionType",
     "ProfileKwargs",
@@ -298,6 +307,7 @@ __all__ = [
     "synchronize_rng_states",
     "tqdm",
     "wait_for_everyone",
+    "write_basic_config",
 ]
 
 # Their modules fetch the torch adapter for most of them.

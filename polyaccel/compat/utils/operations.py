@@ -16,13 +16,14 @@ from typing import Any
 from polyaccel import jobs, trees
 from polyaccel.compat.state import PartialState
 from polyaccel.compat.utils.dataclasses import TensorInformation
-from polyaccel.errors import ConfigError
+from polyaccel.errors import CollectiveError, ConfigError
 from polyaccel.metrics import is_array
 from polyaccel.trees import is_namedtuple
 
 __all__ = [
     "CannotPadNestedTensorWarning",
     "ConvertOutputsToFp32",
+    "DistributedOperationException",
     "GatheredParameters",
     "broadcast",
     "broadcast_object_list",
@@ -50,6 +51,9 @@ __all__ = [
     "send_to_device",
     "slice_tensors",
 ]
+
+
+DistributedOperationException = CollectiveError
 
 
 class CannotPadNestedTensorWarning(UserWarning):

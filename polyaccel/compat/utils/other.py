@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import platform
 import re
 import socket
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from polyaccel import jobs
 from polyaccel.big_models import served
 from polyaccel.compat.state import PartialState
-from polyaccel.errors import UnsupportedError
+from polyaccel.config.resolve import user_config_file
+from polyaccel.config.settings import SETTINGS
+from polyaccel.config.writing import document, write
+from polyaccel.errors import ConfigError, UnsupportedError
 from polyaccel.unwrapping import is_compiled, without_wrappers
 
 log = logging.getLogger("polyaccel.utils.other")
@@ -127,3 +132,29 @@ def check_os_kernel() -> None:
     if machine.system == "Linux" and found is not None and tuple(map(int, found.groups())) < _OLDEST_KERNEL:
         oldest = ".".join(map(str, _OLDEST_KERNEL))
         log.warning(f"kernel {found[0]} is older than {oldest}, with which processes may hang; a newer one cures that")
+
+
+def write_basic_config(mixed_precision: str = "no", save_location: str | PathLike[str] | None = None) -> Path | bool:
+    """Write a configuration file without asking anything, and return its path; False where a file stands there already.
+
+    Args:
+        mixed_precision: "no", "bf16" or "fp16". How many processes there are is found by `polyaccel launch`, as without a file.
+        save_location: a .toml file, or one in Accelerate's own keys (.yml, .yaml, .json); None: the user's own file.
+
+    Raises ConfigError for another precision, and where the file cannot be written.
+    """
+    path = user_config_file() if save_location is None else Path(save_location).expanduser()
+    try:
+        mixed_precision = SETTINGS["mixed_precision"].check(mixed_precision.lower())
+    except ValueError as error:
+        raise ConfigError(f"mixed_precision={mixed_precision!r} {error}", "`polyaccel config show` lists it") from error
+    if path.exists():
+        log.warning("%s stands there already and is left as it is", path)
+        return False
+    values = {"mixed_precision": mixed_precision}
+    if path.suffix.lower() in (".yml", ".yaml", ".json"):
+        text = json.dumps({"compute_environment": "LOCAL_MACHINE", "distributed_type": "NO", **values}, indent=1) + "\n"
+    else:
+        text = document(values, title="written by write_basic_config")
+    write(path, text)
+    return path

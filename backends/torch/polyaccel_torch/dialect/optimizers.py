@@ -115,16 +115,6 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
         """Load a state of the user's optimizer."""
         self.optimizer.load_state_dict(state_dict)
 
-    def train(self) -> None:
-        """Reaches optimizers that have a training mode (schedule-free ones)."""
-        if hasattr(self.optimizer, "train"):
-            self.optimizer.train()
-
-    def eval(self) -> None:
-        """Reaches optimizers that have an evaluation mode (schedule-free ones)."""
-        if hasattr(self.optimizer, "eval"):
-            self.optimizer.eval()
-
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer" or name.startswith("__"):  # not there yet while being copied
             raise AttributeError(name)

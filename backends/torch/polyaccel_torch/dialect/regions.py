@@ -5,9 +5,10 @@ https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -18,7 +19,13 @@ def compile_regions(module: nn.Module, **options: Any) -> None:
     parameters and its hooks are as they were. A module that repeats nothing is compiled as a whole.
     """
     for region in regions(module):
-        region.compile(**options)
+        # As region.compile() does, around a function of ours: the code of torch's own layers is compiled only below other code.
+        region._compiled_call_impl = torch.compile(_call_of(region), **options)
+
+
+def _call_of(module: nn.Module) -> Callable[..., Any]:
+    call = module._call_impl
+    return lambda *args, **kwargs: call(*args, **kwargs)
 
 
 def regions(module: nn.Module, *, is_block: bool = False) -> Iterator[nn.Module]:

@@ -57,6 +57,13 @@ def as_scalar(weight: Any, device: torch.device) -> Scalar:
     return weight.detach().reshape(()).to(device, torch.float32, non_blocking=True)
 
 
+def on_device(value: Scalar, device: torch.device) -> torch.Tensor:
+    """A float32 scalar there; a number is written by the device itself, which nobody waits for."""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def unpacked(loss: Any, weight: Any) -> tuple[Any, Any, Any, bool]:
     """(result of a call or None, loss value, weight, retains the graph) of what `Engine.backward` takes."""
     if type(loss) is LossCall:

@@ -11,7 +11,7 @@ from polyaccel.errors import PrepareError
 from polyaccel_torch.dialect.loaders.order import Exchange
 from polyaccel_torch.dialect.loaders.parcels import pack, unpack
 from polyaccel_torch.dialect.loaders.stateful import to_bytes
-from polyaccel_torch.dialect.loaders.streams import Parts, join
+from polyaccel_torch.dialect.loaders.streams import Parts
 
 if TYPE_CHECKING:
     from polyaccel_torch.dialect.loaders.host import TorchHostBatches
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class DispatchedBatches:
     """The host batches of one process, as process 0 sends them; see `polyaccel.data.HostBatches`. Every process must iterate.
 
-    `source` reads the batches of all shards; only process 0's is iterated over. The samples and their places are those that every
-    process would read for itself, and each shard's batch is collated by itself, so batches of different shards may differ in
-    shape. An error of the reading is raised on every process.
+    `source` reads the batches of all processes; only process 0's is iterated over. The samples and their places are those that
+    every process would read for itself, and each process's batch is collated by itself, so they may differ in shape. An error of the
+    reading is raised on every process.
     """
 
     is_collective = True  # `read` talks to the other processes: it belongs on the thread of the script
@@ -100,8 +100,7 @@ class DispatchedBatches:
         return self._received(items)
 
     def _received(self, items: Iterator[tuple[Any, GlobalRows | None]]) -> Iterator[tuple[Any, GlobalRows | None]]:
-        cut = self._sharding
-        last = cut.first_shard + cut.num_local_shards
+        place = self._sharding.first_shard // self._sharding.num_local_shards
         while True:
             failure: Exception | None = None
             message: Any = None
@@ -120,12 +119,12 @@ class DispatchedBatches:
                     f"process 0, which reads the data for all processes, failed: {message['error']}",
                     "see the error of process 0",
                 )
-            parts = message["parts"][cut.first_shard : last]
-            if parts:
+            parts = message["parts"]
+            if place < len(parts):
                 if self.knows_position:
                     self._states.append(message["state"])
                 rows = message["rows"]
-                yield join([unpack(part) for part in parts]), rows and GlobalRows(*rows)
+                yield unpack(parts[place]), rows and GlobalRows(*rows)
 
     def _next_message(self, items: Iterator[tuple[Any, GlobalRows | None]]) -> Any:
         item = next(items, None)

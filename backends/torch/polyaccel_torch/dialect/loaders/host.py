@@ -20,7 +20,7 @@ from polyaccel_torch.dialect.loaders import stateful
 from polyaccel_torch.dialect.loaders.dispatch import DispatchedBatches
 from polyaccel_torch.dialect.loaders.order import Exchange, Keys, RandomOrder
 from polyaccel_torch.dialect.loaders.prepared import prepared_type
-from polyaccel_torch.dialect.loaders.streams import Parts, ShardedStream, Whole, as_it_is, slice_of, stream_of
+from polyaccel_torch.dialect.loaders.streams import Parts, ShardedStream, Whole, as_it_is, join, slice_of, stream_of
 from polyaccel_torch.dialect.worker_signals import outliving
 
 _WHOLE_SPEC = LoaderSpec()
@@ -87,7 +87,7 @@ class TorchHostLoader:
 class TorchHostBatches:
     """A DataLoader's batches for one process; see `polyaccel.data.HostBatches`.
 
-    With `deals_out`, a list of the batches of every shard of all processes, for a process that reads for them. A loader with
+    With `deals_out`, a list of the batches of all processes, for a process that reads for them. A loader with
     torchdata's protocol (StatefulDataLoader, an iterable with `state_dict`) goes on from its own state; see `resume_source`.
     """
 
@@ -305,7 +305,7 @@ class TorchHostBatches:
         if batch_size is None and not self._deals_out:
             collate = Whole(loader.collate_fn, sharding)
         elif batch_size is None:
-            collate = _OfEveryShard(loader.collate_fn, sharding)
+            collate = _OfEveryProcess(loader.collate_fn, sharding)
         if batch_size is None and sharding.split_batches:
             cut = DataSharding()
         vars(source)["dataset"] = ShardedStream(
@@ -317,18 +317,19 @@ class TorchHostBatches:
         self._carries_rows = True
 
 
-class _OfEveryShard:
-    """Makes each shard's batch from an element that is one; the parts of one that `split_batches` cuts come as a list."""
+class _OfEveryProcess:
+    """Makes a process's batch from elements that are batches; the parts of one that `split_batches` cuts come as a list."""
 
     def __init__(self, convert: Callable[[Any], Any], sharding: DataSharding) -> None:
         self._convert = convert
         self._sharding = sharding
 
     def __call__(self, elements: list[Any]) -> Any:
-        batch, cut = self._convert(elements[0]), self._sharding
+        batches, cut = [self._convert(element) for element in elements], self._sharding
         if not cut.split_batches:
-            return batch
-        return Parts([slice_of(batch, cut, shard, 1) for shard in range(cut.num_shards)])
+            return join(batches)
+        local = cut.num_local_shards
+        return Parts([slice_of(batches[0], cut, first, local) for first in range(0, cut.num_shards, local)])
 
 
 class _FirstOf:

@@ -129,22 +129,28 @@ def _stateful(is_dispatched: bool) -> type[TorchLoader]:
                 known, state = self._latest
                 known = {**known, "_iterator_finished": self.end_of_dataloader}
             else:
-                return {_POSITION: {"seed": None, "epoch": self.epoch, "batch": 0, "own": []}}
-            own = list(state.start["own"]) if state.start is not None else []
-            is_random = self._host.has_random_order
-            if is_random or state.epoch or state.batch != stateful.num_read(known):
-                known[_POSITION] = {"seed": state.seed, "epoch": state.epoch, "batch": state.batch, "own": own}
+                known, state = {}, LoaderState(None, self.epoch, 0)
+            if self._host.has_random_order or state.epoch or state.batch != stateful.num_read(known):
+                known[_POSITION] = {
+                    "seed": state.seed,
+                    "epoch": state.epoch,
+                    "batch": state.batch,
+                    "start": None if state.start is None else list(state.start["own"]),
+                    "own": list(self._own_generators()),
+                }
             return known
 
         def load_state_dict(self, state: Mapping[str, Any]) -> None:
             known = {name: value for name, value in state.items() if name != _POSITION}
-            found = state.get(_POSITION) or {"seed": None, "epoch": 0, "batch": stateful.num_read(known), "own": []}
+            found = state.get(_POSITION, {})
+            epoch, own = found.get("epoch", 0), tuple(found.get("own", ()))
             if known.get("_iterator_finished"):
-                self.load_state(LoaderState(None, found["epoch"] + 1, 0))
+                self.load_state(LoaderState(None, epoch + 1, 0, own=own))
                 return
-            start = {"host": {}, "own": tuple(found["own"])}
+            start = None if found.get("start") is None else {"host": {}, "own": tuple(found["start"])}
             source = stateful.to_bytes(known) if known else None
-            self.load_state(LoaderState(found["seed"], found["epoch"], found["batch"], start=start, source=source))
+            batch = found.get("batch", stateful.num_read(known))
+            self.load_state(LoaderState(found.get("seed"), epoch, batch, start=start, own=own, source=source))
 
     Stateful.__name__ = Stateful.__qualname__ = f"Stateful{kind.__name__}"
     return Stateful

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,7 +51,10 @@ def stateful_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
         options["sampler"] = None if is_stream else loader.sampler
     else:
         options["batch_sampler"] = loader.batch_sampler
-    made: DataLoader[Any] = StatefulDataLoader(loader.dataset, **options)
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls what torch 2.13 has deprecated (meta-pytorch/data, StatefulDataLoader.__init__): nothing users can change.
+        warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+        made: DataLoader[Any] = StatefulDataLoader(loader.dataset, **options)
     return made
 
 

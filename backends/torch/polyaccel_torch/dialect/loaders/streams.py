@@ -45,7 +45,7 @@ def stream_of(iterable: Iterable[Any]) -> Stream:
 
 
 class ShardedStream(IterableDataset[Any]):
-    """Yields (collated batch of this process, rows). With `deals_out`, (the batches of all shards of the job, rows)."""
+    """Yields (collated batch of this process, rows). With `deals_out`, (the batches of all processes, rows)."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Whole:
 
 
 class Parts(list[Any]):
-    """The parts of one batch that was cut, one for each shard."""
+    """The parts of one batch that was cut, one for each process."""
 
 
 def slice_of(batch: Any, sharding: DataSharding, first_shard: int, num_shards: int) -> Any:
@@ -122,10 +122,10 @@ def _join(parts: tuple[Any, ...]) -> Any:
     first = parts[0]
     shapes = {tuple(part.shape[1:]) for part in parts if hasattr(part, "shape")}
     if len(shapes) > 1:
-        raise UnsupportedError(
+        raise PrepareError(
             "batches of several data shards cannot be joined: their samples have the shapes"
             f" {', '.join(map(str, sorted(shapes)))}",
-            "let collate_fn pad every batch to one length, or use split_batches=True, which collates one batch for all shards",
+            "let the dataset yield samples and give the DataLoader a batch_size: collate_fn then makes one batch of them",
         )
     if isinstance(first, torch.Tensor) and first.dim():
         return torch.cat(parts)
