@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from jax_engines import Mlp, Noisy, batches, cross_entropy, loss_by_function, open_engine, train
+
+from polyaccel_jax.dialect.creation import initial
 
 MESHES = ({"fsdp": 4}, {"data": 2, "fsdp": 2})
 
@@ -112,3 +114,55 @@ def test_parts_are_of_the_largest_dim_that_divides():
     assert mesh.kept_axis((0, 4)) == 1
     keys = jax.random.split(jax.random.key(0), 4)
     assert mesh.kept(keys).is_fully_replicated
+
+
+class Wide(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(8, 4096, rngs=rngs)
+        self.norm = nnx.BatchNorm(4096, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Linear(4096, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.dropout(self.norm(self.first(x))))
+
+
+class WideLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(linen.BatchNorm(use_running_average=False)(linen.Dense(4096)(x)))
+
+
+def _linen():
+    module = WideLinen()
+    return module.bind(module.init(jax.random.key(0), jnp.ones((1, 8))))
+
+
+@pytest.mark.parametrize("make", [lambda: Wide(nnx.Rngs(0)), _linen], ids=["nnx", "linen"])
+def test_parameters_are_computed_in_their_parts_and_never_whole(make):
+    engine = open_engine(4, mesh={"fsdp": 4})
+    model = engine.create_model(make)
+    whole, made = make(), model
+    if isinstance(model, nnx.Module):
+        params, expected = (jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (made, whole))
+    else:
+        params, expected = (jax.tree.leaves(m.variables["params"]) for m in (made, whole))
+    assert [leaf.sharding for leaf in params] == [engine.mesh.kept(leaf) for leaf in params]
+    for a, b in zip(params, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=1e-6)  # compiled in one piece
+    needs = initial(make, engine.mesh).lower().compile().memory_analysis()
+    total = sum(leaf.nbytes for leaf in expected)
+    row = 4096 * 4  # statistics are whole, and a linen module computes its example
+    assert needs.output_size_in_bytes <= total // 4 + 2 * row + 1024
+    assert needs.temp_size_in_bytes <= total // 2 + 2 * row
+    prepared = engine.prepare_model(model)
+    optimizer = engine.prepare_optimizer(optax.sgd(1e-2), prepared)
+    losses = train(engine, prepared, optimizer, batches(2))
+    assert np.isfinite(losses).all()
+    assert _on_device(prepared._polyaccel_model.leaves) == total // 4
+
+
+def test_what_is_no_flax_module_is_returned_as_it_was_made():
+    engine = open_engine(4, mesh={"fsdp": 4})
+    made = []
+    assert engine.create_model(lambda: made.append({"a": 1}) or made[-1]) is made[0]

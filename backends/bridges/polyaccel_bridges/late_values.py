@@ -32,7 +32,9 @@ class LateValues(Mapping[str, torch.Tensor]):
         for name, tensor in self._tensors.items():
             if tensor.is_meta:
                 self._check(name, tensor)
-        self._made: dict[int, torch.Tensor] = {}  # of the part that was made last, by the id of the tensor that it is for
+        self._made: dict[
+            int, torch.Tensor
+        ] = {}  # of the part that was made last, by the id of the tensor that it is for
         self._made_for: nn.Module | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:

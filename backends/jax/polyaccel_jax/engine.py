@@ -181,6 +181,10 @@ class JaxEngine:
 
     # -- Engine: objects -------------------------------------------------------------------------------------------------
 
+    def create_model(self, make: Callable[[], Any]) -> Any:
+        """A flax module whose parameters are computed where they will be kept; what is no flax module as `make` made it."""
+        return dialect.create(make, self.mesh)
+
     def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
         """A flax module (-> its prepared module) or a bridge's ModelSource (-> JaxModel)."""
         is_native = dialect.is_module(model)
