@@ -32,6 +32,7 @@ class GradientState:
         self.sync_with_dataloader = sync_with_dataloader
         self.step = 0
         self.sync_gradients = True
+        self.weighs = False  # whether any backward was weighted
         self._weighted_step = -1
         self._running: list[weakref.ref[Any]] = []
         # By a loop: the rows of its last batch, and which loop is around it and how far that was.
@@ -70,7 +71,7 @@ class GradientState:
                 "two weighted backward calls in one micro batch of an accumulation window: their weights would be added up",
                 "add the losses up before one backward, or train the models in Accelerators of their own",
             )
-        self._weighted_step = self.step
+        self._weighted_step, self.weighs = self.step, True
 
     @contextmanager
     def paused(self) -> Iterator[None]:

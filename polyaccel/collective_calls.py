@@ -7,6 +7,7 @@ exchanged as long as nobody waits: the others answer from a thread of theirs, wh
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import json
 import logging
@@ -304,6 +305,7 @@ def _package(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
+@functools.lru_cache(1024)
 def _short(path: str) -> str:
     folder = os.getcwd() + os.sep
     return path.removeprefix(folder)

@@ -129,7 +129,8 @@ class Preparation:
     def _identify(self, value: Any, unknown: Role | None) -> tuple[Dialect, Role] | None:
         found = identify(value, self._capabilities.kinds)
         if found is None and unknown is not None:
-            return (self._script or self._capabilities.dialect), unknown
+            expected = self._expected_dialect if self._capabilities.accepts_bridges else None
+            return (self._script or expected or self._capabilities.dialect), unknown
         return found
 
     def _check(self, objects: tuple[Any, ...], kinds: list[tuple[Dialect, Role] | None]) -> None:

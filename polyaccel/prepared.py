@@ -30,13 +30,13 @@ class OptimizerHandle:
 
     def train(self) -> None:
         """Reaches optimizers that have a training mode (schedule-free ones)."""
-        own = getattr(self, "optimizer", None)
+        own: Any = getattr(self, "optimizer", None)
         if hasattr(own, "train"):
             own.train()
 
     def eval(self) -> None:
         """Reaches optimizers that have an evaluation mode (schedule-free ones)."""
-        own = getattr(self, "optimizer", None)
+        own: Any = getattr(self, "optimizer", None)
         if hasattr(own, "eval"):
             own.eval()
 

@@ -64,7 +64,8 @@ Feature = Literal[
 #                 point operations since then, of all devices of the job; None where a program cannot be counted
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
 # uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
-# ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is (with the latter, timeout_s)
+# uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
+# ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is
 
 
 # -- before any framework is imported ------------------------------------------------------------------------------------

@@ -142,4 +142,8 @@ def _from_accelerate(options: argparse.Namespace) -> int:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        import json
+
+        return json.dumps(value) if value else "-"
     return (",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)) or "-"

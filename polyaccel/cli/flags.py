@@ -32,7 +32,9 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         negated = _spellings("--no-" + setting.flag[2:])
         group.add_argument(*negated, dest=destination, action="store_const", const="false", help=argparse.SUPPRESS)
     else:
-        metavar = {"int": "N", "float": "X", "list": "A,B", "table": "JSON"}.get(setting.kind, "|".join(setting.choices) or "VALUE")
+        metavar = {"int": "N", "float": "X", "list": "A,B", "table": "JSON"}.get(
+            setting.kind, "|".join(setting.choices) or "VALUE"
+        )
         group.add_argument(*_spellings(setting.flag), dest=destination, metavar=metavar, help=help)
 
 

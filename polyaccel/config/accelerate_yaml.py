@@ -84,6 +84,8 @@ def _fsdp(key: str, text: str) -> Answer:
 def _dynamo(key: str, text: str) -> Answer:
     if key == "dynamo_backend":
         return Answer() if _off(text) else Answer({"compile": "true", "compile_backend": text.lower()})
+    if key in _DYNAMO:
+        return Answer() if text == "" else Answer({_DYNAMO[key]: text.lower()})
     if _off(text) or text.lower() == "default":
         return Answer()
     return Answer(problems=[f"dynamo_config.{key}={text!r} has no counterpart here: leave it out, or at its default"])
@@ -120,6 +122,12 @@ _SAME = {
     "parallelism_config.parallelism_config_dp_shard_size": "mesh.fsdp",
     "parallelism_config.parallelism_config_tp_size": "mesh.tensor",
     "parallelism_config.parallelism_config_cp_size": "mesh.sequence",
+}
+_DYNAMO = {
+    "dynamo_mode": "compile_mode",
+    "dynamo_use_fullgraph": "compile_fullgraph",
+    "dynamo_use_dynamic": "compile_dynamic",
+    "dynamo_use_regional_compilation": "compile_regions",
 }
 # Keys without a setting of ours: the values that mean what polyaccel does anyway.
 _NEUTRAL: Mapping[str, Callable[[str], bool]] = {

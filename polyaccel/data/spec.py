@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from polyaccel.errors import UnsupportedError
+
 
 @dataclass(frozen=True, slots=True)
 class LoaderSpec:
@@ -26,3 +28,20 @@ class LoaderSpec:
     prefetch: int = 2
     read_in_background: bool = False
     lift: Callable[[Any, Any], Any] | None = None
+
+    def check_iterable(self, loader: Any, *, is_alone: bool) -> None:
+        """Raises UnsupportedError for a setting that `loader`, which is no torch loader and has no indices, cannot follow.
+
+        `is_alone`: there is one process.
+        """
+        name = type(loader).__name__
+        if self.dispatch_batches and not is_alone:
+            raise UnsupportedError(
+                f"dispatch_batches=True lets process 0 read for all, and a {name} is read by every process",
+                "leave dispatch_batches out: every process keeps its own part of each batch",
+            )
+        if self.use_stateful_dataloader:
+            raise UnsupportedError(
+                f"use_stateful_dataloader=True makes torch DataLoaders torchdata's, and this is a {name}",
+                "leave it out: checkpoints continue every loader where it stood",
+            )

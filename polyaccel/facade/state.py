@@ -10,6 +10,7 @@ from polyaccel import jobs
 from polyaccel.distribution import DistributedType
 from polyaccel.errors import ConfigError, NotStartedError, UnsupportedError
 from polyaccel.protocols import Engine
+from polyaccel.topology import Topology
 
 _HOSTS = ("cpu", "numpy")
 
@@ -162,18 +163,27 @@ class JobView:
 
 
 class _Retired:
-    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`: it may still say which process this is,
-    and end the training, as long as the job itself was not reset."""
+    """What an Accelerator has in place of its job after `AcceleratorState._reset_state()`: it may still say whether this is the main
+    process, and end the training, as long as the job itself was not reset."""
 
     def __init__(self, engine: Engine | None = None) -> None:
         if engine is not None:
-            self.topology, self.synchronize, self.close = engine.topology, engine.synchronize, engine.close
+            self.topology, self.synchronize, self.close = _RetiredPlace(engine.topology), engine.synchronize, engine.close
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
             f"`AcceleratorState` object has no attribute `{name}`. This happens if `AcceleratorState._reset_state()` was called and an"
             " Accelerator from before is still in use: make a new one."
         )
+
+
+class _RetiredPlace(_Retired):
+    """Of the topology what PartialState says in Accelerate, which such a reset leaves alone."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.is_main_process = topology.is_main_process
+        self.is_local_main_process = topology.is_local_main_process
+        self.is_last_process = topology.is_last_process
 
 
 class AcceleratorState(JobView):

@@ -142,6 +142,23 @@ def test_a_state_of_the_end_of_a_pass_continues_with_the_next_one():
     assert (again.epoch, lists(again)) == (1, lists(loader))
 
 
+def test_a_checkpoint_of_the_last_batch_of_a_stateful_loader_continues_with_the_next_pass():
+    def make(stateful):
+        loader = DataLoader(NUMBERS, batch_size=4, shuffle=True)
+        return cut(loader, use_stateful_dataloader=stateful, use_seedable_sampler=True, data_seed=1)
+
+    loader = make(True)
+    state = [loader.state for _ in loader][-1]
+    second = lists(loader)
+    for stateful, following in ((True, second), (False, [])):
+        again = make(stateful)
+        again.load_state(state)
+        assert lists(again) == following, (
+            "torchdata has no empty rest; else the rest of a pass is what was not seen of it"
+        )
+        assert again.epoch == 1 + stateful
+
+
 def test_a_users_own_stateful_loader_stays_one():
     loader = cut(StatefulDataLoader(NUMBERS, batch_size=4, shuffle=True))
     assert isinstance(loader, StatefulDataLoader)

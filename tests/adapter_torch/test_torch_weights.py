@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_network import X, Y, accelerator, mean_squared_error, network, weights
 
 from polyaccel.errors import UnsupportedError
@@ -117,3 +118,42 @@ def test_a_name_beside_a_loss_value_is_refused():
     model = run.prepare(network())
     with pytest.raises(UnsupportedError, match="a name is that of an auxiliary value of a loss function"):
         run.backward(mean_squared_error(model, rows(0)), weight="num_tokens")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: reading a value of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["value", "name", "train_step"])
+def test_nothing_waits_for_a_weight_on_the_device(form):
+    def loss_fn(model, batch):
+        return mean_squared_error(model, batch), {"rows": torch.tensor(float(len(batch[0])))}
+
+    run = accelerator(gradient_accumulation_steps=2)
+    model = network()
+    model, optimizer = run.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    step = run.train_step(loss_fn, model, optimizer, max_grad_norm=1.0, weight="rows")
+    with Waits() as waits:
+        for index in range(4):
+            if form == "train_step":
+                step(rows(index))
+                continue
+            with run.accumulate(model):
+                if form == "value":
+                    run.backward(mean_squared_error(model, rows(index)), weight=torch.tensor(index))
+                else:
+                    run.backward(loss_fn, model, rows(index), weight="rows")
+                run.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        assert waits.count == 0
+        assert torch.ones(()).item() == 1.0
+        assert waits.count == 1  # it would have been noticed

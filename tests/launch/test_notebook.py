@@ -5,15 +5,18 @@ import sys
 
 import pytest
 
+from polyaccel.launch.rendezvous import free_port
 from polyaccel.registry import load_backend
 
 ENGINES = [name for name in ("torch", "jax") if load_backend(name).probe().is_usable]
 
 
-def run(code, tmp_path):
+def run(code, tmp_path, *arguments):
     script = tmp_path / "notebook.py"
     script.write_text(code)
-    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -82,3 +85,48 @@ def test_a_jax_that_is_in_use_cannot_be_forked(tmp_path):
     )
     assert "2 processes cannot be forked from this one: jax has opened its devices here already" in done.stderr
     assert "restart the notebook's kernel" in done.stderr
+
+
+def test_processes_start_again_after_a_failure_and_two_machines_are_one_job(tmp_path):
+    done = run(
+        "import multiprocessing, sys\n"
+        f"import polyaccel_{ENGINES[0]}.engine\n"  # once, before the forks
+        "from polyaccel import Accelerator\nfrom polyaccel.launchers import debug_launcher, notebook_launcher\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "attempts = context.Value('i', 0)\n"
+        "def train():\n"
+        "    accelerator = Accelerator()\n"
+        "    if accelerator.is_main_process:\n"
+        "        attempts.value += 1\n"
+        "        if attempts.value < 2: raise ValueError('not yet')\n"
+        "    accelerator.wait_for_everyone()\n"
+        "    accelerator.print('trained after', attempts.value, flush=True)\n"
+        f"options = dict(cpu=True, backend={ENGINES[0]!r})\n"
+        "notebook_launcher(train, num_processes=2, max_restarts=1, rdzv_backend='c10d', monitor_interval=0.01, **options)\n"
+        "def show():\n"
+        "    accelerator = Accelerator()\n"
+        "    place = accelerator.process_index, accelerator.num_processes, accelerator.local_process_index\n"
+        "    places = accelerator.gather_object([place])\n"
+        "    if accelerator.is_main_process: print('places', places, flush=True)\n"
+        "def machine(rank):\n"
+        "    notebook_launcher(show, num_processes=1, num_nodes=2, node_rank=rank, use_port=int(sys.argv[1]), **options)\n"
+        "machines = [context.Process(target=machine, args=(rank,)) for rank in range(2)]\n"
+        "for one in machines: one.start()\n"
+        "for one in machines: one.join()\n"
+        "accelerator = Accelerator(cpu=True)\n"
+        "for given in (dict(rdzv_endpoint='x'), dict(node_rank=3), dict(num_nodes=2), {}):\n"
+        "    try: notebook_launcher(show, num_processes=2, **options, **given)\n"
+        "    except Exception as error: print(type(error).__name__, str(error).replace('\\n', ' '))\n"
+        "debug_launcher(show)\n",
+        tmp_path,
+        str(free_port()),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "notebook_launcher: restart 1 of 1, since process 0 of 2 failed" in done.stderr
+    assert "trained after 2" in done.stdout
+    assert "places [(0, 2, 0), (1, 2, 0)]" in done.stdout
+    assert "UnsupportedError notebook_launcher cannot honour rdzv_endpoint='x'" in done.stdout
+    assert "LaunchError node_rank=3 is outside a job of 1 machines" in done.stdout
+    assert "LaunchError num_nodes=2 with no use_port" in done.stdout
+    assert "2 processes cannot be forked from this one: it has an Accelerator" in done.stdout
+    assert "places [(0, 2, 0), (1, 2, 1)]" in done.stdout  # tests may

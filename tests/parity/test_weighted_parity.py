@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 
 import numpy as np
@@ -52,9 +53,14 @@ def two_processes(tmp_path_factory):
     """What both processes of a data-parallel torch job answered."""
     if "jax" not in HERE:
         pytest.skip("the engine of two processes is torch's, which the main environment tests")
-    folder = tmp_path_factory.mktemp("weighted")
-    command = launch_command("torch", 2, training.__file__, folder)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return answers_of("torch", tmp_path_factory.mktemp("weighted"))
+
+
+def answers_of(backend, folder):
+    """What each of two processes of an engine answered."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    command = launch_command(backend, 2, training.__file__, folder)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -63,6 +69,14 @@ def two_processes(tmp_path_factory):
 def test_four_micro_batches_on_two_data_parallel_processes_are_one_large_batch(two_processes, form):
     for answer in two_processes:
         assert_as_one_large_batch(answer[form], form)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("jax" not in HERE, reason="jax is of the main environment")
+def test_two_processes_of_jax_with_two_devices_each_are_one_large_batch(tmp_path):
+    for answer in answers_of("jax", tmp_path):
+        for form, found in answer.items():
+            assert_as_one_large_batch(found, form)
 
 
 def test_the_processes_exchange_one_scalar_per_window(two_processes):

@@ -101,6 +101,8 @@ def test_resetting_the_accelerator_state_alone_keeps_the_job():
         _ = accelerator.num_processes
     with pytest.raises(AttributeError, match="`AcceleratorState` object has no attribute"):
         accelerator.prepare(FakeModel([[1.0]], [0.0]))
+    assert accelerator.is_local_main_process  # PartialState's, which was not reset
+    accelerator.end_training()
     state = accelerator.state
     with pytest.raises(AttributeError, match="`AcceleratorState` object has no attribute `num_processes`"):
         _ = state.num_processes

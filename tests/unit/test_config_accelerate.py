@@ -57,6 +57,21 @@ def test_fsdp_becomes_a_mesh(tmp_path):
     assert any("decided by the engine" in note for note in found.notes)
 
 
+def test_what_is_said_of_dynamo_becomes_settings_of_compile(tmp_path):
+    text = (
+        "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_mode: max-autotune\n"
+        "  dynamo_use_dynamic: false\n  dynamo_use_fullgraph: true\n  dynamo_use_regional_compilation: true\n"
+    )
+    assert read(tmp_path, text).values == {
+        "compile": True,
+        "compile_backend": "inductor",
+        "compile_mode": "max-autotune",
+        "compile_dynamic": False,
+        "compile_fullgraph": True,
+        "compile_regions": True,
+    }
+
+
 def test_dynamo_becomes_compile_and_tpu_becomes_xla(tmp_path):
     assert read(tmp_path, "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n").values == {
         "compile": True,

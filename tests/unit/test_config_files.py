@@ -4,7 +4,7 @@ import contextlib
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyaccel.config.files import read_file
@@ -154,6 +154,7 @@ trees = st.recursive(
 )
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(text=st.text(max_size=60) | st.binary(max_size=60), suffix=st.sampled_from(["toml", "yaml"]))
 def test_no_text_makes_it_crash(tmp_path_factory, text, suffix):
     path = tmp_path_factory.mktemp("fuzz") / f"a.{suffix}"
@@ -162,6 +163,7 @@ def test_no_text_makes_it_crash(tmp_path_factory, text, suffix):
         resolve({}, environment_of(path))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(tree=st.dictionaries(names, trees, max_size=5))
 def test_no_tree_makes_it_crash(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("fuzz") / "a.yaml"
@@ -170,6 +172,7 @@ def test_no_tree_makes_it_crash(tmp_path_factory, tree):
         resolve({}, environment_of(path))
 
 
+@settings(deadline=None)  # a busy machine is no failure
 @given(arguments=st.dictionaries(names, trees, max_size=4))
 def test_no_arguments_make_it_crash(arguments):
     with contextlib.suppress(PolyaccelError):

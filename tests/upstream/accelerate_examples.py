@@ -14,6 +14,8 @@ from typing import Any
 
 Command = Callable[..., "tuple[int | None, str]"]
 
+_WIKITEXT = "--dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-v1 --model_name_or_path HuggingFaceTB/SmolLM-360M"
+
 # What each example is called with; several lists are several runs, one after the other. {out} is a folder of the run's own.
 EXAMPLES: dict[str, list[str]] = {
     "nlp_example": [""],
@@ -38,11 +40,12 @@ EXAMPLES: dict[str, list[str]] = {
     "by_feature/profiler": ["--record_shapes --profile_memory --output_trace_dir {out}"],
     "by_feature/schedule_free": [""],
     "by_feature/tracking": ["--with_tracking --project_dir {out}"],
+    # Without a DeepSpeed plugin it trains plainly, as with Accelerate.
     "by_feature/deepspeed_with_config_support": [
-        "--dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-v1 --model_name_or_path HuggingFaceTB/SmolLM-360M"
+        f"{_WIKITEXT} --block_size 16 --num_train_epochs 1 --seed 1 --output_dir {{out}}"
     ],
     "by_feature/megatron_lm_gpt_pretraining": [
-        "--dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-v1 --model_name_or_path HuggingFaceTB/SmolLM-360M"
+        f"{_WIKITEXT} --block_size 16 --num_train_epochs 1 --output_dir {{out}}"
     ],
     "by_feature/fsdp_with_peak_mem_tracking": ["--model_name_or_path bert-base-cased --output_dir {out}"],
 }

@@ -40,6 +40,7 @@ SUITE = (
     "test_memory_utils",
     "test_cpu",
     "test_utils",
+    "test_examples",
     "test_big_modeling",
     "test_hooks",
     "test_modeling_utils",
@@ -81,9 +82,11 @@ def renamed(checkout: Path, work: Path) -> None:
 
 
 def environment(work: Path) -> dict[str, str]:
-    """Their names come from the copy; nothing asks the network, and nothing is left in the home folder."""
+    """Their names come from the copy; nothing asks the network, nothing is left in the home folder, and saves wait as theirs do."""
     return {
         **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "POLYACCEL_BLOCKING_SAVES": "1",
         "PYTHONPATH": os.pathsep.join([str(work), os.environ.get("PYTHONPATH", "")]),
         "HF_HOME": str(work / "huggingface"),
         "HF_HUB_OFFLINE": "1",
@@ -197,7 +200,7 @@ def main() -> None:
         parser.error(f"--only {' '.join(unknown)}: known are {', '.join([*SUITE, *SCRIPTS, *EXAMPLES])}")
     work = args.work or Path(tempfile.mkdtemp(prefix="accelerate-suite-"))
     renamed(args.checkout, work)
-    if set(args.only) & set(EXAMPLES) and not (work / CLASSIFIER).exists():
+    if {*args.only} & {*EXAMPLES, "test_examples"} and not (work / CLASSIFIER).exists():
         make_stand_ins(work / "tests" / "test_samples" / "MRPC", work)
     results: dict[str, object] = {}
 

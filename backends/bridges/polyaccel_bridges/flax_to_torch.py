@@ -14,7 +14,7 @@ from polyaccel import trees
 from polyaccel.data import DataSharding, refuse_prepared
 from polyaccel.dialects import Role
 from polyaccel.errors import PrepareError, UnsupportedError
-from polyaccel.protocols import Engine, LossCall, StepSpec
+from polyaccel.protocols import Engine, LoaderSpec, LossCall, StepSpec
 from polyaccel_jax import dialect
 from polyaccel_jax.dialect.functional import Handle
 from polyaccel_jax.dialect.iterables import HostIterable
@@ -179,8 +179,9 @@ class FlaxHostLoader:
         refuse_prepared(loader)
         self.loader = loader
 
-    def shard(self, sharding: DataSharding, **order: Any) -> HostIterable:
+    def shard(self, sharding: DataSharding, *, spec: LoaderSpec, exchange: Any = None, **_: Any) -> HostIterable:
         """This process's part of every global batch. An iterable draws its own order, which must be the same everywhere."""
+        spec.check_iterable(self.loader, is_alone=exchange is None)
         return HostIterable(self.loader, sharding)
 
 

@@ -237,8 +237,10 @@ def read(recorder: Recorder, session: Session) -> bool:
 
 
 def _is_scaled(recorder: Recorder) -> bool:
-    """fp16: the scale of the loss is known at backward."""
-    return recorder.engine.plan.precision.loss_scaling is not None
+    """What the loss of each process is multiplied by is known at backward: the scale of fp16, weights that differ between processes."""
+    engine = recorder.engine
+    is_weighted = recorder.num_processes > 1 and engine.gradient_state is not None and engine.gradient_state.weighs
+    return is_weighted or engine.plan.precision.loss_scaling is not None
 
 
 def backward(recorder: Recorder, session: Session, loss: DeviceTensor, *, retain_graph: bool) -> TorchCall | None:
@@ -253,6 +255,10 @@ def backward(recorder: Recorder, session: Session, loss: DeviceTensor, *, retain
     assert loss._ref is not None
     at = loss._ref.position, loss._ref.out
     site, ahead = first.site, first.ahead
+    if _is_scaled(recorder):  # since the read
+        if ahead is not None:
+            site.missed()
+        return None
     if ahead is not None:
         if ahead.serves(session, first, at):
             site.came_true()

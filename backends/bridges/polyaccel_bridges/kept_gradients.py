@@ -24,6 +24,11 @@ class _GradientsProgram:
         self.writes_params: bool = inner.writes_params
         self._inner = inner
 
+    @property
+    def averages_shards(self) -> bool:
+        """As of a ComposedProgram."""
+        return bool(getattr(self._inner, "averages_shards", False))
+
     def __call__(
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
     ) -> ProgramResult:
@@ -39,6 +44,7 @@ class GradientsRecipe:
     def __init__(self, tape: TapeRecipe) -> None:
         self.tape = tape
         self.names: tuple[str, ...] = ()
+        self.program: Any = None  # the latest
         self.adding = AddingRecipe(self)
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
@@ -46,7 +52,7 @@ class GradientsRecipe:
         program = _GradientsProgram(
             self.tape.build(specs, with_grads=True, num_shards=num_shards, shard_call=shard_call)
         )
-        self.names = program.names
+        self.names, self.program = program.names, program
         return program
 
     def describe(self) -> tuple[str, dict[str, str]]:
@@ -66,8 +72,9 @@ class _AddingProgram:
     draws_randomly = False
     writes_params = False
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, names: tuple[str, ...], averages_shards: bool) -> None:
         self.grad_names = names
+        self.averages_shards = averages_shards
 
     def __call__(
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
@@ -87,7 +94,7 @@ class AddingRecipe:
         self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any
     ) -> _AddingProgram:
         """Nothing is captured."""
-        return _AddingProgram(self._source.names)
+        return _AddingProgram(self._source.names, self._source.program.averages_shards)
 
     def describe(self) -> tuple[str, dict[str, str]]:
         """The recorded loop."""

@@ -266,6 +266,7 @@ class ComposedProgram:
         self._with_grads = with_grads
         self._num_processes = recipe.recorder.num_processes
         self._num_shards = num_shards
+        self.averages_shards = False  # known once traced: the loss takes a mean over data shards of what a model gave
         self._captured = [_Captured(recipe, group, num_shards, shard_call, with_grads=with_grads) for group in groups]
         self._dtypes: dict[tuple[int, int], Any] = {}
         for captured in self._captured:
@@ -421,9 +422,12 @@ class ComposedProgram:
     def _backward(
         self, saved: list[Any], loss_id: int, loss: Any, loss_scale: Any, params: dict[str, Any]
     ) -> tuple[dict[str, Any], list[Any]]:
-        """Gradients by parameter name, and of the inputs that want one."""
+        """Gradients by parameter name, and of the inputs that want one. `loss_scale` may be one for each process."""
         seed = jnp.full(loss.shape, 1 / self._num_processes, loss.dtype)
-        cotangents: dict[Any, Any] = {loss_id: seed if loss_scale is None else seed * loss_scale.astype(loss.dtype)}
+        if loss_scale is not None:
+            by_process = loss_scale.reshape(-1, *[1] * (loss.ndim - 1)) if loss_scale.ndim else loss_scale
+            seed = seed * by_process.astype(loss.dtype)
+        cotangents: dict[Any, Any] = {loss_id: seed}
         grads: dict[str, Any] = {}
         for captured, (kept, stacked, ids, made) in zip(reversed(self._captured), reversed(saved), strict=True):
             graph = captured.piece.graph
@@ -431,6 +435,9 @@ class ComposedProgram:
             if all(value is None for value in given):
                 continue
             if captured.group.is_model:
+                if self._num_shards > self._num_processes:
+                    means = [v is not None and a is None for v, a in zip(given, captured.out_axes, strict=True)]
+                    self.averages_shards = self.averages_shards or any(means)
                 seeds = [
                     None if value is None else self._cotangent_to_shards(value, axis)
                     for value, axis in zip(given, captured.out_axes, strict=True)

@@ -18,6 +18,7 @@ from polyaccel.config import Config
 from polyaccel.errors import LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import (
     ArraySpec,
+    Collectives,
     CompileEvent,
     LoaderSpec,
     LossCall,
@@ -85,7 +86,9 @@ class JaxEngine:
         self._local_devices = local
         if len(local) > 1 and local[0].platform == "cpu":
             self._in_flight = deque()
-        self.collectives: JaxCollectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
+        collectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
+        self.collectives: Collectives = collectives
+        self.note_exchange = collectives.note_exchange  # called before a program that ends only if every process runs it
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
         self.compiles = CompileLog()
         self.scaler: ScalerState | None = None
@@ -488,7 +491,7 @@ def _wait_for_coordinator(rendezvous: Rendezvous) -> None:
             time.sleep(0.1)
 
 
-def _leave(collectives: JaxCollectives) -> None:
+def _leave(collectives: Collectives) -> None:
     global _num_holders
     _num_holders -= 1
     if _num_holders == 0:

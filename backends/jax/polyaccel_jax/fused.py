@@ -190,7 +190,7 @@ class _Fused:
         self._on_grad_norm = on_grad_norm
         self._compiles = engine.compiles
         self._run = engine.compiles.run
-        self._note_exchange = engine.collectives.note_exchange
+        self._note_exchange = engine.note_exchange
         self._is_whole = optimizer.covers_model
         self._hyperparameters = optimizer.hyperparameters
         self._others = tuple(model for model in work.models if model is not optimizer.model)

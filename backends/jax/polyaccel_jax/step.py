@@ -178,7 +178,7 @@ class Steps:
             accumulates = scale != 1.0 if window is None else engine.gradient_state.num_steps > 1
             held = self._held(work.models, work.program(inputs).grad_names, accumulates)
             function = work.functions.get(scale) or _backward_function(work, scale)
-            engine.collectives.note_exchange()
+            engine.note_exchange()
             loss, outputs, grads, changed, following, is_finite, total = engine.compiles.run(
                 function,
                 held,

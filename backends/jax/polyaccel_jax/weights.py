@@ -44,7 +44,7 @@ class WeightedCall:
         self.models: Any = call.models
         self.wants_64bit = call.wants_64bit
         self.is_global = call.is_global
-        self._num_shards = engine.mesh.num_shards
+        self._num_shards, self._num_processes = engine.mesh.num_shards, engine.mesh.num_processes
         self._given: list[Any] = []
         self.input_axes: Sequence[int | None] | None = call.input_axes
         self.draw: int | None = call.draw
@@ -90,7 +90,10 @@ class WeightedCall:
                 "detach() the input, or multiply the loss yourself",
             )
         is_one_program = self.is_global or num_shards == 1
-        return _WeightedProgram(program, self.call, self.name, self._num_shards if is_one_program else 1)
+        num_losses = self._num_processes if self.is_global else 1
+        return _WeightedProgram(
+            program, self.call, self.name, self._num_shards if is_one_program else 1, num_losses=num_losses
+        )
 
     def describe(self, inputs: Sequence[Any]) -> tuple[str, dict[str, str]]:
         """The call, and where its weight comes from."""
@@ -105,7 +108,7 @@ class WeightedCall:
 class _WeightedProgram:
     """Gradients and loss times the weight, 0 where that is 0: a loss may well be 0 / 0 where nothing counts."""
 
-    def __init__(self, inner: Any, call: Any, name: str | None, num_shards: int) -> None:
+    def __init__(self, inner: Any, call: Any, name: str | None, num_shards: int, *, num_losses: int) -> None:
         self.grad_names: tuple[str, ...] = inner.grad_names
         self.draws_randomly: bool = inner.draws_randomly
         self.writes_params: bool = inner.writes_params
@@ -113,6 +116,7 @@ class _WeightedProgram:
         self._call = call
         self._name = name
         self._num_shards = num_shards  # that one run of the program counts for
+        self._num_losses = num_losses  # a recorded loop has a loss on each process, and gives the mean of them
 
     @property
     def output_axes(self) -> tuple[int | None, ...]:
@@ -121,8 +125,11 @@ class _WeightedProgram:
 
     def __call__(self, params: Any, buffers: Any, key: Any, inputs: Sequence[Any], loss_scale: Any) -> ProgramResult:
         own = inputs if self._name is not None else inputs[:-1]
+        if self._num_losses > 1:
+            return self._of_processes(params, buffers, key, own, loss_scale, inputs[-1])
         result: ProgramResult = self._inner(params, buffers, key, own, loss_scale)
-        weight = self._weight_in(result, own) if self._name is not None else inputs[-1].sum()
+        self._refuse_means()
+        weight = self._weight_in(result) if self._name is not None else inputs[-1].sum()
         weight = (
             weight.astype(jnp.float32) / self._num_shards
         )  # the mean over data shards, as where each shard has its own
@@ -131,7 +138,31 @@ class _WeightedProgram:
         result.outputs = [*result.outputs, weight]
         return result
 
-    def _weight_in(self, result: ProgramResult, inputs: Sequence[Any]) -> jax.Array:
+    def _of_processes(
+        self, params: Any, buffers: Any, key: Any, inputs: Sequence[Any], loss_scale: Any, entries: Any
+    ) -> ProgramResult:
+        """The loss of each process times its own weight, through the scale that the program multiplies losses by."""
+        entries = entries if entries.ndim else jnp.full(self._num_losses, entries)  # one value on all processes
+        weights = entries.reshape(self._num_losses, -1).sum(1) * (self._num_losses / self._num_shards)  # (processes,)
+        scale = weights if loss_scale is None else weights * loss_scale
+        result: ProgramResult = self._inner(params, buffers, key, inputs, scale)
+        self._refuse_means()
+        weight = weights.mean()
+        result.grads = {name: jnp.where(weight == 0, jnp.zeros_like(grad), grad) for name, grad in result.grads.items()}
+        result.loss = None if result.loss is None else _times(result.loss, weight)
+        result.outputs = [*result.outputs, weight]
+        return result
+
+    def _refuse_means(self) -> None:
+        if self._name is None and getattr(self._inner, "averages_shards", False):
+            raise UnsupportedError(
+                "the loss comes out of the model, which runs on several data shards of this process, each with a count of its own: it is a"
+                " mean of means, which one weight does not make the mean over all",
+                'write a loss function that returns (loss, {"num_tokens": count}) and use weight="num_tokens", compute the loss outside of'
+                ' the model, or use partitioning="sharding"',
+            )
+
+    def _weight_in(self, result: ProgramResult) -> jax.Array:
         found = self._call.auxiliary(self._name, result.outputs)
         weight = jnp.asarray(found)
         if weight.size != 1 or weight.dtype == jnp.bool_:

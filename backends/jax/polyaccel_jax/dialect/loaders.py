@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
-from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import LoaderSpec
 from polyaccel_jax.dialect.batch_trees import flatten, is_placeable
 from polyaccel_jax.dialect.iterables import HostIterable
@@ -38,12 +37,8 @@ def prepare(loader: Any, spec: LoaderSpec, engine: Any) -> PreparedLoader:
             exchange=engine.collectives.all_gather_object if topology.num_processes > 1 else None,
             process_index=topology.process_index,
         )
-    elif spec.dispatch_batches and topology.num_processes > 1:
-        raise UnsupportedError(
-            f"dispatch_batches=True lets process 0 read for all, and a {type(loader).__name__} is read by every process",
-            "leave dispatch_batches out: every process keeps its own part of each batch",
-        )
     else:
+        spec.check_iterable(loader, is_alone=topology.num_processes == 1)
         host = HostIterable(loader, sharding)
     wants_64bit = spec.lift is not None  # batches of a torch script keep int64
 

@@ -118,6 +118,9 @@ def _stateful(is_dispatched: bool) -> type[TorchLoader]:
             self._latest = held.latest, LoaderState(held.seed, position.epoch, position.batch, start=position.start)
 
         def load_state(self, state: LoaderState) -> None:
+            if state.batch and self._is_at_end(self.batch_of(state)):
+                # Scripts rely on torchdata here: a loader that was saved in its last batch begins its next pass, not an empty rest.
+                state = LoaderState(None, state.epoch + 1, 0, own=state.own)
             super().load_state(state)
             self._latest = None
 
