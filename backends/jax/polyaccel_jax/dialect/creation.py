@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import linen, nnx
 
-from polyaccel_jax.mesh import DeviceMesh
+if TYPE_CHECKING:
+    from polyaccel_jax.mesh import DeviceMesh
 
 _PARAMS = "params"
 
