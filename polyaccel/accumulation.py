@@ -37,8 +37,6 @@ class GradientState:
         self._running: list[weakref.ref[Any]] = []
         # By a loop: the rows of its last batch, and which loop is around it and how far that was.
         self._left: tuple[Any, int | None, int] | None = None
-        # By a loop: the rows of its last batch, and which loop is around it and how far that was.
-        self._left: tuple[Any, int | None, int] | None = None
 
     def advance(self) -> bool:
         """Count one micro batch and decide whether it closes the window."""
@@ -139,16 +137,6 @@ class GradientState:
         return (None if loader is None else loader.rows), False
 
     @property
-    def batch_rows(self) -> tuple[Any, bool]:
-        """The rows of the batch in use (see `PreparedLoader.rows`), and whether that is the last one of a loop that was left."""
-        loader = self.active_dataloader
-        if self._left is not None:
-            rows, *where = self._left
-            if where == ([None, 0] if loader is None else [id(loader), loader.num_handed_out]):
-                return rows, True
-        return (None if loader is None else loader.rows), False
-
-    @property
     def remainder(self) -> int:
         """How many samples of the active loader's last global batch are real; -1 when all are."""
         loader = self.active_dataloader
@@ -158,8 +146,8 @@ class GradientState:
 class SchedulerGate:
     """The scheduler that user code steps: it moves only with real optimizer updates (rules of Accelerate's AcceleratedScheduler).
 
-    One call steps the scheduler `num_data_shards` times, since every update consumes that many of the loader's batches; with
-    `split_batches` once. A skipped update (fp16 overflow) does not step it. A scheduler with `total_steps` never passes it.
+    One call steps the scheduler `steps_per_update` times: what `scheduler_unit` says (see `schedules`).
+    A skipped update (fp16 overflow) does not step it. A scheduler with `total_steps` never passes it.
     """
 
     _is_accelerate_prepared = True  # Accelerate's mark of what has been through prepare

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import Any
 
 from polyaccel.errors import CollectiveError
 from polyaccel.store import Store
@@ -26,7 +25,7 @@ from polyaccel.store import Store
 LOOK_S = 0.5  # a process that waits looks this often where the others are; its engine calls `look`
 _ANSWER_S = 1.0  # a process that does not wait looks this often whether it is asked
 _PROCESSES_PER_S = 256  # that look at the store; in a larger job each looks less often
-_STUCK_S = 5.0  # processes that wait for each other at different places get no further in this time
+_STUCK_S = 10.0  # processes that wait for each other at different places get no further in this time
 
 # Between the line of a script and an operation: these packages stand for the script, not for themselves.
 _PASSED = frozenset({"contextlib", "functools", "logging", "torch", "torchdata", "jax", "flax", "importlib", "runpy"})
@@ -53,7 +52,8 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a process says of itself: operations begun and completed, exchanges of training begun, where it is, how it has ended."""
+    """What a process says of itself: operations begun and completed, exchanges of training begun since the last one that is completed,
+    where it is, how it has ended."""
 
     begun: int
     completed: int
@@ -79,8 +79,8 @@ class CollectiveCalls:
         process_index, num_processes: this process in its job.
         timeout_s: how long an operation waits for the other processes.
         open_store: gives a connection to the job's store; None in a job of one process.
-        num_exchanges: how many exchanges of its own (gradients, averages) training has begun here: a number that is equal on all
-            processes at the same point of the script. Called on any thread.
+        num_exchanges: how many exchanges of its own (gradients, averages) training has begun here: it grows alike on all processes.
+            Called on any thread.
 
     An engine calls `with calls(operation, detail)` around each operation, and inside, while it waits, `look()` every LOOK_S seconds, on
     the thread that waits. What `look` raises ends the operation, and with it the job's common path: `is_broken` is True from then on.
@@ -103,11 +103,12 @@ class CollectiveCalls:
         self._num_exchanges = num_exchanges
         self._prefix = f"polyaccel.collective_calls/{next(_numbers)}"
         self._begun = self._completed = self._num_looks = 0
+        self._exchanges_before = num_exchanges()
         self._call: Call | None = None
         self._since = 0.0
         self._user_thread = threading.get_ident()
         self._store: Store | None = None
-        self._ahead: dict[int, tuple[tuple[int, int], float]] = {}
+        self._elsewhere: dict[int, tuple[_Report, float]] = {}  # where a process was first seen, and when
         self._is_closed = threading.Event()
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
@@ -137,21 +138,14 @@ class CollectiveCalls:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.is_broken:
-            self._completed = self._begun
+            self._completed, self._exchanges_before = self._begun, self._num_exchanges()
 
     def look(self) -> None:
         """Where the others are. Raises CollectiveError where waiting for them is in vain, or has lasted for `timeout_s`."""
         reports = self._reports()
         problem = self._problem(reports)
         if problem is None and time.monotonic() - self._since >= self.timeout_s:
-            missing = [index for index, one in reports.items() if one is None or one.begun < self._begun] or list(
-                reports
-            )
-            problem = (
-                f"{self.call} has waited {self.timeout_s:g} s (timeout_s) for process"
-                f" {', '.join(map(str, missing))}: {_described({index: reports[index] for index in missing})}",
-                "make every process call it; where they are only slow, raise timeout_s",
-            )
+            problem = self._too_late(reports)
         if problem is not None:
             self.is_broken = True
             raise CollectiveError(*problem)
@@ -172,7 +166,7 @@ class CollectiveCalls:
 
     def _problem(self, reports: dict[int, _Report | None]) -> tuple[str, str] | None:
         """Why an operation can never complete, in words and with a hint; None while it can."""
-        call, exchanges = self.call, self._num_exchanges()
+        call, mine = self.call, self._report()
         for index, other in reports.items():
             if other is None:
                 continue
@@ -184,21 +178,35 @@ class CollectiveCalls:
             is_inside = other.begun == self._begun and other.completed < other.begun
             if is_inside and other.call is not None and not call.fits(other.call) and self._is_stuck(index, other):
                 return different_calls({self._process_index: call, index: other.call})
-            if other.begun < self._begun and other.exchanges > exchanges and self._is_stuck(index, other):
+            is_ahead = other.completed == mine.completed and other.exchanges > mine.exchanges
+            if other.begun < self._begun and is_ahead and self._is_stuck(index, other):
                 here = sorted([self._process_index, *(i for i, o in reports.items() if o and o.begun >= self._begun)])
                 return (
                     f"{call} was called by process {', '.join(map(str, here))} only: process {index} has gone on to {other.at}, and waits"
                     " there",
-                    "call it on every process, outside of `if accelerator.is_main_process`",
+                    "call it on every process, outside of `if accelerator.is_main_process`; where loaders differ in length, train inside"
+                    " `accelerator.join_uneven_inputs`",
                 )
         return None
 
+    def _too_late(self, reports: dict[int, _Report | None]) -> tuple[str, str]:
+        """In words and with a hint: who has not come."""
+        late = {index: one for index, one in reports.items() if one is None or one.begun < self._begun} or reports
+        said = "; ".join(
+            f"process {index} {'does not answer' if one is None else f'is at {one.at}'}" for index, one in late.items()
+        )
+        whom = f"process {', '.join(map(str, late))}: {said}" if late else "the others"
+        return (
+            f"{self.call} has waited {self.timeout_s:g} s (timeout_s) for {whom}",
+            "make every process call it; where they are only slow, raise timeout_s",
+        )
+
     def _is_stuck(self, index: int, other: _Report) -> bool:
         # Not at once: an operation that begins with an exchange of what was called is about to say so, and the job can go on after it.
-        now, progress = time.monotonic(), (other.begun, other.exchanges)
-        seen, since = self._ahead.get(index, (None, now))
-        if seen != progress:
-            self._ahead[index] = (progress, now)
+        now = time.monotonic()
+        seen, since = self._elsewhere.get(index, (None, now))
+        if seen != other:
+            self._elsewhere[index] = (other, now)
             return False
         return now - since >= _STUCK_S
 
@@ -226,7 +234,8 @@ class CollectiveCalls:
         name, place = call_site(sys._current_frames().get(self._user_thread))
         is_inside = self._completed < self._begun
         at = f"{name} at {place}" if name else place
-        return _Report(self._begun, self._completed, self._num_exchanges(), self._call if is_inside else None, at, end)
+        exchanges = self._num_exchanges() - self._exchanges_before
+        return _Report(self._begun, self._completed, exchanges, self._call if is_inside else None, at, end)
 
     def _key(self, index: int) -> str:
         return f"{self._prefix}/{index}"
@@ -293,8 +302,9 @@ def call_site(frame: FrameType | None, engine: str = "") -> tuple[str, str]:
     while frame is not None:
         root = _package(frame)
         if root.startswith("polyaccel") or root == engine:
-            if not frame.f_code.co_name.startswith("<"):
-                name = frame.f_code.co_name
+            code = frame.f_code
+            if not code.co_name.startswith("<"):
+                name = code.co_qualname if code.co_name.startswith("__") else code.co_name
         elif root not in _PASSED:
             return name, f"{_short(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back
@@ -309,11 +319,3 @@ def _package(frame: FrameType) -> str:
 def _short(path: str) -> str:
     folder = os.getcwd() + os.sep
     return path.removeprefix(folder)
-
-
-def _described(reports: dict[int, _Report | None]) -> str:
-    places: list[str] = []
-    for index, report in reports.items():
-        said: Any = "does not answer" if report is None else f"is at {report.at}"
-        places.append(f"process {index} {said}")
-    return "; ".join(places)

@@ -27,7 +27,7 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_hook": ("ddp", _EXCHANGE, False),
     "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
-    "process_group": ("process_group", "its processes do not meet through torch.distributed", False),
+    "process_group": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 
 
@@ -66,7 +66,8 @@ def make_plan(
     for axis, size in config.mesh.sizes.items():
         if size != 1 and axis not in mesh_axes:
             raise UnsupportedError(
-                f"mesh.{axis}={size} is not supported by backend {backend!r}, which shards over: {', '.join(sorted(mesh_axes))}",
+                f"mesh.{axis}={size}{_given_by(config, axis)} is not supported by backend {backend!r},"
+                f" which shards over: {', '.join(sorted(mesh_axes))}",
                 f"leave mesh.{axis} at 1, or choose another backend",
             )
     mesh = config.mesh.resolve(topology.num_devices)
@@ -102,6 +103,11 @@ def make_plan(
         compile_backend=config.compile_backend,
         remarks=tuple(remarks),
     )
+
+
+def _given_by(config: Config, axis: str) -> str:
+    source = config.sources.get("mesh") or config.sources.get(f"mesh.{axis}")
+    return f" ({source})" if source else ""
 
 
 def say_remarks(plan: Plan, topology: Topology) -> None:

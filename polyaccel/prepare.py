@@ -39,6 +39,22 @@ def placements_of(given: Sequence[bool | None] | None, number: int, *, default: 
     return [default if value is None else bool(value) for value in given]
 
 
+def is_spread(model: Any) -> bool:
+    """Whether a device_map has spread the model, or a part of it, over several devices (`dispatch_model`)."""
+    parts = model.modules() if callable(getattr(model, "modules", None)) else [model]
+    return any(len(getattr(part, "hf_device_map", ())) > 1 for part in parts)
+
+
+def _refuse_spread(objects: tuple[Any, ...]) -> None:
+    for position, value in enumerate(objects):
+        if callable(getattr(value, "modules", None)) and is_spread(value):
+            raise PrepareError(
+                f"argument {position} of prepare, a {type(value).__name__}, is spread over devices by its device_map, and every process"
+                " of this job trains a whole model on its own device",
+                "load it without device_map, start one process, or use prepare_model(model, evaluation_mode=True)",
+            )
+
+
 def engine_of_model(model: Any) -> tuple[Engine, Any]:
     """The engine that a model was last prepared for, and its handle there. Raises PrepareError for one that is not prepared."""
     _preparations[:] = [reference for reference in _preparations if reference() is not None]
@@ -97,6 +113,8 @@ class Preparation:
         kinds = [None if self.entry_of(value) else self._identify(value, unknown) for value in objects]
         self._check(objects, kinds)
         self._check_placements(kinds, placements)
+        if not evaluation_mode and self._engine.topology.num_processes > 1:
+            _refuse_spread(objects)
         for value, kind in zip(objects, kinds, strict=True):
             if kind is not None and kind[1] == "model":
                 self._enter_dialect(kind[0], value)
@@ -240,6 +258,11 @@ class Preparation:
             if value is entry.public or value is entry.original:
                 return entry
         return None
+
+    def is_foreign_loader(self, value: Any) -> bool:
+        """Whether it passed through and is an iterable that knows where it stands."""
+        has_state = all(hasattr(value, name) for name in ("__iter__", "state_dict", "load_state_dict"))
+        return has_state and self.entry_of(value) is None
 
     def handles(self, role: Role) -> list[Any]:
         """The engine's handles of one role, in the order in which they were prepared."""

@@ -44,6 +44,7 @@ Feature = Literal[
     "flops",
     "profile",
     "ddp",
+    "grad_scaler",
     "autocast_cache",
     "process_group",
     "uneven_inputs",
@@ -67,6 +68,7 @@ Feature = Literal[
 # profile:        `engine.tracer(settings)` gives a Tracer; it raises UnsupportedError for settings that it cannot record
 # uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
 # uneven_inputs:  inside `engine.joined(handles)` processes may have different numbers of batches
+# grad_scaler:    `engine.grad_scaler` is the torch.amp.GradScaler that scales the loss under fp16, else None
 # ddp:            the settings ddp_... are honoured; autocast_cache, process_group: that setting is
 
 
@@ -284,7 +286,7 @@ class Engine(StatefulEngine, WeightingEngine, Protocol):
         ...
 
     def prepare_optimizer(self, optimizer: Any, model: Any | None) -> Any:
-        """A handle with step(), zero_grad(set_to_none=True), param_groups (torch dialect), step_was_skipped."""
+        """An OptimizerHandle (`polyaccel.prepared`), in the torch dialect with param_groups."""
         ...
 
     def prepare_scheduler(self, scheduler: Any, optimizer: Any | None) -> Any:
@@ -296,7 +298,8 @@ class Engine(StatefulEngine, WeightingEngine, Protocol):
         ...
 
     def unwrap(self, handle: Any) -> Any:
-        """The user's own object, with current values."""
+        """The user's own object, with current values. `remove_autocast(model)`, where an engine has it, lets that compute in the
+        parameters' own precision."""
         ...
 
     def autocast(self, *, enabled: bool = True, cache_enabled: bool | None = None) -> AbstractContextManager[Any]:

@@ -87,7 +87,7 @@ class Manager:
     def register(self, objects: tuple[Any, ...]) -> None:
         """Save these with the rest, in this order. Raises CheckpointError for those without a state."""
         check_registrable(objects)
-        self.registered.extend(objects)
+        self.registered.extend([one for one in objects if not any(one is other for other in self.registered)])
 
     def add_save_hook(self, hook: Hook) -> RemovableHandle:
         """`hook(models, weights, folder)` runs before every save."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from polyaccel import accumulation, jobs
 from polyaccel.accelerator import Accelerator
+from polyaccel.config.exchange import InitProcessGroupKwargs
 from polyaccel.distribution import DistributedType
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.state import AcceleratorState, JobView
@@ -29,19 +30,22 @@ class PartialState(JobView):
 
     Args:
         cpu: use the CPU even where an accelerator is present; only where this opens the job.
+        kwargs: `backend` and `timeout`, as of InitProcessGroupKwargs; only where this opens the job. Others are refused.
 
     Without an Accelerator it opens the job that `Accelerator()` would, so every process must then make it. Reading a property after
     `_reset_state` raises AttributeError until there is an Accelerator or PartialState again.
     """
 
     def __init__(self, cpu: bool = False, **kwargs: Any) -> None:
-        if kwargs:
+        others = kwargs.keys() - {"backend", "init_method", "timeout"}
+        if others:
             raise UnsupportedError(
-                f"PartialState cannot pass on {', '.join(sorted(kwargs))}: the engine connects the processes",
+                f"PartialState cannot pass on {', '.join(sorted(others))}: the engine connects the processes",
                 'choose the engine and its settings by configuration, such as POLYACCEL_BACKEND="torch"',
             )
         if jobs.accelerator() is None:
-            jobs.keep(lambda: Accelerator(cpu=cpu or None))
+            handlers = [InitProcessGroupKwargs(**kwargs)] if kwargs else None
+            jobs.keep(lambda: Accelerator(cpu=cpu or None, kwargs_handlers=handlers))
             jobs.accelerator()
 
     @staticmethod

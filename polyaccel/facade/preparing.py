@@ -14,7 +14,7 @@ from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import UnsupportedError
 from polyaccel.facade.parts import Parts
-from polyaccel.prepare import placements_of
+from polyaccel.prepare import is_spread, placements_of
 from polyaccel.schedules import steps_per_update
 from polyaccel.unwrapping import without_wrappers
 
@@ -28,7 +28,8 @@ class Preparing(Parts):
         """Hand models, optimizers, loaders and schedulers to the engine; use what it returns instead of them.
 
         Any number, in any order; returned in the order given (one object alone, not in a tuple). What is prepared already, and objects
-        that no engine needs, are returned as they are. Must be called on every process.
+        that no engine needs, are returned as they are; an iterable among them that has `state_dict` and `load_state_dict` is registered
+        for checkpointing. Must be called on every process.
 
         Args:
             device_placement: one value per object, in place of the constructor's `device_placement`: False leaves a model where it is
@@ -39,6 +40,9 @@ class Preparing(Parts):
         placements = placements_of(device_placement, len(objects), default=self.config.device_placement)
         prepared = self._prepared.prepare(objects, spec=self._loader_spec(), placements=placements)
         results = [self._gated(value) for value in prepared]
+        if foreign := [value for value in results if self._prepared.is_foreign_loader(value)]:
+            run: Any = self  # checkpoints are another topic of the facade
+            run.register_for_checkpointing(*foreign)
         return results[0] if len(results) == 1 else tuple(results)
 
     def create_model(self, make: Callable[[], Any]) -> Any:
@@ -148,8 +152,7 @@ class Preparing(Parts):
 
     def verify_device_map(self, model: Any) -> bool:
         """Whether a device_map has spread the model, or a part of it, over several devices (`dispatch_model`)."""
-        parts = model.modules() if callable(getattr(model, "modules", None)) else [model]
-        return any(len(getattr(part, "hf_device_map", ())) > 1 for part in parts)
+        return is_spread(model)
 
     def free_memory(self, *objects: Any) -> list[None]:
         """Drop every prepared object and wait for the device; returns one None per argument, to overwrite the script's names."""

@@ -168,7 +168,11 @@ class _Retired:
 
     def __init__(self, engine: Engine | None = None) -> None:
         if engine is not None:
-            self.topology, self.synchronize, self.close = _RetiredPlace(engine.topology), engine.synchronize, engine.close
+            self.topology, self.synchronize, self.close = (
+                _RetiredPlace(engine.topology),
+                engine.synchronize,
+                engine.close,
+            )
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(

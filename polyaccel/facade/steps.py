@@ -63,9 +63,7 @@ class Steps(Parts):
         if weight is not None:
             return add_weighted(self._engine, bridge, self.gradient_state, work, weight, is_call=is_call)
         state = self.gradient_state
-        if state.window_weights is None:
-            state.window_weights = UNWEIGHTED
-        elif state.window_weights is not UNWEIGHTED:
+        if state.window_weights is not UNWEIGHTED:
             state.note_unweighted()
         if bridge is not None:
             work = bridge.lower(work, "loss")
@@ -250,6 +248,12 @@ class Steps(Parts):
         raise UnsupportedError(
             "lomo_backward: the LOMO optimizers are not supported", "use torch.optim.SGD or Adafactor, and backward"
         )
+
+    @property
+    def scaler(self) -> Any:
+        """The torch.amp.GradScaler of fp16 on the engine torch, to be read; None elsewhere, also where an engine scales in its programs."""
+        engine: Any = self._engine  # what it declares beside the seam
+        return engine.grad_scaler if "grad_scaler" in self._features else None
 
     @property
     def optimizer_step_was_skipped(self) -> bool:

@@ -20,6 +20,7 @@ import pytest
 
 from polyaccel import Accelerator
 from polyaccel.case import Case
+from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import ConfigError, PolyaccelError, PrepareError, UnsupportedError
 from polyaccel.mesh import MeshSpec
@@ -283,11 +284,10 @@ class Conformance(Remembering, Averaging, Weighting):
         assert accelerator.prepare(model) is first
         assert accelerator.prepare(first) is first
 
-    def test_preparing_a_loader_again_is_refused(self) -> None:
+    def test_preparing_a_loader_again_gives_the_same_object(self) -> None:
         accelerator = self.accelerator()
         loader = accelerator.prepare(self.loader(accelerator))
-        with pytest.raises(PrepareError, match="already prepared"):
-            accelerator.prepare(loader)
+        assert accelerator.prepare(loader) is loader
 
     def test_an_optimizer_of_another_model_is_refused(self) -> None:
         accelerator = self.accelerator()
@@ -312,8 +312,7 @@ class Conformance(Remembering, Averaging, Weighting):
         accelerator = self.accelerator()
         model, optimizer, _ = self.prepared(accelerator)
         assert accelerator.free_memory(model, optimizer) == [None, None]
-        with pytest.raises(PrepareError):
-            accelerator.unwrap_model(model)
+        assert not [*accelerator._models, *accelerator._optimizers, *accelerator._dataloaders]
 
     # -- between processes ---------------------------------------------------------------------------------------------
 
@@ -336,6 +335,13 @@ class Conformance(Remembering, Averaging, Weighting):
         for text in ("first", "second"):
             store.set(f"polyaccel.conformance/{engine.topology.process_index}", text)
         assert store.get(f"polyaccel.conformance/{engine.topology.process_index}") == "second"
+
+    def test_every_operation_between_processes_is_known_to_its_calls(self) -> None:
+        collectives = self.accelerator()._engine.collectives
+        with collectives.calls("conformance", "detail") as call:
+            assert (call.operation, call.detail) == ("conformance", "detail")
+        collectives.barrier("conformance")
+        assert not collectives.calls.is_broken
 
     def test_objects_between_processes_survive_the_wire(self) -> None:
         engine = self.accelerator()._engine
@@ -369,6 +375,16 @@ class Conformance(Remembering, Averaging, Weighting):
             # bfloat16 keeps 8 bits of mantissa, float16 11: one part in 256 or 2048 per product, averaged over the batch.
             tolerance = {"no": TOLERANCE, "fp16": 5e-3, "bf16": 3e-2}[name]
             np.testing.assert_allclose(losses, reference(epochs=3, skipped=skipped)[0], rtol=tolerance)
+
+    def test_handlers_switch_narrow_numbers_and_loss_scaling_off(self) -> None:
+        for name in load_backend(self.case.backend).capabilities.mixed_precision - {"no"}:
+            off = [AutocastKwargs(enabled=False), GradScalerKwargs(enabled=False)]
+            accelerator = self.accelerator(mixed_precision=name, kwargs_handlers=off)
+            model, optimizer, loader = self.prepared(accelerator)
+            step = accelerator.train_step(self.case.loss, model, optimizer)
+            with accelerator.autocast(AutocastKwargs(enabled=False)):
+                losses = [number(step(batch)) for batch in loader]
+            np.testing.assert_allclose(losses, reference(epochs=1)[0], rtol=TOLERANCE)
 
     def test_mesh_axes_are_what_the_backend_declares(self) -> None:
         declared = load_backend(self.case.backend).capabilities.mesh_axes

@@ -1,5 +1,7 @@
 """Loaders on the jax engine: iterables of numpy batches, grain, and loaders that a bridge cuts."""
 
+from collections import namedtuple
+
 import grain
 import jax
 import numpy as np
@@ -98,3 +100,102 @@ def test_a_loader_is_not_prepared_twice_and_must_be_iterable():
         engine.prepare_loader(loader, LoaderSpec())
     with pytest.raises(PrepareError, match="cannot be iterated"):
         engine.prepare_loader(3, LoaderSpec())
+
+
+def test_lists_of_text_namedtuples_and_registered_classes_are_cut_with_their_samples():
+    class Graph:
+        def __init__(self, nodes, edges):
+            self.nodes, self.edges = nodes, edges
+
+    jax.tree_util.register_pytree_node(
+        Graph, lambda graph: ((graph.nodes, graph.edges), None), lambda _, both: Graph(*both)
+    )
+    Row = namedtuple("Row", "text word graph")
+    batches = [
+        Row([str(i) for i in ids], np.array([f"w{i}" for i in ids]), Graph(np.array(ids), np.ones((len(ids), 2))))
+        for ids in ([0, 1], [2, 3], [4])
+    ]
+    loader = open_engine(2).prepare_loader(batches, LoaderSpec())
+    first, last = list(loader)
+    assert isinstance(first, Row)
+    assert isinstance(first.graph, Graph)
+    assert isinstance(first.graph.nodes, jax.Array)
+    assert first.text == ["0", "1", "2", "3"]
+    assert last.text == ["4", "0", "1", "2"]
+    assert last.word.tolist() == ["w4", "w0", "w1", "w2"]
+    assert last.graph.nodes.tolist() == [4, 0, 1, 2]
+    assert last.graph.edges.shape == (4, 2)
+    with pytest.raises(PrepareError, match="different containers"):
+        list(open_engine(2).prepare_loader([{"x": np.ones(2)}, {"y": np.ones(2)}], LoaderSpec()))
+
+
+def grain_loaders():
+    class Seeded(grain.transforms.RandomMap):
+        def random_map(self, element, rng):
+            return {"x": element + rng.random()}
+
+    numbers = np.arange(22, dtype=np.float32)
+    shuffled = grain.MapDataset.source(numbers).seed(7).shuffle().random_map(Seeded()).batch(2)
+    sampler = grain.samplers.IndexSampler(
+        22, shard_options=grain.sharding.NoSharding(), shuffle=True, num_epochs=1, seed=3
+    )
+    operations = [Seeded(), grain.transforms.Batch(2)]
+    return {
+        "map dataset": lambda: shuffled,
+        "iter dataset": lambda: shuffled.to_iter_dataset(),
+        "loader": lambda: grain.DataLoader(data_source=numbers, sampler=sampler, operations=operations),
+    }
+
+
+@pytest.mark.parametrize("kind", ["map dataset", "iter dataset", "loader"])
+@pytest.mark.parametrize("in_background", [False, True])
+def test_grain_continues_where_it_stood_without_reading_what_was_used(kind, in_background):
+    class Counting:
+        """The grain object, and how many batches were read from it."""
+
+        def __init__(self, inner):
+            self.inner, self.num_read = inner, 0
+
+        def __iter__(self):
+            inner, outer = iter(self.inner), self
+
+            class Reading:
+                get_state, set_state = inner.get_state, inner.set_state
+
+                def __iter__(self):
+                    return self
+
+                def __next__(self):
+                    outer.num_read += 1
+                    return next(inner)
+
+            return Reading()
+
+    engine, spec = open_engine(2), LoaderSpec(read_in_background=in_background)
+    loader = engine.prepare_loader(grain_loaders()[kind](), spec)
+    expected = [np.asarray(batch["x"]).tolist() for batch in loader]
+    assert len(expected) == 6
+    state = None
+    for number, _ in enumerate(loader):
+        if number == 3:
+            state = loader.state
+            break
+    source = Counting(grain_loaders()[kind]())
+    resumed = engine.prepare_loader(source, spec)
+    resumed.load_state(state)
+    assert [np.asarray(batch["x"]).tolist() for batch in resumed] == expected[4:], (
+        "completed from the first samples, too"
+    )
+    assert source.num_read <= 2 + 2 * 2 + 1  # what is left, its end, and the beginning that completes the last batch
+
+
+def test_an_iterator_can_be_used_for_one_pass_only():
+    loader = open_engine().prepare_loader(iter(numbers(4, 2)), LoaderSpec())
+    assert len(seen(loader)) == 2
+    with pytest.raises(PrepareError, match="gives its batches once"):
+        list(loader)
+
+
+def test_batches_stay_on_the_host_where_nothing_is_to_be_placed():
+    (batch,) = open_engine().prepare_loader(numbers(2, 2), LoaderSpec(device_placement=False))
+    assert isinstance(batch["x"], np.ndarray)

@@ -234,6 +234,30 @@ def test_an_iterable_with_a_state_of_its_own_goes_on_from_it():
     assert [batch.tolist() for batch in again] == [[3], [4], [5], [6]]
 
 
+def test_an_iterable_that_passes_through_prepare_is_saved_if_it_knows_where_it_stands(tmp_path):
+    class Source:
+        def __init__(self, position):
+            self.position = position
+
+        def __iter__(self):
+            return iter(range(self.position, 4))
+
+        def state_dict(self):
+            return {"position": self.position}
+
+        def load_state_dict(self, state):
+            self.position = state["position"]
+
+    run, source = accelerator(), Source(3)
+    assert run.prepare(source) is source
+    assert run.prepare(source) is source, "once is enough"
+    run.save_state(str(tmp_path / "saved"), blocking=True)
+    again, other = accelerator(), Source(0)
+    assert again.prepare(other) is other
+    again.load_state(str(tmp_path / "saved"))
+    assert list(other) == [3]
+
+
 def test_a_state_that_is_no_plain_data_is_named_when_it_is_saved():
     class Source:
         def __iter__(self):

@@ -39,6 +39,8 @@ def test_the_scaler_has_the_settings_of_its_handler():
         optimizer.zero_grad()
         assert run.optimizer_step_was_skipped == (factor != 1.0)
     assert scales == [16.0, 16.0, 64.0, 16.0]
+    assert run.scaler.get_growth_factor() == 4.0
+    assert accelerator().scaler is None
 
 
 def test_without_a_scaler_fp16_skips_no_step():

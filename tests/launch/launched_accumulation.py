@@ -1,11 +1,12 @@
 """Run by test_accumulation_processes.py in both processes of a job on torch: which micro batches exchange gradients, and how far
 schedules move."""
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyaccel import Accelerator, DistributedType
+from polyaccel import Accelerator, DistributedType, PolyaccelError
 from polyaccel.utils import GradientAccumulationPlugin
 
 RANK = Accelerator(cpu=True).process_index
@@ -96,6 +97,13 @@ exact = nn.functional.linear(x, module.weight, module.bias)
 assert not torch.equal(module(x), exact)
 assert torch.equal(accelerator.unwrap_model(model, keep_fp32_wrapper=False)(x), exact)
 assert accelerator.prepare(model) is model
+
+# A model that is spread over devices by a device_map is not trained by several processes.
+spread = nn.Sequential(nn.Linear(1, 1))
+spread[0].hf_device_map = {"weight": "cpu", "bias": "disk"}
+with pytest.raises(PolyaccelError, match="argument 1 of prepare, a Sequential, is spread over devices"):
+    accelerator.prepare(None, spread)
+assert accelerator.prepare_model(spread, evaluation_mode=True) is spread
 
 if accelerator.is_main_process:
     print("accumulation holds")

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -152,10 +153,15 @@ def test_settings_that_contradict_the_accelerator_are_refused():
     assert AcceleratorState(mixed_precision="no", cpu=True).mixed_precision == accelerator.mixed_precision
     with pytest.raises(ConfigError, match="mixed_precision='bf16'"):
         AcceleratorState(mixed_precision="bf16")
-    with pytest.raises(UnsupportedError, match="timeout"):
-        PartialState(timeout=3)
+    with pytest.raises(UnsupportedError, match="world_size"):
+        PartialState(world_size=3)
     with pytest.raises(UnsupportedError, match="takes no plugin"):
         GradientState(object())
+
+
+def test_what_a_state_that_opens_the_job_says_of_the_process_group_is_a_setting():
+    PartialState(timeout=timedelta(minutes=3))
+    assert jobs.accelerator().config.timeout_s == 180
 
 
 def test_process_control_is_that_of_the_accelerator():

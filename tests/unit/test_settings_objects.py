@@ -1,6 +1,7 @@
 """Accelerate's settings objects: each of their fields is a setting, with the precedence of an argument where it was given."""
 
 import copy
+import inspect
 from dataclasses import fields
 from datetime import timedelta
 
@@ -191,6 +192,15 @@ def test_a_parallelism_config_is_a_mesh(sizes, mesh):
     assert config_of_arguments({"parallelism_config": ParallelismConfig(**sizes)}).mesh == mesh
 
 
+def test_an_axis_that_a_backend_does_not_have_is_refused_with_the_argument_that_asked_for_it():
+    for argument, value in (
+        ("fsdp_plugin", FullyShardedDataParallelPlugin()),
+        ("parallelism_config", ParallelismConfig(tp_size=2)),
+    ):
+        with pytest.raises(UnsupportedError, match=rf"mesh\.\w+=-?\d \(argument {argument}\) is not supported"):
+            Accelerator(backend="fake", **{argument: value})
+
+
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="tp_size=0"):
         ParallelismConfig(tp_size=0)
@@ -283,3 +293,11 @@ def test_options_of_a_compiler_are_a_table_in_files_and_json_in_the_environment(
 def test_members_of_accelerates_enums_are_what_they_stand_for():
     config = config_of_arguments({"mixed_precision": PrecisionType.BF16, "rng_types": [RNGType.TORCH]})
     assert (config.mixed_precision, config.rng_types) == ("bf16", ("torch",))
+
+
+def test_the_constructor_has_every_argument_of_accelerates():
+    theirs = """device_placement split_batches mixed_precision gradient_accumulation_steps cpu dataloader_config
+        deepspeed_plugin fsdp_plugin torch_tp_plugin megatron_lm_plugin rng_types log_with project_dir project_config
+        gradient_accumulation_plugin step_scheduler_with_optimizer kwargs_handlers dynamo_backend dynamo_plugin
+        deepspeed_plugins parallelism_config"""
+    assert set(theirs.split()) <= inspect.signature(Accelerator).parameters.keys()

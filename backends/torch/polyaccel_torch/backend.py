@@ -38,6 +38,7 @@ class TorchBackend:
                 "fence",
                 "profile",
                 "ddp",
+                "grad_scaler",
                 "uneven_inputs",
                 "autocast_cache",
                 "process_group",

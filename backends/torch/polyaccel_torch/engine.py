@@ -86,6 +86,11 @@ class TorchEngine:
         """The most bytes that were in use on it, and its size; None on the CPU."""
         return looking.device_memory(self.device)
 
+    @property
+    def grad_scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss under fp16."""
+        return None if self._scaler is None else self._scaler.scaler
+
     def fence(self) -> Callable[[], object] | None:
         """Waits for what the device has been given so far; None on the CPU."""
         return looking.fence(self.device)

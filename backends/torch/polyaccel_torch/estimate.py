@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -69,7 +70,9 @@ def _model(question: Question) -> nn.Module:
 
 def _transformer(folder: str) -> nn.Module:
     try:
-        import transformers
+        transformers: Any = import_module(
+            "transformers"
+        )  # by name: the adapter does not build on it, the user's question does
     except ImportError as error:
         raise UnsupportedError(
             f"{folder} is a transformers configuration, and transformers is not installed", "pip install transformers"
