@@ -55,6 +55,7 @@ class Gathering:
         """
         if self.num_processes == 1 and batch.rows is None:
             return tree
+        batch.require_known()
         columns = Columns(tree, as_objects=as_objects)
         if batch.present == tuple(range(self.num_processes)):
             self._check("gather_for_metrics", tree if not columns.columns else (), any_shape=batch.rows is not None)

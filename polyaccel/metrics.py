@@ -30,6 +30,15 @@ class BatchRows:
             return tuple(range(self.num_processes))
         return tuple([process for process, held in enumerate(self.rows.held) if held])
 
+    def require_known(self) -> None:
+        """Raises UnsupportedError where nobody knows which rows are real."""
+        if self.rows is not None and self.rows.num_real < 0:
+            raise UnsupportedError(
+                "gather_for_metrics cannot know which samples of this batch are repetitions: with in_order=False the workers of the"
+                " DataLoader may overtake each other, and any of the last batches may be the one that was completed",
+                "leave in_order=False out of the loader for evaluation, or use accelerator.gather and your own rule",
+            )
+
     def kept(self, size: int, process: int, whose: str) -> int:
         """How many of a value's `size` rows on a process belong to real samples; they come first. Raises UnsupportedError
         where a part of them does and it cannot be known which."""

@@ -10,9 +10,10 @@ from polyaccel.data.loader import (
     refuse_prepared,
     skip_first_batches,
 )
-from polyaccel.data.sharding import DataSharding, GlobalRows, IterableShard, ShardedBatchSampler
+from polyaccel.data.sharding import UNKNOWN_ROWS, DataSharding, GlobalRows, IterableShard, ShardedBatchSampler, num_rows
 
 __all__ = [
+    "UNKNOWN_ROWS",
     "Bucketing",
     "DataSharding",
     "GlobalRows",
@@ -25,6 +26,7 @@ __all__ = [
     "counted",
     "masked_mean",
     "multiples",
+    "num_rows",
     "powers",
     "prepared_loader",
     "refuse_prepared",

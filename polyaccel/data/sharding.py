@@ -33,6 +33,9 @@ class GlobalRows:
         return max(0, min(self.held[process], self.num_real - sum(self.held[:process])))
 
 
+UNKNOWN_ROWS = GlobalRows((), -1)  # some may repeat samples, and nobody knows which
+
+
 @dataclass(frozen=True, slots=True)
 class DataSharding:
     """The part of every global batch that one process reads: data shards `first_shard .. first_shard + num_local_shards`.

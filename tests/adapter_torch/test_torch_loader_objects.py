@@ -209,9 +209,10 @@ def test_non_blocking_reads_into_pinned_memory_where_batches_go_to_a_gpu():
 
 def test_an_iterable_with_a_state_of_its_own_goes_on_from_it():
     class Source:
-        position = 0
+        position, started_at = 0, None
 
         def __iter__(self):
+            self.started_at = self.position
             while self.position < 6:
                 self.position += 1
                 yield torch.tensor([self.position])
@@ -232,6 +233,7 @@ def test_an_iterable_with_a_state_of_its_own_goes_on_from_it():
     again = cut(source)
     again.load_state(state)
     assert [batch.tolist() for batch in again] == [[3], [4], [5], [6]]
+    assert source.started_at == 2, "nothing is read twice"
 
 
 def test_an_iterable_that_passes_through_prepare_is_saved_if_it_knows_where_it_stands(tmp_path):

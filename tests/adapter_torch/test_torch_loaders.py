@@ -20,8 +20,9 @@ from torch.utils.data import (
     get_worker_info,
 )
 
-from polyaccel.data import DataSharding, LoaderState, prepared_loader
+from polyaccel.data import UNKNOWN_ROWS, DataSharding, GlobalRows, LoaderState, prepared_loader
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.metrics import BatchRows
 from polyaccel.protocols import LoaderSpec
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.placement import StreamFeeder
@@ -291,3 +292,19 @@ def test_two_loops_over_one_loader_do_not_disturb_each_other():
         outer.append(batch.tolist())
         assert len(lists(loader)) == 3
     assert outer == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18, 19]]
+
+
+def test_workers_that_may_overtake_each_other_hide_which_batch_repeats_samples_and_metrics_say_so():
+    unordered = cut(DataLoader(NUMBERS, batch_size=4, num_workers=2, in_order=False), 2, 0)
+    rows = [unordered.rows for _ in unordered]
+    assert UNKNOWN_ROWS in rows
+    assert set(rows) <= {None, UNKNOWN_ROWS}
+    with pytest.raises(UnsupportedError, match="in_order=False"):
+        BatchRows(0, 2, UNKNOWN_ROWS).require_known()
+    alone = cut(DataLoader(NUMBERS, batch_size=4, num_workers=2, in_order=False), 1, 0)
+    assert sorted(4 if alone.rows is None else alone.rows.num_real for _ in alone) == [2, 4, 4, 4, 4, 4]
+
+
+def test_the_short_last_batch_of_a_stream_is_known_in_one_process_too():
+    loader = cut(DataLoader(Stream(6), batch_size=4), 1, 0)
+    assert [loader.rows for _ in loader] == [None, GlobalRows((2,), 2, 4)]

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
-from polyaccel.data import DataSharding, GlobalRows, IterableShard, PreparedLoader, ShardedBatchSampler, refuse_prepared
+from polyaccel.data import (
+    UNKNOWN_ROWS,
+    DataSharding,
+    GlobalRows,
+    IterableShard,
+    PreparedLoader,
+    ShardedBatchSampler,
+    num_rows,
+    refuse_prepared,
+)
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import ConfigError, PrepareError, UnsupportedError
 from polyaccel_torch.dialect.loaders import stateful
@@ -203,7 +212,18 @@ class TorchHostBatches:
         for _ in range(skip):  # a stream can only be skipped by reading it
             if next(stream, None) is None:
                 break
-        return (tuple(item) for item in stream) if self._carries_rows else ((batch, None) for batch in stream)
+        return (
+            (tuple(item) for item in stream)
+            if self._carries_rows
+            else ((batch, self._rows_of(batch)) for batch in stream)
+        )
+
+    def _rows_of(self, batch: Any) -> GlobalRows | None:
+        """Of a batch that is the global one: None where it is as large as all."""
+        if self.batch_size is None:
+            return None
+        size = num_rows(batch)
+        return None if size == self.batch_size else GlobalRows((size,), size, self.batch_size)
 
     def _with_rows(
         self, batches: Iterator[Any], rows: deque[GlobalRows | None], counts: deque[int], num_known: int
@@ -213,9 +233,14 @@ class TorchHostBatches:
             for _ in range(num_known):  # the source has walked over them
                 rows.popleft()
             num_known = 0
-            of_batch = rows.popleft()
-            # Workers that may overtake each other hide which batch this is; nothing is trimmed then.
-            yield batch, of_batch if is_in_order else None
+            if is_in_order:
+                yield batch, rows.popleft()
+                continue
+            # Workers that may overtake each other hide which of the drawn batches this is.
+            is_whole = not any(rows)
+            rows.remove(None if None in rows else rows[0])
+            is_alone = self._sampler is not None and self._sampler.sharding.num_shards == 1  # and repeats nothing
+            yield batch, self._rows_of(batch) if is_alone else None if is_whole else UNKNOWN_ROWS
 
     def _grouped(
         self, batches: Iterator[Any], rows: deque[GlobalRows | None], counts: deque[int], num_known: int
