@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
 from polyaccel.accumulation import SchedulerGate
-from polyaccel.big_models import init_empty_weights
+from polyaccel.big_models import init_empty_where_torch_is_used
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import UnsupportedError
@@ -54,7 +52,7 @@ class Preparing(Parts):
         """
         if "create_model" not in self._features:
             return make()
-        with init_empty_weights() if "torch" in sys.modules else nullcontext():
+        with init_empty_where_torch_is_used():
             return self._engine.create_model(make)  # type: ignore[attr-defined]
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:

@@ -25,8 +25,9 @@ NAMES = [
     if inspect.isfunction(value)
     and value.__module__ == big_models.__name__
     and not name.startswith("_")
-    and name != "served"
+    and name not in OWN
 ]
+OWN = ("init_empty_where_torch_is_used", "served")  # no names of Accelerate's
 UTILITIES = (
     "align_module_device",
     "compute_module_sizes",
