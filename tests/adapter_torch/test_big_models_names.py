@@ -19,6 +19,7 @@ from polyaccel.protocols import Probe
 from polyaccel_torch import big_models as served
 from polyaccel_torch.backend import TorchBackend
 
+OWN = ("init_empty_where_torch_is_used", "served")  # no names of Accelerate's
 NAMES = [
     name
     for name, value in vars(big_models).items()
@@ -27,7 +28,6 @@ NAMES = [
     and not name.startswith("_")
     and name not in OWN
 ]
-OWN = ("init_empty_where_torch_is_used", "served")  # no names of Accelerate's
 UTILITIES = (
     "align_module_device",
     "compute_module_sizes",
