@@ -9,13 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 SCRIPT = """
 import json
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from polyaccel import Accelerator
 
 torch.set_num_threads(1)
@@ -53,8 +54,18 @@ def script(acc):
         losses.append(model(x[:8]).sum().item())
     return losses, predicted, {name: value.tolist() for name, value in model.state_dict().items()}
 
+class Shuffled(IterableDataset):
+    def __iter__(self):  # each process would read another order
+        generator = torch.Generator().manual_seed(acc.process_index)
+        return iter(torch.randperm(22, generator=generator).tolist())
+
+def dispatched():
+    loader = acc.prepare(DataLoader(Shuffled(), batch_size=2))
+    assert all(len(batch) == 4 for batch in loader)
+    return [sample for batch in loader for sample in acc.gather_for_metrics(batch).tolist()]
+
 acc = Accelerator(backend="jax")
-print("RESULT", json.dumps([script(acc), script(None)]), flush=True)
+print("RESULT", json.dumps([script(acc), script(None), dispatched()]), flush=True)
 acc.end_training()
 """
 
@@ -89,7 +100,10 @@ def test_two_processes_train_like_one_torch_process_on_the_whole_batch():
     for output in outputs:
         line = next((line for line in output.splitlines() if line.startswith("RESULT ")), None)
         assert line is not None, output
-        (losses, predicted, state), (expected, classes, reference) = json.loads(line.removeprefix("RESULT "))
+        (losses, predicted, state), (expected, classes, reference), sent = json.loads(line.removeprefix("RESULT "))
+        assert sent == torch.randperm(22, generator=torch.Generator().manual_seed(0)).tolist(), (
+            "process 0 reads for all"
+        )
         assert losses == pytest.approx(expected, abs=1e-5)  # float32, sums in another order over two steps
         assert predicted == classes
         for name, value in reference.items():
