@@ -6,8 +6,9 @@ Importing these names imports no framework; calling one does, or raises BackendU
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[None]:
     """Context: parameters of modules made inside have a shape and no memory; buffers are made as always unless `include_buffers`."""
     return _backend().init_empty_weights(include_buffers)
+
+
+def init_empty_where_torch_is_used() -> AbstractContextManager[None]:
+    """Context: `init_empty_weights` in a script that has imported torch; nothing in others."""
+    return init_empty_weights() if "torch" in sys.modules else nullcontext()
 
 
 def init_on_device(device: Device, include_buffers: bool | None = None) -> AbstractContextManager[None]:

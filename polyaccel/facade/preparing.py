@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from polyaccel.accumulation import SchedulerGate
+from polyaccel.big_models import init_empty_where_torch_is_used
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import UnsupportedError
@@ -41,6 +42,18 @@ class Preparing(Parts):
             run: Any = self  # checkpoints are another topic of the facade
             run.register_for_checkpointing(*foreign)
         return results[0] if len(results) == 1 else tuple(results)
+
+    def create_model(self, make: Callable[[], Any]) -> Any:
+        """The model that `make()` returns, made for `prepare` without ever being whole on one device or in host memory (on jax).
+
+        A flax module (nnx, or linen as `module.bind(module.init(key, x))`) is computed by one program, each device its own part. A torch
+        module gets no memory until `prepare`, which has its layers compute their values one after another by `reset_parameters()`, and
+        refuses what these would not make. On torch and xla it is `make()`. Must be called on every process.
+        """
+        if "create_model" not in self._features:
+            return make()
+        with init_empty_where_torch_is_used():
+            return self._engine.create_model(make)  # type: ignore[attr-defined]
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
         """`prepare` for one model; with `evaluation_mode` it is placed but not set up for gradient exchange."""

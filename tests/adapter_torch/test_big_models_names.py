@@ -19,13 +19,14 @@ from polyaccel.protocols import Probe
 from polyaccel_torch import big_models as served
 from polyaccel_torch.backend import TorchBackend
 
+OWN = ("init_empty_where_torch_is_used", "served")  # no names of Accelerate's
 NAMES = [
     name
     for name, value in vars(big_models).items()
     if inspect.isfunction(value)
     and value.__module__ == big_models.__name__
     and not name.startswith("_")
-    and name != "served"
+    and name not in OWN
 ]
 UTILITIES = (
     "align_module_device",

@@ -15,6 +15,7 @@ from polyaccel.errors import PrepareError, UnsupportedError
 from . import scope as capturing
 from .exchange import to_numpy
 from .guards import ModuleGuard
+from .late_values import LateValues
 from .module_state import collect_state
 from .output_recorders import install_output_recorders
 from .state_cells import Kind, StateCell
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .tape import Recorder
+
+
+@final
+class _HostArrays(Mapping[str, "NDArray[Any]"]):
+    """Tensors as numpy arrays, each when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return to_numpy(self._tensors[name].detach().cpu())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 @final
@@ -65,20 +83,13 @@ class ManagedModel:
                     f"{name} of {type(self.module).__name__} belongs to a model that was prepared before",
                     "prepare a model once and use what accelerator.prepare returned",
                 )
-            if tensor.is_meta:
-                raise PrepareError(
-                    f"{name} of {type(self.module).__name__} is on the meta device and has no values",
-                    "initialise the model first: model.to_empty(device='cpu') and load_state_dict or its init functions",
-                )
 
     # -- ModelSource -----------------------------------------------------------------------------------------------------
 
-    def read(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """(params, buffers) by the module's own names; tied ones once, under the first name."""
-        return (
-            {name: to_numpy(tensor.detach().cpu()) for name, tensor in self._params.items()},
-            {name: to_numpy(tensor.detach().cpu()) for name, tensor in self._buffers.items()},
-        )
+    def read(self) -> tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]:
+        """(params, buffers) by the module's own names; tied ones once, under the first name. What is on the meta device is computed
+        when it is asked for, once."""
+        return _HostArrays(LateValues(self.module, self._params)), _HostArrays(LateValues(self.module, self._buffers))
 
     def attach(self, handle: Any) -> None:
         """The engine owns the values now: the module's tensors become windows on them."""

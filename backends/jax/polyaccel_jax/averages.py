@@ -32,7 +32,7 @@ class ModelAverage:
         def update(averages: Leaves, leaves: Leaves, weight: Any) -> tuple[Leaves, jax.Array]:
             engine.compiles.tracing("EMA.update", {"averages": f"{len(averages)} arrays"})
             moved = [a + weight * (leaf.astype(a.dtype) - a) for a, leaf in zip(averages, leaves, strict=True)]
-            return tuple(engine.constrain(moved)), jnp.asarray(weight) + 0  # a result that nobody donates, to wait for
+            return tuple(engine.keep(moved)), jnp.asarray(weight) + 0  # a result that nobody donates, to wait for
 
         # Copies: what the model holds is donated to its next update.
         self._averages: Leaves = self._run(jax.jit(start), tuple(params.values()))
@@ -68,7 +68,7 @@ class ModelAverage:
         pairs = zip(self.shapes, self._averages, strict=True)
         with self._engine.dtypes(self._model.wants_64bit):
             self._averages = tuple(
-                self._engine.mesh.replicate([np.array(arrays[name]).astype(old.dtype) for name, old in pairs])
+                self._engine.mesh.keep([np.array(arrays[name]).astype(old.dtype) for name, old in pairs])
             )
 
     def _run(self, function: Any, *args: Any) -> Any:

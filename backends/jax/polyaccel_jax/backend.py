@@ -27,10 +27,12 @@ class JaxBackend:
     name = "jax"
     capabilities = Capabilities(
         dialect="flax",
-        mesh_axes=frozenset({"replica", "data"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
-        features=frozenset({"multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}),
+        features=frozenset(
+            {"create_model", "multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}
+        ),
         kinds={("polyaccel_jax", "Batches"): ("flax", "loader")},  # the loader of the shipped case
     )
 

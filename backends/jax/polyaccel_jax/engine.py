@@ -186,6 +186,10 @@ class JaxEngine:
 
     # -- Engine: objects -------------------------------------------------------------------------------------------------
 
+    def create_model(self, make: Callable[[], Any]) -> Any:
+        """A flax module whose parameters are computed where they will be kept; what is no flax module as `make` made it."""
+        return dialect.create(make, self.mesh)
+
     def prepare_model(self, model: Any, *, evaluation_mode: bool = False) -> Any:
         """A flax module (-> its prepared module) or a bridge's ModelSource (-> JaxModel)."""
         is_native = dialect.is_module(model)
@@ -385,6 +389,12 @@ class JaxEngine:
         if self.mesh.is_single_device:
             return tree
         return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.replicated), tree)
+
+    def keep(self, tree: Any) -> Any:
+        """Traced: parameters, gradients or optimizer state, which lie as the mesh keeps them. Nothing on one device."""
+        if self.mesh.is_single_device:
+            return tree
+        return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.kept(value)), tree)
 
     def dtypes(self, wants_64bit: bool) -> AbstractContextManager[Any]:
         """The context in which programs of such a model are traced and called."""

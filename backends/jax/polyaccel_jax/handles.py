@@ -33,9 +33,9 @@ class JaxModel:
         self.names: tuple[str, ...] = tuple(params)
         self.positions = {key: index for index, key in enumerate(self.names)}
         with engine.dtypes(self.wants_64bit):
-            arrays = engine.mesh.replicate([*params.values(), *buffers.values()])
-        self.leaves: tuple[jax.Array, ...] = tuple(arrays[: len(params)])
-        self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays[len(params) :], strict=True))
+            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values()))
+            arrays = engine.mesh.replicate(list(buffers.values()))  # few and small
+        self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays, strict=True))
         self.gradients: dict[str, jax.Array] = {}
         self.gradients_are_shared = False
         self.overflow: jax.Array | None = None  # fp16: whether a gradient was not finite, noted before any clipping
@@ -102,12 +102,19 @@ class JaxModel:
                     "give a value of the same shape",
                 )
         with self.engine.dtypes(self.wants_64bit):
-            cast = [_cast(value, current[name]) for name, value in values.items()]
-            placed = dict(zip(values, self.engine.mesh.replicate(cast), strict=True))
+            placed: dict[str, jax.Array] = {}
+            for names, place in self._places(values):
+                cast = [_cast(values[name], current[name]) for name in names]
+                placed.update(zip(names, place(cast), strict=True))
         self.set_leaves(
             tuple(placed.get(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)),
             {name: value for name, value in placed.items() if name in self.buffer_arrays},
         )
+
+    def _places(self, names: Iterable[str]) -> list[tuple[list[str], Any]]:
+        kept = [name for name in names if name in self.positions]
+        others = [name for name in names if name not in self.positions]
+        return [(kept, self.engine.mesh.keep), (others, self.engine.mesh.replicate)]
 
     # -- what programs do ------------------------------------------------------------------------------------------------
 
@@ -133,7 +140,7 @@ class JaxModel:
     def move_to_params(self, names: Iterable[str]) -> None:
         """Make parameters of buffers that an optimizer trains."""
         names = tuple(names)
-        moved = tuple(self.buffer_arrays.pop(name) for name in names)
+        moved = tuple(self.engine.mesh.keep([self.buffer_arrays.pop(name) for name in names]))
         self.names += names
         self.positions = {key: index for index, key in enumerate(self.names)}
         self.set_leaves(self.leaves + moved)
@@ -161,7 +168,8 @@ class JaxOptimizer:
             return jax.tree.map(jnp.copy, source.init(params))
 
         with engine.dtypes(model.wants_64bit):
-            state = jax.jit(init, out_shardings=engine.mesh.replicated)(params)
+            shapes = jax.eval_shape(init, params)
+            state = jax.jit(init, out_shardings=jax.tree.map(engine.mesh.kept, shapes))(params)
         self.treedef: Any = jax.tree.structure(state)
         leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
@@ -182,7 +190,7 @@ class JaxOptimizer:
             )
         with self.engine.dtypes(self.model.wants_64bit):
             cast = [_cast(leaf, old) for leaf, old in zip(leaves, self.leaves, strict=True)]
-            self.leaves = tuple(self.engine.mesh.replicate(cast))
+            self.leaves = tuple(self.engine.mesh.keep(cast))
 
     def step(self) -> None:
         """Update the model from its accumulated gradients; parameters without one stay as they are."""

@@ -1,8 +1,8 @@
-"""The devices of a job as a jax mesh, and how arrays lie on it: batches cut over the data axes, everything else on all devices."""
+"""The devices of a job as a jax mesh, and how arrays lie on it: batches cut over the data axes, and what is kept over `fsdp`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from polyaccel.errors import PlanError, PrepareError
+from polyaccel.errors import PlanError, PrepareError, UnsupportedError
 
 if TYPE_CHECKING:
     from polyaccel.plan import Plan
@@ -43,6 +43,12 @@ class DeviceMesh:
         self.num_processes = len({device.process_index for device in devices})
         self.num_shards = plan.num_data_shards
         self.num_local_shards = plan.num_local_data_shards
+        self.num_parts = sizes["fsdp"]  # of what is kept: parameters, gradients and optimizer state
+        if self.num_parts > 1 and self.num_processes > 1:
+            raise UnsupportedError(
+                f"mesh.fsdp={self.num_parts} in a job of {self.num_processes} processes is not supported by backend 'jax'",
+                "start one process, which drives all devices of this machine, or use mesh.data",
+            )
         self.is_single_device = len(devices) == 1
         self.local_devices = [device for device in self.mesh.devices.flat if device in self.mesh.local_devices]
         self.replicated: Sharding = NamedSharding(self.mesh, PartitionSpec())
@@ -63,7 +69,47 @@ class DeviceMesh:
         """The PartitionSpec of an array whose dim `axis` is cut over the data shards (None: of one that is the same on all)."""
         return PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), DATA_AXES)
 
+    def kept_axis(self, shape: Sequence[int]) -> int | None:
+        """The dim along which an array that is kept is cut over `fsdp`: its largest one that divides (the first of equal ones).
+
+        None where none divides, or nothing is cut: the array is whole on every device.
+        """
+        if self.num_parts == 1:
+            return None
+        dividing = [axis for axis, size in enumerate(shape) if size and size % self.num_parts == 0]
+        return max(dividing, key=lambda axis: shape[axis], default=None)
+
+    def kept_spec(self, shape: Sequence[int]) -> PartitionSpec:
+        """The PartitionSpec of an array of this shape that is kept from step to step."""
+        axis = self.kept_axis(shape)
+        return PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), "fsdp")
+
+    def kept(self, value: Any) -> Sharding:
+        """How an array that is kept from step to step lies; `value` is the array, a tracer, or its shape and dtype."""
+        if self.num_parts == 1 or jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return self.replicated
+        return NamedSharding(self.mesh, self.kept_spec(value.shape))
+
     # -- in ------------------------------------------------------------------------------------------------------------
+
+    def keep(self, values: Iterable[Any]) -> list[jax.Array]:
+        """Copies of host or device arrays, equal on all processes, each cut as what is kept is; every device gets its part alone.
+
+        The values are taken one by one: where they are made when they are asked for, no two of them are whole at a time.
+        """
+        if self.num_parts == 1:
+            return self.replicate(list(values))
+        copies: list[jax.Array] = []
+        for value in values:
+            value = value if hasattr(value, "dtype") else np.asarray(value)
+            sharding = self.kept(value)
+            if isinstance(value, jax.Array) and value.sharding == sharding:
+                copies.append(jnp.copy(value))  # in its parts
+            else:
+                host = value if isinstance(value, jax.Array) else np.array(value)
+                copies.append(jax.device_put(host, sharding, may_alias=False))
+                copies[-1].block_until_ready()  # the host's copy goes before the next one comes
+        return copies
 
     def replicate(self, values: Sequence[Any]) -> list[jax.Array]:
         """Copies of host or device arrays, equal on all processes, on every device."""

@@ -90,13 +90,18 @@ def run(
         _lay(mesh, value, axis) if not mesh.is_single_device else value
         for value, axis in zip(inputs, layout.axes, strict=True)
     ]
+    if mesh.num_parts > 1:
+        # Whole where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
+        params = {name: _lay(mesh, value, None) for name, value in params.items()}
     result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
         result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
         result.outputs = [
             _lay(mesh, value, axis) for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
-        result.grads = {name: _lay(mesh, value, None) for name, value in result.grads.items()}
+        result.grads = {
+            name: lax.with_sharding_constraint(value, mesh.kept(value)) for name, value in result.grads.items()
+        }
         result.buffers = {name: _lay(mesh, value, None) for name, value in result.buffers.items()}
     return result
 
@@ -117,29 +122,47 @@ def _run_replicas(
     inputs: Sequence[jax.Array],
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
+    cut = {name: mesh.kept_axis(value.shape) for name, value in params.items()}
+
     def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
-        result = program(params, buffers, jax.random.fold_in(key, index), inputs, loss_scale)
+        whole = {name: _gathered(value, cut[name]) for name, value in params.items()}
+        result = program(whole, buffers, jax.random.fold_in(key, index), inputs, loss_scale)
         outputs = [
             _over_shards(value) if axis is None else value
             for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
-        loss, grads = lax.pmean((result.loss, result.grads), DATA_AXES)
-        return loss, outputs, grads, _of_first_shard(result.buffers, index)
+        grads = {name: _averaged(value, mesh.kept_axis(value.shape), mesh) for name, value in result.grads.items()}
+        return lax.pmean(result.loss, DATA_AXES), outputs, grads, _of_first_shard(result.buffers, index)
 
+    everywhere = mesh.spec(None)
+    specs = {name: mesh.kept_spec(value.shape) for name, value in params.items()}
     loss, outputs, grads, new_buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,
-        in_specs=(mesh.spec(None),) * 3 + ([mesh.spec(axis) for axis in layout.axes], mesh.spec(None)),
+        in_specs=(specs, everywhere, everywhere, [mesh.spec(axis) for axis in layout.axes], everywhere),
         out_specs=(
-            mesh.spec(None),
+            everywhere,
             [mesh.spec(axis) for axis in program.output_axes],
-            mesh.spec(None),
-            mesh.spec(None),
+            {name: specs[name] for name in program.grad_names},
+            everywhere,
         ),
         check_vma=False,  # replicas differentiate on their own; the averaging above is all there is between them
     )(params, buffers, key, list(inputs), loss_scale)
     return ProgramResult(loss, outputs, grads, new_buffers)
+
+
+def _gathered(value: jax.Array, axis: int | None) -> jax.Array:
+    """The whole of a parameter of which this device keeps a part."""
+    return value if axis is None else lax.all_gather(value, "fsdp", axis=axis, tiled=True)
+
+
+def _averaged(value: jax.Array, axis: int | None, mesh: DeviceMesh) -> jax.Array:
+    """The mean of a gradient over all replicas: of its own part, where each device keeps one."""
+    if axis is None:
+        return lax.pmean(value, DATA_AXES)
+    part = lax.psum_scatter(value, "fsdp", scatter_dimension=axis, tiled=True) / mesh.num_parts
+    return lax.pmean(part, ("replica", "data"))
 
 
 def _over_shards(value: jax.Array) -> jax.Array:

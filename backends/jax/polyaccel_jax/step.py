@@ -240,9 +240,10 @@ class Steps:
         specs = tuple((name, model.params[name].shape, _gradient_dtype(model.params[name])) for name in names)
 
         def make() -> Callable[[], Named]:
+            mesh = self.engine.mesh
             return jax.jit(
                 lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in specs},
-                out_shardings=self.engine.mesh.replicated,
+                out_shardings={name: mesh.kept(jax.ShapeDtypeStruct(shape, dtype)) for name, shape, dtype in specs},
             )
 
         return self.function(("zeros", specs), make)()
@@ -260,7 +261,7 @@ class Steps:
                 self.engine.compiles.tracing(what, {"gradients": f"{sum(map(len, grads))} arrays"})
                 change = mean_of if divides else lambda grad, by: grad * by.astype(grad.dtype)
                 changed: tuple[Named, ...] = jax.tree.map(lambda grad: change(grad, factor), grads)
-                return self.engine.constrain(changed)
+                return self.engine.keep(changed)
 
             return jax.jit(scaled, donate_argnums=0)
 
@@ -295,7 +296,7 @@ class Steps:
                 norm = total_norm([grad for one in grads for grad in one.values()], norm_type)
                 factor = clip_factor(norm, max_norm)
                 clipped = jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
-                return self.engine.constrain((norm, clipped))
+                return self.engine.constrain(norm), self.engine.keep(clipped)
 
             return jax.jit(clip, donate_argnums=0)
 
@@ -312,7 +313,7 @@ class Steps:
             def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
                 self.engine.compiles.tracing("clip_grad_value_", _clip_facts(grads, limit))
                 clipped: tuple[Named, ...] = jax.tree.map(lambda grad: jnp.clip(grad, -limit, limit), grads)
-                return self.engine.constrain(clipped)
+                return self.engine.keep(clipped)
 
             return jax.jit(clip, donate_argnums=0)
 
@@ -391,7 +392,8 @@ def apply_update(
         scaling: Any = engine.plan.precision.loss_scaling
         scaler = next_scaler(scaler, is_finite, scaling)
         skipped = ~is_finite
-    new_leaves, new_state_leaves, scaler, skipped = engine.constrain((*updated, scaler, skipped))
+    new_leaves, new_state_leaves = engine.keep(updated)
+    scaler, skipped = engine.constrain((scaler, skipped))
     return new_leaves, new_state_leaves, scaler, skipped
 
 
@@ -460,7 +462,7 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
             {name: have[name] + grad if name in have else grad for name, grad in new.items()}
             for have, new in zip(held, work.by_model(grads), strict=True)
         )
-        per_model = work.engine.constrain(per_model)
+        per_model = work.engine.keep(per_model)
         return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite, total
 
     work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)

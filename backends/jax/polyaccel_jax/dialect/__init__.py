@@ -21,6 +21,13 @@ def is_optimizer(value: Any) -> bool:
     return identify(value) == ("flax", "optimizer")
 
 
+def create(make: Any, mesh: Any) -> Any:
+    """What `make` returns, a flax module's variables computed where the mesh keeps them."""
+    from polyaccel_jax.dialect import creation
+
+    return creation.create(make, mesh)
+
+
 def model_source(module: Any) -> Any:
     """A flax module as a ModelSource. Raises PrepareError for a linen module without variables."""
     from flax import nnx
