@@ -276,14 +276,14 @@ def attach_align_device_hook_on_blocks(
     tied_params_map: TiedTensors | None = None,
 ) -> None:
     """Hooks for blocks: a device, and whether weights leave, by module name, or one for all. Outputs of the whole come back."""
-    devices: Any
+    devices: dict[str, Any] = {}
     leaving: Mapping[str, bool]
     if isinstance(execution_device, Mapping):
-        devices = execution_device
+        devices.update(execution_device)
         leaving = offload if isinstance(offload, Mapping) else dict.fromkeys(devices, offload)
     else:
         leaving = offload if isinstance(offload, Mapping) else {module_name: offload}
-        devices = dict.fromkeys(leaving, execution_device)
+        devices.update(dict.fromkeys(leaving, execution_device))
     device, is_root = devices.get(module_name), module_name == ""
     is_block = module_name in devices and module_name in leaving
     if is_block and leaving[module_name]:
