@@ -99,14 +99,10 @@ class GradientState:
         """A prepared loader began an epoch; it is the active one until it finishes or an inner one starts."""
         self._running.append(weakref.ref(loader))
         self._left = None
-        self._left = None
 
     def loader_finished(self, loader: Any) -> None:
         """A prepared loader's epoch ended, by exhaustion or because its loop was left."""
         self._running = [ref for ref in self._running if ref() is not None and ref() is not loader]
-        if not getattr(loader, "is_exhausted", True):
-            around = self.active_dataloader
-            self._left = (loader.rows, None, 0) if around is None else (loader.rows, id(around), around.num_handed_out)
         if not getattr(loader, "is_exhausted", True):
             around = self.active_dataloader
             self._left = (loader.rows, None, 0) if around is None else (loader.rows, id(around), around.num_handed_out)
