@@ -34,6 +34,7 @@ class GradientState:
         self.sync_gradients = True
         self.weighs = False  # whether any backward was weighted
         self._weighted_step = -1
+        self.micro_batch = MicroBatch(self)
         self._running: list[weakref.ref[Any]] = []
         # By a loop: the rows of its last batch, and which loop is around it and how far that was.
         self._left: tuple[Any, int | None, int] | None = None
@@ -139,6 +140,21 @@ class GradientState:
         return -1 if loader is None else int(loader.remainder)
 
 
+class MicroBatch:
+    """The context of one micro batch where nothing else is to be done around it: it counts, and is used again and again."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: GradientState) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._state.advance()
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
 class SchedulerGate:
     """The scheduler that user code steps: it moves only with real optimizer updates (rules of Accelerate's AcceleratedScheduler).
 
@@ -176,8 +192,9 @@ class SchedulerGate:
                     1  # torch warns when a scheduler has stepped less often than its optimizer
                 )
             return
-        if any(optimizer.step_was_skipped for optimizer in self.optimizers):
-            return
+        for optimizer in self.optimizers:
+            if optimizer.step_was_skipped:
+                return
         for _ in range(self._steps_per_update):
             total = getattr(self.scheduler, "total_steps", None)
             if total is None or self.scheduler._step_count <= total:

@@ -117,9 +117,14 @@ class Steps(Parts):
             lift, before = self._preemption.around(lift), self._preemption.before_call
         return TrainStep(self._engine, spec, self.gradient_state, scheduler=scheduler, lift=lift, before=before)
 
-    @contextmanager
-    def accumulate(self, *models: Any) -> Iterator[None]:
+    def accumulate(self, *models: Any) -> AbstractContextManager[None]:
         """One micro batch: inside, optimizers and schedulers act, and gradients are exchanged, only when the window closes."""
+        if self._preemption is None and self.plan.num_data_shards == 1:
+            return self.gradient_state.micro_batch
+        return self._accumulate(models)
+
+    @contextmanager
+    def _accumulate(self, models: tuple[Any, ...]) -> Iterator[None]:
         if self._preemption is not None:
             self._preemption.before_call()
         if self.gradient_state.advance() or self.plan.num_data_shards == 1 or self.config.sync_each_batch:

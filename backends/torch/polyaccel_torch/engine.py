@@ -241,11 +241,8 @@ class TorchEngine:
             result = loss.function(*loss.args, **loss.kwargs)
             self._differentiate(result[0] if isinstance(result, tuple) else result, scale)
             return self._over_shards(result)
-        if type(loss) is RetainedLoss:
-            self._differentiate(loss.value, scale, retain_graph=True)
-        else:
-            self._differentiate(loss, scale)
-        return None
+        is_retained = type(loss) is RetainedLoss
+        return self._differentiate(loss.value if is_retained else loss, scale, is_retained)
 
     def _differentiate(self, loss: Any, scale: float, retain_graph: bool = False) -> None:
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
