@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from polyaccel.big_models import init_on_device as init_on_device
     from polyaccel.big_models import load_checkpoint_and_dispatch as load_checkpoint_and_dispatch
     from polyaccel.big_models import load_checkpoint_in_model as load_checkpoint_in_model
+    from polyaccel.compat.inference import prepare_pippy as prepare_pippy
     from polyaccel.compat.parallelism_config import ParallelismConfig as ParallelismConfig
     from polyaccel.compat.state import PartialState as PartialState
+    from polyaccel.compat.utils.imports import is_rich_available as is_rich_available
+    from polyaccel.compat.utils.random import synchronize_rng_states as synchronize_rng_states
     from polyaccel.config import Config as Config
     from polyaccel.config.absent import DeepSpeedPlugin as DeepSpeedPlugin
     from polyaccel.config.accumulating import GradientAccumulationPlugin as GradientAccumulationPlugin
@@ -79,9 +82,12 @@ _HOME = {
     "init_on_device": "polyaccel.big_models",
     "load_checkpoint_and_dispatch": "polyaccel.big_models",
     "load_checkpoint_in_model": "polyaccel.big_models",
+    "is_rich_available": "polyaccel.compat.utils.imports",
     "notebook_launcher": "polyaccel.launch.notebook",
+    "prepare_pippy": "polyaccel.compat.inference",
     "set_seed": "polyaccel.seeding",
     "skip_first_batches": "polyaccel.data",
+    "synchronize_rng_states": "polyaccel.compat.utils.random",
 }
 __all__ = [
     "Accelerator",
@@ -116,9 +122,12 @@ __all__ = [
     "init_on_device",
     "load_checkpoint_and_dispatch",
     "load_checkpoint_in_model",
+    "is_rich_available",
     "notebook_launcher",
+    "prepare_pippy",
     "set_seed",
     "skip_first_batches",
+    "synchronize_rng_states",
 ]
 
 
@@ -145,6 +154,7 @@ class _Accelerate:
             "big_modeling",
             "data_loader",
             "hooks",
+            "inference",
             "launchers",
             "logging",
             "memory_utils",

@@ -2,10 +2,13 @@
 
 import importlib
 import importlib.util
+import inspect
 import subprocess
 import sys
 
 import pytest
+
+from polyaccel.errors import UnsupportedError
 
 
 @pytest.mark.parametrize(
@@ -73,3 +76,37 @@ def test_a_module_that_compat_lacks_something_for_says_what_is_missing(monkeypat
     monkeypatch.delitem(sys.modules, "polyaccel.compat.logging", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"polyaccel\.logs"):
         importlib.import_module("polyaccel.logging")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("megatron_lm_initialize", "mesh"),
+        ("merge_fsdp_weights", "polyaccel checkpoint convert"),
+        ("HfDeepSpeedConfig", "mesh"),
+        ("OPTIMIZER_NAME", "safetensors"),
+    ],
+)
+def test_a_name_of_what_is_no_engine_here_says_what_to_use_instead(name, instead):
+    utils = importlib.import_module("polyaccel.utils")
+    with pytest.raises(UnsupportedError, match=name) as caught:
+        getattr(utils, name)
+    assert instead in caught.value.hint
+
+
+def test_pipelines_are_refused_and_not_offered():
+    from polyaccel import prepare_pippy
+    from polyaccel.utils import is_pippy_available
+
+    assert not is_pippy_available()
+    with pytest.raises(UnsupportedError, match="prepare_pippy") as caught:
+        prepare_pippy(object())
+    assert "dispatch_model" in caught.value.hint
+
+
+def test_every_name_of_accelerate_itself_is_there():
+    accelerate = pytest.importorskip("accelerate")
+    import polyaccel
+
+    offered = {name for name, value in vars(accelerate).items() if name[0] != "_" and not inspect.ismodule(value)}
+    assert {name for name in offered if not hasattr(polyaccel, name)} == set()

@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from polyaccel.compat.utils import absent
 from polyaccel.compat.utils.bnb import BnbQuantizationConfig, load_and_quantize_model
 from polyaccel.compat.utils.dataclasses import (
     AORecipeKwargs,
@@ -67,6 +68,7 @@ from polyaccel.compat.utils.imports import (
     is_import_timer_available,
     is_lomo_available,
     is_matplotlib_available,
+    is_megatron_lm_available,
     is_mlflow_available,
     is_mlu_available,
     is_mps_available,
@@ -247,6 +249,7 @@ __all__ = [
     "is_import_timer_available",
     "is_lomo_available",
     "is_matplotlib_available",
+    "is_megatron_lm_available",
     "is_mlflow_available",
     "is_mlu_available",
     "is_mps_available",
@@ -311,7 +314,8 @@ __all__ = [
 ]
 
 # Their modules fetch the torch adapter for most of them.
-_BIG_MODELS = {
+_LATER = {
+    "ParallelismConfig": "parallelism_config",
     **dict.fromkeys(
         (
             "align_module_device",
@@ -338,7 +342,7 @@ _BIG_MODELS = {
             "retie_parameters",
             "set_module_tensor_to_device",
         ),
-        "modeling",
+        "utils.modeling",
     ),
     **dict.fromkeys(
         (
@@ -350,7 +354,7 @@ _BIG_MODELS = {
             "offload_weight",
             "save_offload_index",
         ),
-        "offload",
+        "utils.offload",
     ),
     **dict.fromkeys(
         (
@@ -361,13 +365,15 @@ _BIG_MODELS = {
             "WEIGHTS_INDEX_NAME",
             "WEIGHTS_NAME",
         ),
-        "constants",
+        "utils.constants",
     ),
 }
-__all__ += list(_BIG_MODELS)
+__all__ += list(_LATER)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _BIG_MODELS:
+    if name in absent.NAMES:
+        absent.refuse(name)
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"polyaccel.compat.utils.{_BIG_MODELS[name]}"), name)
+    return getattr(import_module(f"polyaccel.compat.{_LATER[name]}"), name)

@@ -39,13 +39,13 @@ is_deepspeed_available = _installed("deepspeed")
 is_dvclive_available = _installed("dvclive")
 is_import_timer_available = _installed("import_timer")
 is_lomo_available = _installed("lomo_optim")
+is_megatron_lm_available = _installed("megatron")
 is_matplotlib_available = _installed("matplotlib")
 is_mlflow_available = _installed("mlflow")
 is_msamp_available = _installed("msamp")
 is_pandas_available = _installed("pandas")
 is_peft_available = _installed("peft")
 is_pynvml_available = _installed("pynvml")
-is_pippy_available = _installed("torch")  # torch.distributed.pipelining is in every torch that polyaccel runs with
 is_pytest_available = _installed("pytest")
 is_rich_available = _installed("rich")
 is_sagemaker_available = _installed("sagemaker")
@@ -62,6 +62,11 @@ is_transformer_engine_available = _installed("transformer_engine")
 is_transformers_available = _installed("transformers")
 is_triton_available = _installed("triton")
 is_wandb_available = _installed("wandb")
+
+
+def is_pippy_available() -> bool:
+    """False: polyaccel builds no pipelines (see `prepare_pippy`)."""
+    return False
 
 
 def is_tensorboard_available() -> bool:
