@@ -134,20 +134,22 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         self._engine.gradient_state = self.gradient_state
         seeding.adopt(self._engine, self.config.seed)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
-        self._gathering = Gathering(self._engine, lambda: self._prepared.script_bridge, debug=self.config.debug)
-        self._trigger = Trigger(lambda flag: self._gathering.any_process(flag, "check_trigger"))
+        # What is handed out below must not hold this object: it would be freed by the garbage collector alone.
+        engine, prepared, plan, features = self._engine, self._prepared, self.plan, capabilities.features
+        gathering = Gathering(engine, lambda: prepared.script_bridge, debug=self.config.debug)
+        self._gathering = gathering
+        self._trigger = Trigger(lambda flag: gathering.any_process(flag, "check_trigger"))
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)
         self.tracking = Session(
             log_with,
             self.project_configuration,
             process_index=self._engine.topology.process_index,
-            describe=lambda: describe_job(self.backend, self._engine.topology, self.plan),
-            compile_events=lambda: self.compile_events,
-            share=lambda value: self._gathering.broadcast_object_list([value])[0],
+            describe=lambda: describe_job(chosen.name, engine.topology, plan),
+            compile_events=lambda: _compile_events(engine, features),
+            share=lambda value: gathering.broadcast_object_list([value])[0],
         )
-        self._differentiates_values = "backward_value" in capabilities.features
-        self._features = capabilities.features
-        self._lists_compiles = "compile_events" in capabilities.features
+        self._differentiates_values = "backward_value" in features
+        self._features = features
         self._observer = self._recording() if self.config.record else None
         self._preemption = None if self.config.preemption == "off" else self._watching()
         say_remarks(self.plan, self._engine.topology)
@@ -163,7 +165,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
             facts=describe_job(self.backend, self._engine.topology, self.plan),
             handles=self._prepared.handles,
             closes_window=lambda: self.gradient_state.sync_gradients,
-            compile_events=lambda: self.compile_events if self._lists_compiles else None,
+            compile_events=lambda: self.compile_events if "compile_events" in self._features else None,
             device_memory=engine.device_memory if "device_stats" in self._features else None,
         )
         self._prepared.on_prepared.append(observer.prepared)
@@ -195,8 +197,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
     @property
     def compile_events(self) -> tuple[CompileEvent, ...]:
         """Every program compiled so far, with its cause; empty on engines without the feature "compile_events"."""
-        engine: Any = self._engine
-        return tuple(engine.compile_events) if self._lists_compiles else ()
+        return _compile_events(self._engine, self._features)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -249,3 +250,7 @@ def _in_this_process(number: int) -> Accelerator:
             "pass the values that are needed there (accelerator.device, accelerator.process_index) instead of the Accelerator",
         )
     return found
+
+
+def _compile_events(engine: Any, features: frozenset[str]) -> tuple[CompileEvent, ...]:
+    return tuple(engine.compile_events) if "compile_events" in features else ()

@@ -12,7 +12,7 @@ from polyaccel.weighting import MIXED, MIXED_HINT, UNWEIGHTED
 
 
 class GradientState:
-    """Counts micro batches; `sync_gradients` is True on the batch whose step is a real one.
+    """Counts micro batches; `sync_gradients` is True on the batch whose step is a real one. As a context, it is around one of them.
 
     The window closes every `num_steps` batches and, with `sync_with_dataloader`, on the last batch of the innermost running
     loader; the next window then starts fresh. Outside `accumulate` every batch is a real one.
@@ -34,7 +34,6 @@ class GradientState:
         self.sync_gradients = True
         self.weighs = False  # whether any backward was weighted
         self._weighted_step = -1
-        self.micro_batch = MicroBatch(self)
         self._running: list[weakref.ref[Any]] = []
         # By a loop: the rows of its last batch, and which loop is around it and how far that was.
         self._left: tuple[Any, int | None, int] | None = None
@@ -53,6 +52,12 @@ class GradientState:
             self.step += 1
             self.sync_gradients = self.step % self.num_steps == 0
         return self.sync_gradients
+
+    def __enter__(self) -> None:
+        self.advance()
+
+    def __exit__(self, *error: object) -> None:
+        return None
 
     def note_unweighted(self) -> None:
         """An unweighted backward begins. Raises UnsupportedError after a weighted one in the same window."""
@@ -138,21 +143,6 @@ class GradientState:
         """How many samples of the active loader's last global batch are real; -1 when all are."""
         loader = self.active_dataloader
         return -1 if loader is None else int(loader.remainder)
-
-
-class MicroBatch:
-    """The context of one micro batch where nothing else is to be done around it: it counts, and is used again and again."""
-
-    __slots__ = ("_state",)
-
-    def __init__(self, state: GradientState) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        self._state.advance()
-
-    def __exit__(self, *error: object) -> None:
-        return None
 
 
 class SchedulerGate:

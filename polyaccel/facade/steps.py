@@ -120,7 +120,7 @@ class Steps(Parts):
     def accumulate(self, *models: Any) -> AbstractContextManager[None]:
         """One micro batch: inside, optimizers and schedulers act, and gradients are exchanged, only when the window closes."""
         if self._preemption is None and self.plan.num_data_shards == 1:
-            return self.gradient_state.micro_batch
+            return self.gradient_state  # nothing else is to be done around it
         return self._accumulate(models)
 
     @contextmanager
