@@ -232,7 +232,7 @@ class DataLoaderDispatcher(ABC):  # noqa: B024 - a name for isinstance
             use_stateful_dataloader=use_stateful_dataloader,
             non_blocking=_non_blocking,
         )
-        return _made(DataLoader(dataset, **kwargs), sharding, spec, state.device, skip=skip_batches, epoch=iteration)
+        return _made(DataLoader(dataset, **kwargs), sharding, spec, _torch_device(), skip=skip_batches, epoch=iteration)
 
 
 class SkipDataLoader(ABC):  # noqa: B024 - a name for isinstance
@@ -358,6 +358,12 @@ def _made(
     if epoch:
         made.set_epoch(epoch)
     return made
+
+
+def _torch_device() -> torch.device:
+    """The engine's device, where torch has it; on another engine batches stay on the host until a step takes them."""
+    device: Any = getattr(jobs.current(), "device", None)
+    return device if isinstance(device, torch.device) else torch.device("cpu")
 
 
 def _refuse_slicing(function: Callable[..., Any] | None) -> None:

@@ -65,10 +65,10 @@ def test_an_sbatch_script_starts_one_launcher_per_node_with_every_setting(script
         assert line in text.splitlines()
     assert "#SBATCH --requeue" in text
     assert 'scontrol requeue "$SLURM_JOB_ID"' in text
-    run = next(line for line in text.splitlines() if line.startswith("srun"))
-    inner = shlex.split(shlex.split(run)[-1])
-    assert inner == [
-        *["exec", "polyaccel", "launch", "--mixed-precision", "bf16", "--preemption", "save", "--num-machines=2"],
+    run = shlex.split(next(line for line in text.splitlines() if line.startswith("srun")))
+    command = run[run.index("-c") + 1].removeprefix("trap : TERM USR1; ").partition("; code=")[0]
+    assert shlex.split(command) == [
+        *["polyaccel", "launch", "--mixed-precision", "bf16", "--preemption", "save", "--num-machines=2"],
         *[str(script), "--name", "a b"],
     ]
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0

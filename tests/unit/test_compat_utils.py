@@ -133,6 +133,8 @@ def test_a_package_that_is_not_there_and_one_that_is_blocked_are_not_available(m
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert not packages.is_wandb_available()
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    for name in ("torchdata", "torchdata.stateful_dataloader"):  # another test may have loaded them
+        monkeypatch.delitem(sys.modules, name, raising=False)
     assert not packages.is_sagemaker_available()
     assert not packages.is_torchdata_stateful_dataloader_available()
 
