@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 import zlib
 
 BLOCK, HEADER = 32768, 7
@@ -23,6 +24,8 @@ def records(path):
             continue
         checksum, size, kind = struct.unpack("<IHB", data[position : position + HEADER])
         content = data[position + HEADER : position + HEADER + size]
+        if len(content) < size:
+            return  # it is being written
         assert zlib.crc32(bytes([kind]) + content) == checksum
         position += HEADER + size
         part += content
@@ -36,6 +39,11 @@ def records(path):
 def read(folder):
     """What the only offline run below `folder` holds: history rows, config, names of artifacts."""
     (path,) = folder.rglob("*.wandb")
+    # `finish` returns before wandb's own process has written its last rows and, after them, that the run has ended.
+    deadline = time.monotonic() + 30
+    while not any(record.WhichOneof("record_type") == "exit" for record in records(path)):
+        assert time.monotonic() < deadline, f"{path} does not end"
+        time.sleep(0.1)
     rows, config, artifacts, run_id, project, entity = [], {}, [], None, None, None
     for record in records(path):
         kind = record.WhichOneof("record_type")
