@@ -63,7 +63,8 @@ def engine_of_model(model: Any) -> tuple[Engine, Any]:
         if preparation is not None and (entry := preparation.entry_of(model)) is not None and entry.role == "model":
             return preparation._engine, entry.handle
     raise PrepareError(
-        f"model, a {type(model).__name__}, is not a prepared model", "pass what accelerator.prepare returned for it"
+        f"model, a {type(model).__name__}, is not a prepared model of an Accelerator in use",
+        "pass what accelerator.prepare returned for it, and keep the Accelerator while its model is in use",
     )
 
 

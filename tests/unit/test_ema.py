@@ -11,16 +11,23 @@ from polyaccel.testing.fake import FakeBackend, FakeModel
 register_backend(FakeBackend())
 
 
-def prepared():
-    return Accelerator(backend="fake").prepare(FakeModel([[4.0]], [2.0]))
+@pytest.fixture
+def model():
+    accelerator = Accelerator(backend="fake")  # in use until the test ends, as in a script
+    yield accelerator.prepare(FakeModel([[4.0]], [2.0]))
+
+
+def test_a_model_whose_accelerator_is_gone_is_refused():
+    model = Accelerator(backend="fake").prepare(FakeModel([[4.0]], [2.0]))
+    with pytest.raises(PrepareError, match="keep the Accelerator"):
+        EMA(model)
 
 
 def moved(model, value):
     model.params["weight"] = np.full((1, 1), value, np.float32)
 
 
-def test_a_decay_of_a_half_goes_half_of_the_way():
-    model = prepared()
+def test_a_decay_of_a_half_goes_half_of_the_way(model):
     ema = EMA(model, decay=0.5)
     moved(model, 8.0)
     ema.update()
@@ -29,16 +36,14 @@ def test_a_decay_of_a_half_goes_half_of_the_way():
     assert ema.state_dict()["averages"]["weight"].tolist() == [[7.0]]
 
 
-def test_with_warmup_the_first_update_keeps_two_elevenths():
-    model = prepared()
+def test_with_warmup_the_first_update_keeps_two_elevenths(model):
     ema = EMA(model, decay=0.999, warmup=True)
     moved(model, 0.0)
     ema.update()
     np.testing.assert_allclose(ema.state_dict()["averages"]["weight"], 4 * 2 / 11, rtol=1e-6)
 
 
-def test_the_parameters_come_back_after_an_exception():
-    model = prepared()
+def test_the_parameters_come_back_after_an_exception(model):
     ema = EMA(model, decay=0.5)
     moved(model, 8.0)
 
@@ -52,8 +57,8 @@ def test_the_parameters_come_back_after_an_exception():
     ema.update()  # the block is left
 
 
-def test_updates_and_blocks_inside_a_block_are_refused():
-    ema = EMA(prepared())
+def test_updates_and_blocks_inside_a_block_are_refused(model):
+    ema = EMA(model)
     with ema.applied():
         with pytest.raises(UnsupportedError, match=r"ema.update\(\) was called inside"):
             ema.update()
@@ -62,9 +67,9 @@ def test_updates_and_blocks_inside_a_block_are_refused():
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_a_decay_that_is_none_is_refused(decay):
+def test_a_decay_that_is_none_is_refused(decay, model):
     with pytest.raises(ConfigError, match="decay="):
-        EMA(prepared(), decay=decay)
+        EMA(model, decay=decay)
 
 
 def test_a_model_that_is_not_prepared_is_refused():
@@ -83,8 +88,8 @@ def test_a_model_prepared_twice_belongs_to_the_newest_accelerator():
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "misshapen"])
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change):
-    ema = EMA(prepared())
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change, model):
+    ema = EMA(model)
     state = ema.state_dict()
     if change == "missing":
         del state["averages"]["bias"]
