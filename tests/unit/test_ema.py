@@ -15,6 +15,7 @@ register_backend(FakeBackend())
 def model():
     accelerator = Accelerator(backend="fake")  # in use until the test ends, as in a script
     yield accelerator.prepare(FakeModel([[4.0]], [2.0]))
+    accelerator.end_training()
 
 
 def test_a_model_whose_accelerator_is_gone_is_refused():
