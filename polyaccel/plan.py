@@ -11,6 +11,7 @@ from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import PlanError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import PrecisionPolicy
+from polyaccel.sharding.rules import ShardingRule
 from polyaccel.topology import Topology
 
 log = logging.getLogger("polyaccel.plan")
@@ -50,6 +51,7 @@ class Plan:
     partitioning: str
     compile: bool
     compile_backend: str
+    sharding_rules: tuple[ShardingRule, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -101,6 +103,7 @@ def make_plan(
         partitioning=config.partitioning,
         compile=config.compile,
         compile_backend=config.compile_backend,
+        sharding_rules=config.parameter_rules,
         remarks=tuple(remarks),
     )
 

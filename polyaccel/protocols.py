@@ -441,6 +441,14 @@ class ModelSource(Protocol):
         """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
         ...
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of `read`, without their values."""
+        ...
+
+    def hints(self) -> ModelHints:
+        """What the model says of how its parameters are cut over a mesh."""
+        ...
+
     def attach(self, model: ProgramModel) -> None:
         """Called by prepare_model with the handle that now owns the values."""
         ...
