@@ -22,13 +22,13 @@ from polyaccel.facade import Checkpoints, Collectives, Looking, Preparing, Setti
 from polyaccel.gathering import Gathering
 from polyaccel.launch.rendezvous import from_environment
 from polyaccel.mesh import MeshSpec
-from polyaccel.sharding.rules import ShardingRule
 from polyaccel.plan import Plan, make_plan, say_remarks
 from polyaccel.preemption import TRACKERS_S, Preemption
 from polyaccel.prepare import Preparation
 from polyaccel.processes import Trigger
 from polyaccel.protocols import CompileEvent
 from polyaccel.registry import choose_backend
+from polyaccel.sharding.rules import ShardingRule
 from polyaccel.tracking import Observer, Session, describe_job
 
 

@@ -19,6 +19,7 @@ from polyaccel.collectives import Collectives as Collectives
 from polyaccel.config import Config
 from polyaccel.data.spec import LoaderSpec as LoaderSpec
 from polyaccel.dialects import Dialect, Role
+from polyaccel.sharding.plan import ModelHints
 from polyaccel.shards import ArraySpec as ArraySpec
 from polyaccel.shards import Shard as Shard
 from polyaccel.shards import StatefulEngine as StatefulEngine

@@ -75,7 +75,8 @@ class ShardingRule:
         pattern, equals, axes = value.rpartition("=")
         if not equals or not axes.split():
             raise ConfigError(
-                f"sharding rule {value!r} says of no dim how it is cut", 'write for example "*.q_proj.weight = tensor -"'
+                f"sharding rule {value!r} says of no dim how it is cut",
+                'write for example "*.q_proj.weight = tensor -"',
             )
         if axes.split() == [_WHOLE]:
             return cls(pattern.strip(), None)

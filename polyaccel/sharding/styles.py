@@ -16,7 +16,10 @@ Style = Literal["column", "row", "vocabulary", "embedding_column", "whole"]
 # Layers (or parameters) by the end of their names; the first that matches counts.
 AUTOMATIC: tuple[tuple[str, Style], ...] = (
     *((f"*.{name}", "column") for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "Wqkv")),
-    *((f"*.{name}", "column") for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin", "qkv", "c_attn", "q_attn")),
+    *(
+        (f"*.{name}", "column")
+        for name in ("query", "key", "value", "q_lin", "k_lin", "v_lin", "qkv", "c_attn", "q_attn")
+    ),
     *((f"*.{name}", "column") for name in ("wq", "wk", "wv", "w1", "w3", "wi", "wi_0", "wi_1")),
     *((f"*.{name}", "column") for name in ("gate_proj", "up_proj", "gate_up_proj", "fc1", "fc_in", "c_fc", "lin1")),
     *((f"*.{name}", "column") for name in ("dense_h_to_4h", "intermediate.dense", "linear1")),

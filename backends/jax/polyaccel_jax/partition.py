@@ -91,8 +91,11 @@ def run(
         for value, axis in zip(inputs, layout.axes, strict=True)
     ]
     if mesh.num_parts > 1:
-        # Whole where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
-        params = {name: _lay(mesh, value, None) for name, value in params.items()}
+        # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
+        params = {
+            name: lax.with_sharding_constraint(value, NamedSharding(mesh.mesh, mesh.used_spec(value.shape, name)))
+            for name, value in params.items()
+        }
     result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
         result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
@@ -100,7 +103,7 @@ def run(
             _lay(mesh, value, axis) for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
         result.grads = {
-            name: lax.with_sharding_constraint(value, mesh.kept(value)) for name, value in result.grads.items()
+            name: lax.with_sharding_constraint(value, mesh.kept(value, name)) for name, value in result.grads.items()
         }
         result.buffers = {name: _lay(mesh, value, None) for name, value in result.buffers.items()}
     return result
@@ -122,7 +125,7 @@ def _run_replicas(
     inputs: Sequence[jax.Array],
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
-    cut = {name: mesh.kept_axis(value.shape) for name, value in params.items()}
+    cut = {name: mesh.kept_axis(value.shape, name) for name, value in params.items()}
 
     def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
@@ -132,11 +135,13 @@ def _run_replicas(
             _over_shards(value) if axis is None else value
             for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
-        grads = {name: _averaged(value, mesh.kept_axis(value.shape), mesh) for name, value in result.grads.items()}
+        grads = {
+            name: _averaged(value, mesh.kept_axis(value.shape, name), mesh) for name, value in result.grads.items()
+        }
         return lax.pmean(result.loss, DATA_AXES), outputs, grads, _of_first_shard(result.buffers, index)
 
     everywhere = mesh.spec(None)
-    specs = {name: mesh.kept_spec(value.shape) for name, value in params.items()}
+    specs = {name: mesh.kept_spec(value.shape, name) for name, value in params.items()}
     loss, outputs, grads, new_buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,
