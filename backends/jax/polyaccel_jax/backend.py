@@ -27,7 +27,7 @@ class JaxBackend:
     name = "jax"
     capabilities = Capabilities(
         dialect="flax",
-        mesh_axes=frozenset({"replica", "data", "fsdp"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(

@@ -1,4 +1,4 @@
-"""The devices of a job as a jax mesh, and how arrays lie on it: batches cut over the data axes, and what is kept over `fsdp` and `tensor`."""
+"""The devices of a job as a jax mesh, and how arrays lie on it: batches over the data axes, what is kept over `fsdp` and `tensor`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class DeviceMesh:
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def keep(self, values: Iterable[Any], names: Iterable[str | None]) -> list[jax.Array]:
-        """Copies of host or device arrays, equal on all processes, each cut as the parameter that it is named after; every device gets its part alone.
+        """Copies of host or device arrays, equal on all processes, each cut as its parameter is; every device gets its part alone.
 
         The values are taken one by one: where they are made when they are asked for, no two of them are whole at a time.
         """

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
+from polyaccel_jax.constraints import Constrainer
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
 
 Specs = tuple[ArraySpec, ...]
@@ -96,7 +97,10 @@ def run(
             name: lax.with_sharding_constraint(value, NamedSharding(mesh.mesh, mesh.used_spec(value.shape, name)))
             for name, value in params.items()
         }
-    result = program(params, buffers, key, inputs, loss_scale)
+    if mesh.cuts_layers:
+        result = _run_constrained(mesh, layout, program, params, buffers, key, inputs, loss_scale)
+    else:
+        result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
         result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
         result.outputs = [
@@ -107,6 +111,33 @@ def run(
         }
         result.buffers = {name: _lay(mesh, value, None) for name, value in result.buffers.items()}
     return result
+
+
+def _run_constrained(
+    mesh: DeviceMesh,
+    layout: Layout,
+    program: Program,
+    params: dict[str, jax.Array],
+    buffers: dict[str, jax.Array],
+    key: jax.Array,
+    inputs: Sequence[jax.Array],
+    loss_scale: jax.Array | None,
+) -> ProgramResult:
+    """The program, with constraints on its products with weights that `tensor` cuts."""
+    sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        result = program(*args)
+        return result.loss, result.outputs, result.grads, result.buffers
+
+    args = (params, buffers, key, list(inputs), loss_scale)
+    leaves = jax.tree.leaves(params)
+    tags: list[Any] = [
+        tuple(None if axis == "fsdp" else axis for axis in mesh.spec_of(value.shape, name))
+        for name, value in sorted(params.items())
+    ]
+    tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
+    return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
 
 
 def _lay(mesh: DeviceMesh, value: jax.Array, axis: int | None) -> jax.Array:

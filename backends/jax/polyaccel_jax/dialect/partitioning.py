@@ -42,7 +42,7 @@ def _hints(said: Mapping[str, tuple[Any, Iterable[tuple[str, Any]]]]) -> ModelHi
         spec, unknown = axes_of_names(names, (*rules, *around))
         if unknown:
             _log.warning(
-                "%s: its partitioning metadata names %s, which no axis of the mesh and no logical rule stands for: those dims are not cut by it",
+                "%s: its partitioning metadata names %s, for which neither the mesh nor a logical rule has an axis: not cut by it",
                 name,
                 ", ".join(unknown),
             )
