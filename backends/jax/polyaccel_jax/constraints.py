@@ -7,7 +7,7 @@ alone leave the partitioner free to gather them, or to cut dims that nobody chos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class Constrainer:
         elif name == "optimization_barrier":
             return outs, tags
         else:
-            return outs, [_viewed(eqn, tags)] if len(outs) == 1 else [None] * len(outs)
+            return outs, [_viewed(eqn, tags, self.mesh.sizes)] if len(outs) == 1 else [None] * len(outs)
         if spec is not None:
             outs = [lax.with_sharding_constraint(outs[0], NamedSharding(self.mesh.mesh, PartitionSpec(*spec)))]
         return outs, [None]
@@ -159,7 +159,7 @@ def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def _viewed(eqn: Any, tags: list[Tag]) -> Tag:
+def _viewed(eqn: Any, tags: list[Tag], sizes: Mapping[str, int]) -> Tag:
     """The tag of what is still a weight: another order, dtype or shape of the same numbers."""
     name, params = eqn.primitive.name, eqn.params
     tag = tags[0]
@@ -175,11 +175,11 @@ def _viewed(eqn: Any, tags: list[Tag]) -> Tag:
     if name == "squeeze":
         return tuple(axis for dim, axis in enumerate(tag) if dim not in params["dimensions"])
     if name == "reshape" and params.get("dimensions") is None:
-        return reshaped(tag, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape)
+        return reshaped(tag, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, sizes)
     return None
 
 
-def reshaped(tag: tuple[str | None, ...], old: Sequence[int], new: Sequence[int]) -> Tag:
+def reshaped(tag: tuple[str | None, ...], old: Sequence[int], new: Sequence[int], sizes: Mapping[str, int]) -> Tag:
     """The tag of a reshaped array: an axis stays with a dim that it cut as the outermost of those that were merged or split.
 
     None where an axis would be lost.
@@ -208,7 +208,7 @@ def reshaped(tag: tuple[str | None, ...], old: Sequence[int], new: Sequence[int]
             continue
         outermost = next((dim for dim in mine if old[dim] != 1), None)
         target = next((dim for dim in other if new[dim] != 1), None)
-        if axes != [outermost] or target is None or (new[target] < old[axes[0]] and old[axes[0]] % new[target]):
+        if axes != [outermost] or target is None or new[target] % sizes[str(tag[axes[0]])]:
             return None
         found[target] = tag[axes[0]]
     return tuple(found)
