@@ -154,7 +154,8 @@ class Constrainer:
 
 
 def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
-    functions, params = eqn.primitive.get_bind_params(eqn.params)
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # some releases of jax give a pair
     outs = eqn.primitive.bind(*functions, *inputs, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
