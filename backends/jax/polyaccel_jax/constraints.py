@@ -188,7 +188,8 @@ def reshaped(tag: tuple[str | None, ...], old: Sequence[int], new: Sequence[int]
     groups: list[tuple[list[int], list[int]]] = []
     first, second = list(range(len(old))), list(range(len(new)))
     while first or second:
-        mine, other = [], []
+        mine: list[int] = []
+        other: list[int] = []
         size, wanted = 1, 1
         while True:
             if first and (size < wanted or not mine):

@@ -403,9 +403,9 @@ def apply_update(
         scaler = next_scaler(scaler, is_finite, scaling)
         skipped = ~is_finite
     new_leaves = engine.keep(updated[0], map(optimizer.model.full, optimizer.names))
-    new_state_leaves = engine.keep(updated[1], optimizer.owners)
+    kept_state = engine.keep(updated[1], optimizer.owners)
     scaler, skipped = engine.constrain((scaler, skipped))
-    return new_leaves, new_state_leaves, scaler, skipped
+    return new_leaves, kept_state, scaler, skipped
 
 
 def unscaled(grads: Named, scale: float, loss_scale: jax.Array | None) -> Named:

@@ -41,7 +41,7 @@ class LinenSource:
         # "params" needs no prefix; the name of another collection stays in front of its variables.
         self._paths = {".".join(path[1:] if path[0] == _PARAMS else path): path for path in flat}
         self._initial = {name: flat[path] for name, path in self._paths.items()}
-        boxes = traverse_util.flatten_dict(core.unfreeze(variables).get(_PARAMS, {}))
+        boxes = traverse_util.flatten_dict(core.unfreeze(dict(variables)).get(_PARAMS, {}))
         self._hints = hints_of_boxes({".".join(path): box for path, box in boxes.items()})
         self._collections = sorted({path[0] for path in flat} - {_PARAMS})
 
