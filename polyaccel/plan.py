@@ -28,6 +28,7 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_hook": ("ddp", _EXCHANGE, False),
     "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
+    "sharding_rules": ("sharding_rules", "it cuts no parameter by its name", False),
     "process_group": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 

@@ -12,7 +12,7 @@ from jax_engines import open_engine, train
 
 from polyaccel.errors import PlanError, UnsupportedError
 from polyaccel.protocols import StepSpec
-from polyaccel_jax.constraints import reshaped
+from polyaccel_jax.constraints import Constrainer, reshaped
 
 VOCAB, HEADS, BATCH = 64, 4, 8
 MESHES = ({"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2}, {"tensor": 4})
@@ -156,3 +156,48 @@ def test_an_axis_stays_with_the_outermost_dim_of_a_view():
     assert reshaped((None, "tensor"), (3, 6), (3, 3, 2), sizes) is None
     assert reshaped(("tensor",), (8,), (1, 1, 8), sizes) == (None, None, "tensor")
     assert reshaped(("tensor", None), (8, 6), (8, 6, 1), sizes) == ("tensor", None, None)
+
+
+def constraints_in(jaxpr):
+    """Specs of all constraints of a jaxpr, those of loops and recomputed parts included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            yield tuple(eqn.params["sharding"].spec)
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from constraints_in(inner)
+
+
+def turn(x, weights):
+    column, row = weights
+    return jnp.tanh(x @ column) @ row, None
+
+
+@pytest.mark.parametrize("form", ["plain", "jit", "remat", "scan"])
+def test_products_with_cut_weights_are_constrained_in_calls_loops_and_recomputed_parts(form):
+    mesh = open_engine(4, mesh={"data": 2, "tensor": 2}).mesh
+    rng = np.random.default_rng(0)
+    column, row, x = (rng.normal(size=size).astype(np.float32) for size in ((2, 6, 8), (2, 8, 6), (4, 3, 6)))
+
+    def loss(weights, x):
+        if form == "scan":
+            return jax.lax.scan(turn, x, weights)[0].sum()
+        body = {"plain": turn, "jit": jax.jit(turn), "remat": jax.checkpoint(turn)}[form]
+        for index in range(2):
+            x, _ = body(x, jax.tree.map(lambda stacked, index=index: stacked[index], weights))
+        return x.sum()
+
+    both = jax.value_and_grad(loss) if form != "scan" else loss
+    tags = [(None, None, "tensor"), (None, "tensor", None), None]
+
+    def constrained(weights, x):
+        return Constrainer(mesh, 4).run(both, tags, weights, x)
+
+    args = ((column, row), x)
+    found = list(constraints_in(jax.make_jaxpr(constrained)(*args).jaxpr))
+    assert (("replica", "data", "fsdp"), jax.P.UNCONSTRAINED, "tensor") in found
+    assert (("replica", "data", "fsdp"), jax.P.UNCONSTRAINED, None) in found
+    results = zip(jax.tree.leaves(jax.jit(constrained)(*args)), jax.tree.leaves(both(*args)), strict=True)
+    for got, expected in results:
+        np.testing.assert_allclose(np.asarray(got), np.asarray(expected), rtol=1e-5, atol=1e-5)

@@ -78,7 +78,8 @@ def losses_of(make: Callable[[], nn.Module], **settings: Any) -> tuple[np.ndarra
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    (handle,) = (reference() for reference in accelerator._engine._models)
+    engine: Any = accelerator._engine
+    (handle,) = (reference() for reference in engine._models)
     return np.array(losses), {name: tuple(leaf.sharding.spec) for name, leaf in handle.params.items()}
 
 

@@ -40,7 +40,8 @@ def test_every_dim_divides_and_the_pieces_make_up_the_parameter(shapes, sizes):
         spec = plan.specs[name]
         assert len(spec) == len(shape)
         used = [axis for axis in spec if axis]
-        assert len(set(used)) == len(used) and all(sizes[axis] > 1 for axis in used)
+        assert len(set(used)) == len(used)
+        assert all(sizes[axis] > 1 for axis in used)
         assert all(length % sizes[axis] == 0 for length, axis in zip(shape, spec, strict=True) if axis)
         assert math.prod(local_shape(shape, spec, sizes)) * num_shards(spec, sizes) == math.prod(shape)
 
@@ -199,7 +200,8 @@ def test_what_no_rule_names_and_what_does_not_divide_is_said(caplog):
     assert "mesh.tensor=2 cuts mystery.weight" in caplog.text
     assert "wte.weight is not cut: dim 0 of its shape (50257, 8) does not divide by mesh.tensor=2" in caplog.text
     quiet = plan_shardings(shapes, BOTH, [ShardingRule("mystery.*", None), ShardingRule("wte.*", None)])
-    assert not quiet.unmatched and not quiet.indivisible
+    assert not quiet.unmatched
+    assert not quiet.indivisible
 
 
 # -- plans and metadata ----------------------------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ def test_names_of_dims_become_axes():
 def test_metadata_that_does_not_divide_is_an_error_and_fsdp_takes_the_rest():
     hints = ModelHints(axes={"kernel": (None, "tensor")})
     assert specs({"kernel": (8, 4)}, BOTH, hints=hints) == {"kernel": ("fsdp", "tensor")}
-    with pytest.raises(PlanError, match="metadata .* parameter kernel, whose shape is"):
+    with pytest.raises(PlanError, match=r"metadata .* parameter kernel, whose shape is"):
         specs({"kernel": (8, 3)}, BOTH, hints=hints)
 
 

@@ -31,7 +31,16 @@ class JaxBackend:
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(
-            {"create_model", "multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}
+            {
+                "create_model",
+                "multi_process",
+                "compile_events",
+                "device_stats",
+                "fence",
+                "flops",
+                "profile",
+                "sharding_rules",
+            }
         ),
         kinds={("polyaccel_jax", "Batches"): ("flax", "loader")},  # the loader of the shipped case
     )

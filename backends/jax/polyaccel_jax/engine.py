@@ -408,10 +408,10 @@ class JaxEngine:
             lax.with_sharding_constraint(value, kept(value, name)) for value, name in zip(values, names, strict=True)
         )
 
-    def keep_gradients(self, models: Iterable[Any], grads: Iterable[dict[str, jax.Array]]) -> Any:
-        """Traced: per model its gradients, which lie as its parameters."""
+    def keep_gradients(self, models: Iterable[str], grads: Iterable[dict[str, jax.Array]]) -> Any:
+        """Traced: per model, by its name, the gradients of its parameters, which lie as these do."""
         return tuple(
-            dict(zip(own, self.keep(own.values(), map(model.full, own)), strict=True))
+            dict(zip(own, self.keep(own.values(), [f"{model}.{name}" for name in own]), strict=True))
             for model, own in zip(models, grads, strict=True)
         )
 

@@ -257,7 +257,7 @@ class Steps:
         if not targets:
             return
         held = tuple([self._own_gradients(model, None) for model, _ in targets])
-        owners = tuple([model for model, _ in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def scaled(grads: tuple[Named, ...], factor: jax.Array) -> tuple[Named, ...]:
@@ -270,9 +270,7 @@ class Steps:
             return jax.jit(scaled, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            changed = self.engine.compiles.run(
-                self.function(("scale gradients", divides, _names(owners)), make), held, factor
-            )
+            changed = self.engine.compiles.run(self.function(("scale gradients", divides, owners), make), held, factor)
         _replace_gradients(targets, changed)
 
     def zero(self) -> jax.Array:
@@ -295,7 +293,7 @@ class Steps:
         if np.isnan(norm_type) or norm_type <= 0:
             raise UnsupportedError(f"norm_type={norm_type!r} is no norm", "use a positive number, or inf")
         held = tuple([self._own_gradients(model, names) for model, names in targets])
-        owners = tuple([model for model, _ in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[jax.Array, tuple[Named, ...]]:
@@ -309,7 +307,7 @@ class Steps:
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
             norm, clipped = self.engine.compiles.run(
-                self.function(("clip norm", max_norm, norm_type, _names(owners)), make), held
+                self.function(("clip norm", max_norm, norm_type, owners), make), held
             )
         _replace_gradients(targets, clipped)
         return norm
@@ -317,7 +315,7 @@ class Steps:
     def clip_value(self, targets: Sequence[Target], limit: float) -> None:
         """Clamp the gradients of the targets elementwise."""
         held = tuple([self._own_gradients(model, names) for model, names in targets])
-        owners = tuple([model for model, _ in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
@@ -328,7 +326,7 @@ class Steps:
             return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            clipped = self.engine.compiles.run(self.function(("clip value", limit, _names(owners)), make), held)
+            clipped = self.engine.compiles.run(self.function(("clip value", limit, owners), make), held)
         _replace_gradients(targets, clipped)
 
     # -- update ----------------------------------------------------------------------------------------------------------
@@ -473,15 +471,11 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
             {name: have[name] + grad if name in have else grad for name, grad in new.items()}
             for have, new in zip(held, work.by_model(grads), strict=True)
         )
-        per_model = work.engine.keep_gradients(work.models, per_model)
+        per_model = work.engine.keep_gradients([model.name for model in work.models], per_model)
         return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite, total
 
     work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)
     return jitted
-
-
-def _names(models: Sequence[JaxModel]) -> tuple[str, ...]:
-    return tuple([model.name for model in models])
 
 
 def _clip_facts(grads: tuple[Named, ...], *limits: float) -> dict[str, str]:

@@ -22,6 +22,11 @@ def create(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
 
     The values are those of `make()`: only the place where they are computed is another. What is no flax module is returned as it is.
     """
+    with nnx.use_eager_sharding(False):  # nnx would ask for a mesh with axes of the names that its modules give dims
+        return _create(make, mesh)
+
+
+def _create(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
     found: list[Any] = []
     jax.eval_shape(lambda: found.append(make()))
     template = found[0]
