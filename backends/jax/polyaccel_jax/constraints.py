@@ -175,6 +175,10 @@ def _viewed(eqn: Any, tags: list[Tag], sizes: Mapping[str, int]) -> Tag:
         return tuple(tag[dim] for dim in params["permutation"])
     if name == "squeeze":
         return tuple(axis for dim, axis in enumerate(tag) if dim not in params["dimensions"])
+    if name in ("slice", "dynamic_slice"):  # one of stacked weights
+        old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        is_cut_apart = any(axis and old[dim] != new[dim] for dim, axis in enumerate(tag))
+        return None if is_cut_apart else tag
     if name == "reshape" and params.get("dimensions") is None:
         return reshaped(tag, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape, sizes)
     return None
