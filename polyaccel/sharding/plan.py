@@ -37,11 +37,13 @@ class ShardingPlan:
     specs: one entry per dim of each parameter, the size of its axis divides that dim.
     unmatched: matrices that nothing cuts over `tensor`: no rule, no plan, no known name, or a style of the plan that has no counterpart.
     indivisible: parameter -> why a rule that nobody wrote for it did not cut it.
+    uneven: the spec that such a parameter would have had, for engines whose products with it can be cut into unequal pieces.
     """
 
     specs: Mapping[str, Spec]
     unmatched: tuple[str, ...] = ()
     indivisible: Mapping[str, str] = field(default_factory=dict)
+    uneven: Mapping[str, Spec] = field(default_factory=dict)
 
     def say(self, model: str, sizes: Mapping[str, int]) -> None:
         """Log what is whole although an axis could have cut it."""
@@ -54,7 +56,7 @@ class ShardingPlan:
                 _listed(self.unmatched),
             )
         for name, why in self.indivisible.items():
-            log.warning("%s: %s is not cut: %s", model, name, why)
+            log.warning("%s: %s is kept whole over mesh.tensor: %s", model, name, why)
 
 
 def plan_shardings(
@@ -79,6 +81,7 @@ def plan_shardings(
     specs: dict[str, Spec] = {}
     unmatched: list[str] = []
     indivisible: dict[str, str] = {}
+    uneven: dict[str, Spec] = {}
     for name, shape in plain.items():
         rule = first_match(rules, name)
         if rule is not None and rule.axes is None:
@@ -99,9 +102,9 @@ def plan_shardings(
                 else:
                     spec, why = _lenient(shape, found, sizes)
                     if why:
-                        indivisible[name] = why
+                        indivisible[name], uneven[name] = why, found
         specs[name] = with_fsdp(shape, spec, sizes.get("fsdp", 1))
-    return ShardingPlan(specs, tuple(unmatched), indivisible)
+    return ShardingPlan(specs, tuple(unmatched), indivisible, uneven)
 
 
 def with_fsdp(shape: Sequence[int], spec: Spec, size: int) -> Spec:

@@ -34,11 +34,11 @@ class Block(nnx.Module):
 
 
 class Gpt(nnx.Module):
-    def __init__(self, rngs, *, width=32, length=16):
-        self.wte, self.wpe = nnx.Embed(VOCAB, width, rngs=rngs), nnx.Embed(length, width, rngs=rngs)
+    def __init__(self, rngs, *, width=32, length=16, vocab=VOCAB):
+        self.wte, self.wpe = nnx.Embed(vocab, width, rngs=rngs), nnx.Embed(length, width, rngs=rngs)
         self.blocks = nnx.List([Block(width, rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.lm_head = nnx.Linear(width, VOCAB, use_bias=False, rngs=rngs)
+        self.lm_head = nnx.Linear(width, vocab, use_bias=False, rngs=rngs)
 
     def __call__(self, tokens):  # (batch, length) -> (batch, length, vocabulary)
         x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))
@@ -61,15 +61,15 @@ def prepared(engine, **sizes):
     return model, engine.prepare_optimizer(optax.adamw(1e-3), model)
 
 
-def run(engine, **how):
-    model, optimizer = prepared(engine)
+def run(engine, vocab=VOCAB, **how):
+    model, optimizer = prepared(engine, vocab=vocab)
     losses = train(engine, model, optimizer, token_batches(20), loss_fn=next_token_loss, max_grad_norm=1.0, **how)
     return np.array(losses), model._polyaccel_model, optimizer._polyaccel_optimizer
 
 
-def flops_per_device(engine, length):
+def flops_per_device(engine, length, vocab=VOCAB):
     """Of the fused step, as its compiler counts them."""
-    model, optimizer = prepared(engine, width=128, length=length)
+    model, optimizer = prepared(engine, width=128, length=length, vocab=vocab)
     step = engine.train_step(StepSpec(next_token_loss, model, model, optimizer))
     found = []
 
@@ -108,6 +108,15 @@ def test_accumulated_and_clipped_gradients_lie_as_their_parameters():
 def test_every_device_does_its_part_of_the_operations(mesh):
     ideal = flops_per_device(open_engine(1), 64) / 4
     assert flops_per_device(open_engine(4, mesh=mesh), 64) == pytest.approx(ideal, rel=0.15)
+
+
+def test_a_vocabulary_that_does_not_divide_is_kept_whole_and_computed_in_parts():
+    engine = open_engine(4, mesh={"fsdp": 2, "tensor": 2})
+    losses, model, _ = run(engine, vocab=1001)
+    assert tuple(model.params["lm_head.kernel"].sharding.spec) == ("fsdp",)
+    np.testing.assert_allclose(losses, run(open_engine(1), vocab=1001)[0], rtol=0, atol=1e-5)
+    ideal = flops_per_device(open_engine(1), 64, 1001) / 4
+    assert flops_per_device(open_engine(4, mesh={"tensor": 4}), 64, 1001) == pytest.approx(ideal, rel=0.15)
 
 
 def test_each_device_keeps_its_part_of_both_axes():

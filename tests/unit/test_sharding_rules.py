@@ -195,10 +195,11 @@ def test_what_no_rule_names_and_what_does_not_divide_is_said(caplog):
     assert plan.unmatched == ("mystery.weight",)
     assert list(plan.indivisible) == ["wte.weight"]
     assert plan.specs["wte.weight"] == (None, "fsdp")
+    assert plan.uneven == {"wte.weight": ("tensor", None)}
     with caplog.at_level(logging.WARNING, "polyaccel.sharding"):
         plan.say("model_0", BOTH)
     assert "mesh.tensor=2 cuts mystery.weight" in caplog.text
-    assert "wte.weight is not cut: dim 0 of its shape (50257, 8) does not divide by mesh.tensor=2" in caplog.text
+    assert "wte.weight is kept whole over mesh.tensor: dim 0 of its shape (50257, 8) does not divide by mesh.tensor=2" in caplog.text
     quiet = plan_shardings(shapes, BOTH, [ShardingRule("mystery.*", None), ShardingRule("wte.*", None)])
     assert not quiet.unmatched
     assert not quiet.indivisible

@@ -50,6 +50,7 @@ class DeviceMesh:
         self.cuts_layers = sizes["tensor"] > 1
         self._rules = plan.sharding_rules
         self._specs: dict[str, Spec] = {}  # of the parameters of all models, by `<model>.<name>`
+        self._uneven: dict[str, Spec] = {}  # of those that cannot be kept in equal parts
         for axis in ("fsdp", "tensor"):
             if sizes[axis] > 1 and self.num_processes > 1:
                 raise UnsupportedError(
@@ -87,6 +88,7 @@ class DeviceMesh:
         plan = self.plan_parameters(shapes, hints)
         plan.say(model, self.sizes)
         self._specs.update({f"{model}.{name}": spec for name, spec in plan.specs.items()})
+        self._uneven.update({f"{model}.{name}": spec for name, spec in plan.uneven.items()})
 
     def spec_of(self, shape: Sequence[int], name: str | None = None) -> Spec:
         """Per dim the axis that cuts an array that is kept: that of its parameter `<model>.<name>`, where it has its dims.
@@ -107,9 +109,13 @@ class DeviceMesh:
         """The PartitionSpec of an array of this shape that is kept from step to step."""
         return as_partition(self.spec_of(shape, name))
 
-    def used_spec(self, shape: Sequence[int], name: str | None = None) -> PartitionSpec:
-        """The PartitionSpec of a parameter while a global program uses it: gathered over `fsdp`, still cut over `tensor`."""
-        return as_partition(tuple(None if axis == "fsdp" else axis for axis in self.spec_of(shape, name)))
+    def used_spec(self, shape: Sequence[int], name: str) -> Spec:
+        """How a parameter lies while a global program uses it: gathered over `fsdp`, cut over `tensor`.
+
+        The pieces are as equal as they can be: a vocabulary of an odd size is kept whole, and what is computed from it is cut.
+        """
+        spec = self._uneven.get(name) or self.spec_of(shape, name)
+        return tuple(None if axis == "fsdp" else axis for axis in spec)
 
     def kept(self, value: Any, name: str | None = None) -> Sharding:
         """How an array that is kept from step to step lies; `value` is the array, a tracer, or its shape and dtype."""

@@ -94,7 +94,7 @@ def run(
     if mesh.num_parts > 1:
         # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
         params = {
-            name: lax.with_sharding_constraint(value, NamedSharding(mesh.mesh, mesh.used_spec(value.shape, name)))
+            name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
             for name, value in params.items()
         }
     if mesh.cuts_layers:
@@ -132,10 +132,7 @@ def _run_constrained(
 
     args = (params, buffers, key, list(inputs), loss_scale)
     leaves = jax.tree.leaves(params)
-    tags: list[Any] = [
-        tuple(None if axis == "fsdp" else axis for axis in mesh.spec_of(value.shape, name))
-        for name, value in sorted(params.items())
-    ]
+    tags: list[Any] = [mesh.used_spec(value.shape, name) for name, value in sorted(params.items())]
     tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
     return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
 
