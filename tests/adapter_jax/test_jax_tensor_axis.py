@@ -155,6 +155,15 @@ def test_partitioning_metadata_of_nnx_is_honoured():
     assert model._polyaccel_model.params["first.kernel"].sharding.spec == jax.P("fsdp", "tensor")
 
 
+def test_statistics_of_rows_are_cut_where_they_have_the_dim():
+    engine = open_engine(4, mesh=FSDP_TENSOR)
+    model, _ = prepared(engine)
+    name = f"{model._polyaccel_model.name}.blocks.0.q_proj.kernel"
+    assert engine.mesh.spec_of((32, 32), name) == ("fsdp", "tensor")
+    assert engine.mesh.spec_of((32, 1), name) == ("fsdp", None)
+    assert engine.mesh.spec_of((32,), name) == ("fsdp",)
+
+
 def test_whole_layers_on_every_device_are_refused():
     with pytest.raises(UnsupportedError, match=r"mesh\.tensor=4 cuts single layers"):
         open_engine(4, mesh={"tensor": 4}, partitioning="pmap")

@@ -97,7 +97,11 @@ class DeviceMesh:
         """
         found = self._specs.get(name) if name is not None else None
         if found is not None and len(found) == len(shape):
-            return found
+            # Statistics of rows or columns (Adafactor) have the parameter's dims, some of them of size 1.
+            sizes = self.sizes
+            return tuple(
+                axis if axis and size % sizes[axis] == 0 else None for size, axis in zip(shape, found, strict=True)
+            )
         return with_fsdp(shape, (None,) * len(shape), self.sizes["fsdp"])
 
     def kept_axis(self, shape: Sequence[int], name: str | None = None) -> int | None:
