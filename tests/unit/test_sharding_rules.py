@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from polyaccel import ShardingRule
 from polyaccel.config.arguments import config_of_arguments
-from polyaccel.errors import ConfigError, PlanError
+from polyaccel.errors import ConfigError, PlanError, UnsupportedError
+from polyaccel.plan import make_plan
 from polyaccel.sharding.logical import axes_of_names
 from polyaccel.sharding.plan import ModelHints, local_shape, num_shards, plan_shardings, with_fsdp
+from polyaccel.topology import Topology
 
 TENSOR2 = {"fsdp": 1, "tensor": 2}
 BOTH = {"fsdp": 2, "tensor": 2}
@@ -124,6 +126,20 @@ def test_rules_are_a_setting_as_objects_and_as_texts():
         config_of_arguments({"sharding_rules": rule})
 
 
+def test_an_engine_that_cuts_nothing_by_name_refuses_rules():
+    config = config_of_arguments({"sharding_rules": ["*.head.weight = tensor"]})
+    topology = Topology(
+        process_index=0, num_processes=1, local_process_index=0, num_local_devices=1, num_devices=1, device_kind="cpu"
+    )
+    known = {"backend": "fake", "mesh_axes": frozenset({"data"}), "mixed_precision": frozenset({"no"})}
+    with pytest.raises(
+        UnsupportedError, match=r"sharding_rules=.*argument sharding_rules.* is not supported by backend"
+    ):
+        make_plan(config, topology, features=frozenset(), **known)
+    plan = make_plan(config, topology, features=frozenset({"sharding_rules"}), **known)
+    assert plan.sharding_rules == (ShardingRule("*.head.weight", ("tensor",)),)
+
+
 # -- names -----------------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +215,10 @@ def test_what_no_rule_names_and_what_does_not_divide_is_said(caplog):
     with caplog.at_level(logging.WARNING, "polyaccel.sharding"):
         plan.say("model_0", BOTH)
     assert "mesh.tensor=2 cuts mystery.weight" in caplog.text
-    assert "wte.weight is kept whole over mesh.tensor: dim 0 of its shape (50257, 8) does not divide by mesh.tensor=2" in caplog.text
+    assert (
+        "wte.weight is kept whole over mesh.tensor: dim 0 of its shape (50257, 8) does not divide by mesh.tensor=2"
+        in caplog.text
+    )
     quiet = plan_shardings(shapes, BOTH, [ShardingRule("mystery.*", None), ShardingRule("wte.*", None)])
     assert not quiet.unmatched
     assert not quiet.indivisible
