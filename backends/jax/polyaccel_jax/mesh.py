@@ -141,7 +141,9 @@ class DeviceMesh:
         if self.num_parts == 1:
             return self.replicate(list(values))
         copies: list[jax.Array] = []
-        for value, name in zip(values, names, strict=True):
+        following = iter(names)
+        for value in values:  # no zip, which holds on to the value before
+            name = next(following)
             value = value if hasattr(value, "dtype") else np.asarray(value)
             sharding = self.kept(value, name)
             if isinstance(value, jax.Array) and value.sharding == sharding:
