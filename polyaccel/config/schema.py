@@ -53,7 +53,7 @@ class Config:
     mesh: MeshSpec = field(default_factory=MeshSpec)
     sharding_rules: tuple[str, ...] = _setting(
         (),
-        "how parameters are cut, by name: '*.q_proj.weight = tensor -', one axis or - per dim, or whole; the first match counts",
+        "how parameters are cut, by name: '*.q_proj.weight=tensor -', one axis or - per dim, or whole; the first match counts",
     )
     split_batches: bool = _setting(False, "a loader's batch_size is the global batch, cut over the data shards")
     even_batches: bool = _setting(
