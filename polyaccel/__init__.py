@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from polyaccel.mesh import MeshSpec as MeshSpec
     from polyaccel.plan import Plan as Plan
     from polyaccel.seeding import set_seed as set_seed
+    from polyaccel.sharding.rules import ShardingRule as ShardingRule
 
 __version__ = "0.1.0"
 
@@ -71,6 +72,7 @@ _HOME = {
     "Plan": "polyaccel.plan",
     "PolyaccelError": "polyaccel.errors",
     "ProfileKwargs": "polyaccel.config.profile",
+    "ShardingRule": "polyaccel.sharding.rules",
     "cpu_offload": "polyaccel.big_models",
     "cpu_offload_with_hook": "polyaccel.big_models",
     "debug_launcher": "polyaccel.launch.notebook",
@@ -110,6 +112,7 @@ __all__ = [
     "Plan",
     "PolyaccelError",
     "ProfileKwargs",
+    "ShardingRule",
     "__version__",
     "cpu_offload",
     "cpu_offload_with_hook",

@@ -28,6 +28,7 @@ from polyaccel.prepare import Preparation
 from polyaccel.processes import Trigger
 from polyaccel.protocols import CompileEvent
 from polyaccel.registry import choose_backend
+from polyaccel.sharding.rules import ShardingRule
 from polyaccel.tracking import Observer, Session, describe_job
 
 
@@ -41,6 +42,8 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         gradient_accumulation_steps: batches per optimizer update, counted by `accumulate` and by `train_step`.
         gradient_accumulation_plugin: a GradientAccumulationPlugin, for everything about accumulation.
         mesh: axis sizes such as {"data": 4}; -1 infers one axis from the devices of the job.
+        sharding_rules: ShardingRules, which say by name how parameters are cut over `mesh.fsdp` and `mesh.tensor`; the first that matches
+            counts, and what none matches follows from the model's own plan, from its layers' names and from its shapes.
         dataloader_config: a DataLoaderConfiguration, for everything about prepared loaders.
         split_batches: a loader's batch_size is the global batch and is cut over the data shards; by default it is the batch of
             one data shard.
@@ -83,6 +86,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         gradient_accumulation_steps: int | None = None,
         gradient_accumulation_plugin: GradientAccumulationPlugin | None = None,
         mesh: MeshSpec | Mapping[str, int] | None = None,
+        sharding_rules: Iterable[ShardingRule | str] | None = None,
         dataloader_config: DataLoaderConfiguration | None = None,
         split_batches: bool | None = None,
         even_batches: bool | None = None,

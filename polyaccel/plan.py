@@ -11,6 +11,7 @@ from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import PlanError, UnsupportedError
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import PrecisionPolicy
+from polyaccel.sharding.rules import ShardingRule
 from polyaccel.topology import Topology
 
 log = logging.getLogger("polyaccel.plan")
@@ -27,6 +28,7 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_hook": ("ddp", _EXCHANGE, False),
     "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
+    "sharding_rules": ("sharding_rules", "it cuts no parameter by its name", False),
     "process_group": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 
@@ -50,6 +52,7 @@ class Plan:
     partitioning: str
     compile: bool
     compile_backend: str
+    sharding_rules: tuple[ShardingRule, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -101,6 +104,7 @@ def make_plan(
         partitioning=config.partitioning,
         compile=config.compile,
         compile_backend=config.compile_backend,
+        sharding_rules=config.parameter_rules,
         remarks=tuple(remarks),
     )
 

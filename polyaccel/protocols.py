@@ -19,6 +19,7 @@ from polyaccel.collectives import Collectives as Collectives
 from polyaccel.config import Config
 from polyaccel.data.spec import LoaderSpec as LoaderSpec
 from polyaccel.dialects import Dialect, Role
+from polyaccel.sharding.plan import ModelHints
 from polyaccel.shards import ArraySpec as ArraySpec
 from polyaccel.shards import Shard as Shard
 from polyaccel.shards import StatefulEngine as StatefulEngine
@@ -49,11 +50,13 @@ Feature = Literal[
     "process_group",
     "uneven_inputs",
     "create_model",
+    "sharding_rules",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
 #                 of its own: `engine.average_parameters(model)` replaces them by their mean over all processes, in place. Inside
 #                 `engine.sync_in_backward(model)` gradients are exchanged even if the forward passes ran without an exchange
+# sharding_rules: `plan.sharding_rules` say by name how parameters are cut over fsdp and tensor
 # create_model:   `engine.create_model(make)` has parameters computed where they will be kept, never whole on one device
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here
@@ -439,6 +442,14 @@ class ModelSource(Protocol):
 
     def read(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters of `read`, without their values."""
+        ...
+
+    def hints(self) -> ModelHints:
+        """What the model says of how its parameters are cut over a mesh."""
         ...
 
     def attach(self, model: ProgramModel) -> None:

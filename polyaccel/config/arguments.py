@@ -19,6 +19,7 @@ from polyaccel.config.resolve import resolve
 from polyaccel.config.schema import Config
 from polyaccel.errors import ConfigError, UnsupportedError
 from polyaccel.mesh import MeshSpec
+from polyaccel.sharding.rules import ShardingRule
 
 _SETTINGS = frozenset(field.name for field in fields(Config) if field.name == "mesh" or "help" in field.metadata)
 _OBJECTS: Mapping[str, type[KwargsHandler]] = {
@@ -46,6 +47,8 @@ def config_of_arguments(given: Mapping[str, Any]) -> Config:
         if given.get(name) is not None:
             absent.refuse_argument(name)
     taken = _Taken({name: given[name] for name in _SETTINGS if given.get(name) is not None})
+    if "sharding_rules" in taken.values:
+        taken.values["sharding_rules"] = _texts_of_rules(taken.values["sharding_rules"])
     if taken.values.get("backend") == "auto":
         del taken.values["backend"]
     if taken.values.get("mixed_precision") == "fp8":
@@ -125,9 +128,16 @@ def _are_equal(name: str, one: Any, other: Any) -> bool:
     return MeshSpec.of(one) == MeshSpec.of(other) if name == "mesh" else bool(one == other)
 
 
+def _texts_of_rules(rules: Any) -> tuple[str, ...]:
+    if isinstance(rules, (str, ShardingRule)) or not isinstance(rules, Iterable):
+        raise ConfigError(f"sharding_rules={rules!r} is no list", "give a list: sharding_rules=[ShardingRule(...)]")
+    return tuple(str(ShardingRule.of(rule)) for rule in rules)
+
+
 def _check_together(config: Config) -> None:
     """Raises ConfigError for settings that are possible one by one and not together."""
     _ = config.precision  # raises for a scale that cannot be
+    _ = config.parameter_rules  # raises for a text that is no rule
     if config.compile_options and config.compile_mode != "default":
         raise ConfigError(
             f"compile_mode={config.compile_mode!r} and compile_options={dict(config.compile_options)!r} are both given",

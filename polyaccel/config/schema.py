@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from polyaccel.mesh import MeshSpec
 from polyaccel.precision import MIXED_PRECISIONS, LossScaling, PrecisionPolicy
+from polyaccel.sharding.rules import ShardingRule
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
@@ -50,6 +51,10 @@ class Config:
         False, "exchange gradients after every batch of a window: more communication, less memory"
     )
     mesh: MeshSpec = field(default_factory=MeshSpec)
+    sharding_rules: tuple[str, ...] = _setting(
+        (),
+        "how parameters are cut, by name: '*.q_proj.weight=tensor -', one axis or - per dim, or whole; the first match counts",
+    )
     split_batches: bool = _setting(False, "a loader's batch_size is the global batch, cut over the data shards")
     even_batches: bool = _setting(
         True, "complete the last global batch from the first samples, so that all shards agree"
@@ -157,6 +162,11 @@ class Config:
             growth_interval=self.loss_scaling_growth_interval,
         )
         return PrecisionPolicy.of(self.mixed_precision, scaling if self.loss_scaling else None, autocast=self.autocast)
+
+    @property
+    def parameter_rules(self) -> tuple[ShardingRule, ...]:
+        """What `sharding_rules` say. Raises ConfigError for a text that is no rule."""
+        return tuple(ShardingRule.of(text) for text in self.sharding_rules)
 
 
 MESH_HELP = {

@@ -10,6 +10,7 @@ from jax_engines import Mlp, Noisy, batches, cross_entropy, loss_by_function, op
 
 from polyaccel.errors import PlanError
 from polyaccel.protocols import ProgramResult, StepSpec
+from polyaccel.sharding.plan import ModelHints
 
 
 class Norm(nnx.Module):
@@ -100,6 +101,12 @@ class LinearSource:
 
     def read(self):
         return {"weight": np.arange(3, dtype=np.float32)}, {"seen": np.asarray(2**40, np.int64)}
+
+    def shapes(self):
+        return {name: array.shape for name, array in self.read()[0].items()}
+
+    def hints(self):
+        return ModelHints()
 
     def attach(self, model):
         self.model = model

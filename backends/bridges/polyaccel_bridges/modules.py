@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.sharding.plan import ModelHints
+from polyaccel_torch.dialect.sharding_hints import hints_of
 
 from . import scope as capturing
 from .exchange import to_numpy
@@ -90,6 +92,14 @@ class ManagedModel:
         """(params, buffers) by the module's own names; tied ones once, under the first name. What is on the meta device is computed
         when it is asked for, once."""
         return _HostArrays(LateValues(self.module, self._params)), _HostArrays(LateValues(self.module, self._buffers))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters; none is computed for it."""
+        return {name: tuple(tensor.shape) for name, tensor in self._params.items()}
+
+    def hints(self) -> ModelHints:
+        """The plan of a transformers model, and which weights are stored as (in, out)."""
+        return hints_of(self.module)
 
     def attach(self, handle: Any) -> None:
         """The engine owns the values now: the module's tensors become windows on them."""

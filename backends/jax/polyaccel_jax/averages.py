@@ -24,6 +24,7 @@ class ModelAverage:
         model.source.settle(for_writing=False)
         params = {name: leaf for name, leaf in model.params.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(leaf.shape) for name, leaf in params.items()}
+        self._names = names = [model.full(name) for name in params]
         dtypes = tuple(jnp.promote_types(leaf.dtype, jnp.float32) for leaf in params.values())
 
         def start(leaves: Leaves) -> Leaves:
@@ -32,7 +33,7 @@ class ModelAverage:
         def update(averages: Leaves, leaves: Leaves, weight: Any) -> tuple[Leaves, jax.Array]:
             engine.compiles.tracing("EMA.update", {"averages": f"{len(averages)} arrays"})
             moved = [a + weight * (leaf.astype(a.dtype) - a) for a, leaf in zip(averages, leaves, strict=True)]
-            return tuple(engine.keep(moved)), jnp.asarray(weight) + 0  # a result that nobody donates, to wait for
+            return engine.keep(moved, names), jnp.asarray(weight) + 0  # a result that nobody donates, to wait for
 
         # Copies: what the model holds is donated to its next update.
         self._averages: Leaves = self._run(jax.jit(start), tuple(params.values()))
@@ -68,7 +69,7 @@ class ModelAverage:
         pairs = zip(self.shapes, self._averages, strict=True)
         with self._engine.dtypes(self._model.wants_64bit):
             self._averages = tuple(
-                self._engine.mesh.keep([np.array(arrays[name]).astype(old.dtype) for name, old in pairs])
+                self._engine.mesh.keep([np.array(arrays[name]).astype(old.dtype) for name, old in pairs], self._names)
             )
 
     def _run(self, function: Any, *args: Any) -> Any:

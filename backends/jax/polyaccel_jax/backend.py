@@ -27,11 +27,20 @@ class JaxBackend:
     name = "jax"
     capabilities = Capabilities(
         dialect="flax",
-        mesh_axes=frozenset({"replica", "data", "fsdp"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(
-            {"create_model", "multi_process", "compile_events", "device_stats", "fence", "flops", "profile"}
+            {
+                "create_model",
+                "multi_process",
+                "compile_events",
+                "device_stats",
+                "fence",
+                "flops",
+                "profile",
+                "sharding_rules",
+            }
         ),
         kinds={("polyaccel_jax", "Batches"): ("flax", "loader")},  # the loader of the shipped case
     )

@@ -107,6 +107,11 @@ class JaxEngine:
         """Build the mesh and fix precision."""
         self.plan = plan
         self.mesh = DeviceMesh(plan, self._devices)
+        if self.mesh.cuts_layers and plan.partitioning == "pmap":
+            raise UnsupportedError(
+                f"mesh.tensor={plan.mesh.tensor} cuts single layers, and partitioning='pmap' runs whole layers on every device",
+                "leave partitioning out, or use partitioning='sharding'",
+            )
         self.steps = Steps(self)
         scaling = plan.precision.loss_scaling
         if scaling is not None:
@@ -116,7 +121,13 @@ class JaxEngine:
     @property
     def default_partitioning(self) -> str:
         """How programs of no model are partitioned."""
-        return "pmap" if self.plan.partitioning == "auto" else self.plan.partitioning
+        return self.partitioning_of(is_native=False)
+
+    def partitioning_of(self, *, is_native: bool) -> str:
+        """How programs of a model of this engine's dialect, or of another, are partitioned."""
+        if self.plan.partitioning != "auto":
+            return self.plan.partitioning
+        return "sharding" if is_native or self.mesh.cuts_layers else "pmap"
 
     @property
     def num_compiles(self) -> int:
@@ -194,9 +205,7 @@ class JaxEngine:
         """A flax module (-> its prepared module) or a bridge's ModelSource (-> JaxModel)."""
         is_native = dialect.is_module(model)
         source = dialect.model_source(model) if is_native else model
-        partitioning = self.plan.partitioning
-        if partitioning == "auto":
-            partitioning = "sharding" if is_native else "pmap"
+        partitioning = self.partitioning_of(is_native=is_native)
         handle = JaxModel(self, f"model_{self._num_models}", source, partitioning=partitioning)
         self._num_models += 1
         self._models.append(weakref.ref(handle))
@@ -390,11 +399,21 @@ class JaxEngine:
             return tree
         return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.replicated), tree)
 
-    def keep(self, tree: Any) -> Any:
-        """Traced: parameters, gradients or optimizer state, which lie as the mesh keeps them. Nothing on one device."""
+    def keep(self, values: Iterable[jax.Array], names: Iterable[str | None]) -> tuple[jax.Array, ...]:
+        """Traced: parameters or optimizer state, which lie as the parameters that they are named after. Nothing on one device."""
         if self.mesh.is_single_device:
-            return tree
-        return jax.tree.map(lambda value: lax.with_sharding_constraint(value, self.mesh.kept(value)), tree)
+            return tuple(values)
+        kept = self.mesh.kept
+        return tuple(
+            lax.with_sharding_constraint(value, kept(value, name)) for value, name in zip(values, names, strict=True)
+        )
+
+    def keep_gradients(self, models: Iterable[str], grads: Iterable[dict[str, jax.Array]]) -> Any:
+        """Traced: per model, by its name, the gradients of its parameters, which lie as these do."""
+        return tuple(
+            dict(zip(own, self.keep(own.values(), [f"{model}.{name}" for name in own]), strict=True))
+            for model, own in zip(models, grads, strict=True)
+        )
 
     def dtypes(self, wants_64bit: bool) -> AbstractContextManager[Any]:
         """The context in which programs of such a model are traced and called."""

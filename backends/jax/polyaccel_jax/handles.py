@@ -33,13 +33,19 @@ class JaxModel:
         self.names: tuple[str, ...] = tuple(params)
         self.positions = {key: index for index, key in enumerate(self.names)}
         with engine.dtypes(self.wants_64bit):
-            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values()))
+            engine.mesh.lay_out(name, source.shapes(), source.hints())
+            names = [self.full(key) for key in params]
+            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values(), names))
             arrays = engine.mesh.replicate(list(buffers.values()))  # few and small
         self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays, strict=True))
         self.gradients: dict[str, jax.Array] = {}
         self.gradients_are_shared = False
         self.overflow: jax.Array | None = None  # fp16: whether a gradient was not finite, noted before any clipping
         self._params: dict[str, jax.Array] | None = None
+
+    def full(self, name: str) -> str:
+        """The name of one of its parameters in programs and on the mesh."""
+        return f"{self.name}.{name}"
 
     # -- what the protocol shows -----------------------------------------------------------------------------------------
 
@@ -114,7 +120,12 @@ class JaxModel:
     def _places(self, names: Iterable[str]) -> list[tuple[list[str], Any]]:
         kept = [name for name in names if name in self.positions]
         others = [name for name in names if name not in self.positions]
-        return [(kept, self.engine.mesh.keep), (others, self.engine.mesh.replicate)]
+
+        def keep(values: Any) -> list[jax.Array]:
+            placed: list[jax.Array] = self.engine.mesh.keep(values, map(self.full, kept))
+            return placed
+
+        return [(kept, keep), (others, self.engine.mesh.replicate)]
 
     # -- what programs do ------------------------------------------------------------------------------------------------
 
@@ -140,7 +151,13 @@ class JaxModel:
     def move_to_params(self, names: Iterable[str]) -> None:
         """Make parameters of buffers that an optimizer trains."""
         names = tuple(names)
-        moved = tuple(self.engine.mesh.keep([self.buffer_arrays.pop(name) for name in names]))
+        values = [self.buffer_arrays.pop(name) for name in names]
+        shapes = {
+            **{name: leaf.shape for name, leaf in self.params.items()},
+            **dict(zip(names, [v.shape for v in values], strict=True)),
+        }
+        self.engine.mesh.lay_out(self.name, shapes, self.source.hints())
+        moved = tuple(self.engine.mesh.keep(values, map(self.full, names)))
         self.names += names
         self.positions = {key: index for index, key in enumerate(self.names)}
         self.set_leaves(self.leaves + moved)
@@ -169,8 +186,12 @@ class JaxOptimizer:
 
         with engine.dtypes(model.wants_64bit):
             shapes = jax.eval_shape(init, params)
-            state = jax.jit(init, out_shardings=jax.tree.map(engine.mesh.kept, shapes))(params)
-        self.treedef: Any = jax.tree.structure(state)
+            self.owners: tuple[str | None, ...] = owners_of(shapes, {name: model.full(name) for name in self.names})
+            self.treedef: Any = jax.tree.structure(shapes)
+            kept = [
+                engine.mesh.kept(leaf, name) for leaf, name in zip(jax.tree.leaves(shapes), self.owners, strict=True)
+            ]
+            state = jax.jit(init, out_shardings=jax.tree.unflatten(self.treedef, kept))(params)
         leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self._hyper: tuple[list[Any], Any, Any] | None = None
@@ -190,7 +211,7 @@ class JaxOptimizer:
             )
         with self.engine.dtypes(self.model.wants_64bit):
             cast = [_cast(leaf, old) for leaf, old in zip(leaves, self.leaves, strict=True)]
-            self.leaves = tuple(self.engine.mesh.keep(cast))
+            self.leaves = tuple(self.engine.mesh.keep(cast, self.owners))
 
     def step(self) -> None:
         """Update the model from its accumulated gradients; parameters without one stay as they are."""
@@ -249,6 +270,24 @@ class JaxOptimizer:
             placed = jax.tree.unflatten(treedef, self.engine.mesh.replicate(values))
             held = self._hyper = (values, treedef, placed)
         return held[2]
+
+
+def owners_of(state: Any, names: Mapping[str, str]) -> tuple[str | None, ...]:
+    """Of every leaf of an optimizer's state, what `names` says of the parameter whose dotted name its path contains; None for none.
+
+    torch's states are `{parameter: {slot: array}}`, optax's repeat the tree of the parameters somewhere inside.
+    """
+    owners: list[str | None] = []
+    for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]:
+        parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        windows = (
+            ".".join(parts[start:end])
+            for length in range(len(parts), 0, -1)
+            for start in range(len(parts) - length + 1)
+            for end in (start + length,)
+        )
+        owners.append(next((names[window] for window in windows if window in names), None))
+    return tuple(owners)
 
 
 def _cast(value: Any, like: jax.Array) -> Any:

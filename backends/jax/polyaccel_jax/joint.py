@@ -23,6 +23,10 @@ class JointModel:
         self.positions = {name: index for index, name in enumerate(self.names)}
         self.wants_64bit = any(model.wants_64bit for model in models)
 
+    def full(self, name: str) -> str:
+        """The name of one of its parameters in programs and on the mesh: what it is here."""
+        return name
+
     @property
     def params(self) -> dict[str, jax.Array]:
         """The parameters of all models; valid until the next update."""

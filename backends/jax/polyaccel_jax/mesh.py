@@ -1,8 +1,8 @@
-"""The devices of a job as a jax mesh, and how arrays lie on it: batches cut over the data axes, and what is kept over `fsdp`."""
+"""The devices of a job as a jax mesh, and how arrays lie on it: batches over the data axes, what is kept over `fsdp` and `tensor`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from polyaccel.errors import PlanError, PrepareError, UnsupportedError
+from polyaccel.sharding.plan import ModelHints, ShardingPlan, plan_shardings, with_fsdp
+from polyaccel.sharding.rules import Spec
 
 if TYPE_CHECKING:
     from polyaccel.plan import Plan
@@ -43,12 +45,18 @@ class DeviceMesh:
         self.num_processes = len({device.process_index for device in devices})
         self.num_shards = plan.num_data_shards
         self.num_local_shards = plan.num_local_data_shards
-        self.num_parts = sizes["fsdp"]  # of what is kept: parameters, gradients and optimizer state
-        if self.num_parts > 1 and self.num_processes > 1:
-            raise UnsupportedError(
-                f"mesh.fsdp={self.num_parts} in a job of {self.num_processes} processes is not supported by backend 'jax'",
-                "start one process, which drives all devices of this machine, or use mesh.data",
-            )
+        self.sizes = sizes
+        self.num_parts = sizes["fsdp"] * sizes["tensor"]  # of what is kept: parameters, gradients and optimizer state
+        self.cuts_layers = sizes["tensor"] > 1
+        self._rules = plan.sharding_rules
+        self._specs: dict[str, Spec] = {}  # of the parameters of all models, by `<model>.<name>`
+        self._uneven: dict[str, Spec] = {}  # of those that cannot be kept in equal parts
+        for axis in ("fsdp", "tensor"):
+            if sizes[axis] > 1 and self.num_processes > 1:
+                raise UnsupportedError(
+                    f"mesh.{axis}={sizes[axis]} in a job of {self.num_processes} processes is not supported by backend 'jax'",
+                    "start one process, which drives all devices of this machine, or use mesh.data",
+                )
         self.is_single_device = len(devices) == 1
         self.local_devices = [device for device in self.mesh.devices.flat if device in self.mesh.local_devices]
         self.replicated: Sharding = NamedSharding(self.mesh, PartitionSpec())
@@ -69,40 +77,75 @@ class DeviceMesh:
         """The PartitionSpec of an array whose dim `axis` is cut over the data shards (None: of one that is the same on all)."""
         return PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), DATA_AXES)
 
-    def kept_axis(self, shape: Sequence[int]) -> int | None:
-        """The dim along which an array that is kept is cut over `fsdp`: its largest one that divides (the first of equal ones).
+    def plan_parameters(self, shapes: Mapping[str, Sequence[int]], hints: ModelHints | None = None) -> ShardingPlan:
+        """How parameters of these names and shapes are cut. Raises PlanError, naming a parameter, for a rule that cannot hold."""
+        return plan_shardings(shapes, self.sizes, self._rules, hints)
 
-        None where none divides, or nothing is cut: the array is whole on every device.
-        """
+    def lay_out(self, model: str, shapes: Mapping[str, Sequence[int]], hints: ModelHints | None = None) -> None:
+        """Fix how the parameters of a model lie, and all that is named after them: gradients, optimizer state, averages."""
         if self.num_parts == 1:
-            return None
-        dividing = [axis for axis, size in enumerate(shape) if size and size % self.num_parts == 0]
-        return max(dividing, key=lambda axis: shape[axis], default=None)
+            return
+        plan = self.plan_parameters(shapes, hints)
+        plan.say(model, self.sizes)
+        self._specs.update({f"{model}.{name}": spec for name, spec in plan.specs.items()})
+        self._uneven.update({f"{model}.{name}": spec for name, spec in plan.uneven.items()})
 
-    def kept_spec(self, shape: Sequence[int]) -> PartitionSpec:
+    def spec_of(self, shape: Sequence[int], name: str | None = None) -> Spec:
+        """Per dim the axis that cuts an array that is kept: that of its parameter `<model>.<name>`, where it has its dims.
+
+        For what belongs to no parameter, the largest dim that divides over `fsdp` (the first of equal ones), if there is one.
+        """
+        found = self._specs.get(name) if name is not None else None
+        if found is not None and len(found) == len(shape):
+            # Statistics of rows or columns (Adafactor) have the parameter's dims, some of them of size 1.
+            sizes = self.sizes
+            return tuple(
+                axis if axis and size % sizes[axis] == 0 else None for size, axis in zip(shape, found, strict=True)
+            )
+        return with_fsdp(shape, (None,) * len(shape), self.sizes["fsdp"])
+
+    def kept_axis(self, shape: Sequence[int], name: str | None = None) -> int | None:
+        """The dim along which an array that is kept is cut over `fsdp`; None where it is not."""
+        spec = self.spec_of(shape, name)
+        return spec.index("fsdp") if "fsdp" in spec else None
+
+    def kept_spec(self, shape: Sequence[int], name: str | None = None) -> PartitionSpec:
         """The PartitionSpec of an array of this shape that is kept from step to step."""
-        axis = self.kept_axis(shape)
-        return PartitionSpec() if axis is None else PartitionSpec(*([None] * axis), "fsdp")
+        return as_partition(self.spec_of(shape, name))
 
-    def kept(self, value: Any) -> Sharding:
+    def used_spec(self, shape: Sequence[int], name: str) -> Spec:
+        """How a parameter lies while a global program uses it: gathered over `fsdp`, cut over `tensor`.
+
+        The pieces are as equal as they can be: a vocabulary of an odd size is kept whole, and what is computed from it is cut.
+        """
+        spec = self._uneven.get(name) or self.spec_of(shape, name)
+        return tuple(None if axis == "fsdp" else axis for axis in spec)
+
+    def kept(self, value: Any, name: str | None = None) -> Sharding:
         """How an array that is kept from step to step lies; `value` is the array, a tracer, or its shape and dtype."""
         if self.num_parts == 1 or jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
             return self.replicated
-        return NamedSharding(self.mesh, self.kept_spec(value.shape))
+        return self.sharding_of(self.spec_of(value.shape, name))
+
+    def sharding_of(self, spec: Spec) -> NamedSharding:
+        """The sharding of a parameter with this spec."""
+        return NamedSharding(self.mesh, as_partition(spec))
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def keep(self, values: Iterable[Any]) -> list[jax.Array]:
-        """Copies of host or device arrays, equal on all processes, each cut as what is kept is; every device gets its part alone.
+    def keep(self, values: Iterable[Any], names: Iterable[str | None]) -> list[jax.Array]:
+        """Copies of host or device arrays, equal on all processes, each cut as its parameter is; every device gets its part alone.
 
         The values are taken one by one: where they are made when they are asked for, no two of them are whole at a time.
         """
         if self.num_parts == 1:
             return self.replicate(list(values))
         copies: list[jax.Array] = []
-        for value in values:
+        following = iter(names)
+        for value in values:  # no zip, which holds on to the value before
+            name = next(following)
             value = value if hasattr(value, "dtype") else np.asarray(value)
-            sharding = self.kept(value)
+            sharding = self.kept(value, name)
             if isinstance(value, jax.Array) and value.sharding == sharding:
                 copies.append(jnp.copy(value))  # in its parts
             else:
@@ -224,6 +267,12 @@ class DeviceMesh:
             return np.asarray(array)
         axis = _cut_axis(array)
         return np.concatenate([np.asarray(piece.data) for piece in _distinct_pieces(array, axis)], axis)
+
+
+def as_partition(spec: Spec) -> PartitionSpec:
+    """Without the dims at the end that nothing cuts: jax compares specs as they are written."""
+    last = max((dim for dim, axis in enumerate(spec) if axis), default=-1)
+    return PartitionSpec(*spec[: last + 1])
 
 
 def _snapshot(leaf: Any) -> Any:

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
+from polyaccel_jax.constraints import Constrainer
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
 
 Specs = tuple[ArraySpec, ...]
@@ -91,19 +92,49 @@ def run(
         for value, axis in zip(inputs, layout.axes, strict=True)
     ]
     if mesh.num_parts > 1:
-        # Whole where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
-        params = {name: _lay(mesh, value, None) for name, value in params.items()}
-    result = program(params, buffers, key, inputs, loss_scale)
+        # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
+        params = {
+            name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
+            for name, value in params.items()
+        }
+    if mesh.cuts_layers:
+        result = _run_constrained(mesh, layout, program, params, buffers, key, inputs, loss_scale)
+    else:
+        result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
         result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
         result.outputs = [
             _lay(mesh, value, axis) for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
         result.grads = {
-            name: lax.with_sharding_constraint(value, mesh.kept(value)) for name, value in result.grads.items()
+            name: lax.with_sharding_constraint(value, mesh.kept(value, name)) for name, value in result.grads.items()
         }
         result.buffers = {name: _lay(mesh, value, None) for name, value in result.buffers.items()}
     return result
+
+
+def _run_constrained(
+    mesh: DeviceMesh,
+    layout: Layout,
+    program: Program,
+    params: dict[str, jax.Array],
+    buffers: dict[str, jax.Array],
+    key: jax.Array,
+    inputs: Sequence[jax.Array],
+    loss_scale: jax.Array | None,
+) -> ProgramResult:
+    """The program, with constraints on its products with weights that `tensor` cuts."""
+    sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        result = program(*args)
+        return result.loss, result.outputs, result.grads, result.buffers
+
+    args = (params, buffers, key, list(inputs), loss_scale)
+    leaves = jax.tree.leaves(params)
+    tags: list[Any] = [mesh.used_spec(value.shape, name) for name, value in sorted(params.items())]
+    tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
+    return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
 
 
 def _lay(mesh: DeviceMesh, value: jax.Array, axis: int | None) -> jax.Array:
@@ -122,7 +153,7 @@ def _run_replicas(
     inputs: Sequence[jax.Array],
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
-    cut = {name: mesh.kept_axis(value.shape) for name, value in params.items()}
+    cut = {name: mesh.kept_axis(value.shape, name) for name, value in params.items()}
 
     def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
@@ -132,11 +163,13 @@ def _run_replicas(
             _over_shards(value) if axis is None else value
             for value, axis in zip(result.outputs, program.output_axes, strict=True)
         ]
-        grads = {name: _averaged(value, mesh.kept_axis(value.shape), mesh) for name, value in result.grads.items()}
+        grads = {
+            name: _averaged(value, mesh.kept_axis(value.shape, name), mesh) for name, value in result.grads.items()
+        }
         return lax.pmean(result.loss, DATA_AXES), outputs, grads, _of_first_shard(result.buffers, index)
 
     everywhere = mesh.spec(None)
-    specs = {name: mesh.kept_spec(value.shape) for name, value in params.items()}
+    specs = {name: mesh.kept_spec(value.shape, name) for name, value in params.items()}
     loss, outputs, grads, new_buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,

@@ -73,7 +73,7 @@ def write_gradients(model: JaxModel, shards: Iterable[Shard]) -> None:
     with engine.dtypes(model.wants_64bit):
         dtypes = [np.promote_types(model.params[name].dtype, np.float32) for name in arrays]
         cast = [array.astype(dtype) for array, dtype in zip(arrays.values(), dtypes, strict=True)]
-        model.gradients = dict(zip(arrays, engine.mesh.keep(cast), strict=True))
+        model.gradients = dict(zip(arrays, engine.mesh.keep(cast, map(model.full, arrays)), strict=True))
         if engine.scaler is not None:
             model.overflow = jax.jit(all_finite)(model.gradients)
 

@@ -243,10 +243,13 @@ class Steps:
             mesh = self.engine.mesh
             return jax.jit(
                 lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in specs},
-                out_shardings={name: mesh.kept(jax.ShapeDtypeStruct(shape, dtype)) for name, shape, dtype in specs},
+                out_shardings={
+                    name: mesh.kept(jax.ShapeDtypeStruct(shape, dtype), model.full(name))
+                    for name, shape, dtype in specs
+                },
             )
 
-        return self.function(("zeros", specs), make)()
+        return self.function(("zeros", model.name, specs), make)()
 
     def scale_gradients(self, models: Sequence[JaxModel], factor: Any, *, divides: bool = False) -> None:
         """Multiply the gradients that these models hold by a scalar, or divide them: by 0 they become 0."""
@@ -254,6 +257,7 @@ class Steps:
         if not targets:
             return
         held = tuple([self._own_gradients(model, None) for model, _ in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def scaled(grads: tuple[Named, ...], factor: jax.Array) -> tuple[Named, ...]:
@@ -261,12 +265,12 @@ class Steps:
                 self.engine.compiles.tracing(what, {"gradients": f"{sum(map(len, grads))} arrays"})
                 change = mean_of if divides else lambda grad, by: grad * by.astype(grad.dtype)
                 changed: tuple[Named, ...] = jax.tree.map(lambda grad: change(grad, factor), grads)
-                return self.engine.keep(changed)
+                return self.engine.keep_gradients(owners, changed)
 
             return jax.jit(scaled, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            changed = self.engine.compiles.run(self.function(("scale gradients", divides), make), held, factor)
+            changed = self.engine.compiles.run(self.function(("scale gradients", divides, owners), make), held, factor)
         _replace_gradients(targets, changed)
 
     def zero(self) -> jax.Array:
@@ -289,6 +293,7 @@ class Steps:
         if np.isnan(norm_type) or norm_type <= 0:
             raise UnsupportedError(f"norm_type={norm_type!r} is no norm", "use a positive number, or inf")
         held = tuple([self._own_gradients(model, names) for model, names in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[jax.Array, tuple[Named, ...]]:
@@ -296,29 +301,32 @@ class Steps:
                 norm = total_norm([grad for one in grads for grad in one.values()], norm_type)
                 factor = clip_factor(norm, max_norm)
                 clipped = jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
-                return self.engine.constrain(norm), self.engine.keep(clipped)
+                return self.engine.constrain(norm), self.engine.keep_gradients(owners, clipped)
 
             return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            norm, clipped = self.engine.compiles.run(self.function(("clip norm", max_norm, norm_type), make), held)
+            norm, clipped = self.engine.compiles.run(
+                self.function(("clip norm", max_norm, norm_type, owners), make), held
+            )
         _replace_gradients(targets, clipped)
         return norm
 
     def clip_value(self, targets: Sequence[Target], limit: float) -> None:
         """Clamp the gradients of the targets elementwise."""
         held = tuple([self._own_gradients(model, names) for model, names in targets])
+        owners = tuple([model.name for model, _ in targets])
 
         def make() -> Callable[..., Any]:
             def clip(grads: tuple[Named, ...]) -> tuple[Named, ...]:
                 self.engine.compiles.tracing("clip_grad_value_", _clip_facts(grads, limit))
                 clipped: tuple[Named, ...] = jax.tree.map(lambda grad: jnp.clip(grad, -limit, limit), grads)
-                return self.engine.keep(clipped)
+                return self.engine.keep_gradients(owners, clipped)
 
             return jax.jit(clip, donate_argnums=0)
 
         with self.engine.dtypes(any(model.wants_64bit for model, _ in targets)):
-            clipped = self.engine.compiles.run(self.function(("clip value", limit), make), held)
+            clipped = self.engine.compiles.run(self.function(("clip value", limit, owners), make), held)
         _replace_gradients(targets, clipped)
 
     # -- update ----------------------------------------------------------------------------------------------------------
@@ -392,9 +400,10 @@ def apply_update(
         scaling: Any = engine.plan.precision.loss_scaling
         scaler = next_scaler(scaler, is_finite, scaling)
         skipped = ~is_finite
-    new_leaves, new_state_leaves = engine.keep(updated)
+    new_leaves = engine.keep(updated[0], map(optimizer.model.full, optimizer.names))
+    kept_state = engine.keep(updated[1], optimizer.owners)
     scaler, skipped = engine.constrain((scaler, skipped))
-    return new_leaves, new_state_leaves, scaler, skipped
+    return new_leaves, kept_state, scaler, skipped
 
 
 def unscaled(grads: Named, scale: float, loss_scale: jax.Array | None) -> Named:
@@ -462,7 +471,7 @@ def _backward_function(work: Work, scale: float) -> Callable[..., Any]:
             {name: have[name] + grad if name in have else grad for name, grad in new.items()}
             for have, new in zip(held, work.by_model(grads), strict=True)
         )
-        per_model = work.engine.keep(per_model)
+        per_model = work.engine.keep_gradients([model.name for model in work.models], per_model)
         return result.loss, result.outputs, per_model, work.by_model(result.buffers), following, is_finite, total
 
     work.functions[scale] = jitted = jax.jit(backward, donate_argnums=0)

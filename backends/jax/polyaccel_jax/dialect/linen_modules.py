@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen, traverse_util
+from flax import core, linen, traverse_util
 
 from polyaccel.errors import PrepareError
+from polyaccel.sharding.plan import ModelHints
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
+from polyaccel_jax.dialect.partitioning import hints_of_boxes
 
 _PARAMS = "params"
 
@@ -39,6 +41,8 @@ class LinenSource:
         # "params" needs no prefix; the name of another collection stays in front of its variables.
         self._paths = {".".join(path[1:] if path[0] == _PARAMS else path): path for path in flat}
         self._initial = {name: flat[path] for name, path in self._paths.items()}
+        boxes = traverse_util.flatten_dict(core.unfreeze(dict(variables)).get(_PARAMS, {}))
+        self._hints = hints_of_boxes({".".join(path): box for path, box in boxes.items()})
         self._collections = sorted({path[0] for path in flat} - {_PARAMS})
 
     # -- ModelSource -----------------------------------------------------------------------------------------------------
@@ -47,6 +51,15 @@ class LinenSource:
         """(params, buffers) by dotted path."""
         params = {name: value for name, value in self._initial.items() if self._paths[name][0] == _PARAMS}
         return params, {name: value for name, value in self._initial.items() if name not in params}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters."""
+        params, _ = self.read()
+        return {name: tuple(value.shape) for name, value in params.items()}
+
+    def hints(self) -> ModelHints:
+        """The partitioning metadata of its variables."""
+        return self._hints
 
     def attach(self, model: Any) -> None:
         """Take the handle that owns the values from now on."""

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.sharding.plan import ModelHints
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
+from polyaccel_jax.dialect.partitioning import hints_of_variables
 
 
 class NnxSource:
@@ -42,6 +44,15 @@ class NnxSource:
         params = {name: v.get_value() for name, v in self._variables.items() if isinstance(v, nnx.Param)}
         buffers = {name: v.get_value() for name, v in self._variables.items() if name not in params}
         return params, buffers
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the parameters."""
+        params, _ = self.read()
+        return {name: tuple(value.shape) for name, value in params.items()}
+
+    def hints(self) -> ModelHints:
+        """The partitioning metadata of its variables."""
+        return hints_of_variables(self._variables)
 
     def attach(self, model: Any) -> None:
         """Take the handle that owns the values from now on."""

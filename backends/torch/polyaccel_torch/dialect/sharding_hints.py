@@ -1,0 +1,28 @@
+"""What a torch module says of how its parameters are cut: the plan of a transformers model, and layers that store (in, out)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from polyaccel.sharding.plan import ModelHints
+
+
+def hints_of(module: nn.Module) -> ModelHints:
+    """Read as data: transformers is not imported.
+
+    A model's `_tp_plan` covers the modules below it, by names relative to it. GPT-2's Conv1D stores its weight transposed.
+    """
+    plan: dict[str, str] = {}
+    covered: list[str] = []
+    input_first: list[str] = []
+    for name, part in module.named_modules():
+        prefix = f"{name}." if name else ""
+        found = getattr(part, "_tp_plan", None)
+        if isinstance(found, Mapping) and found and not any(prefix.startswith(outer) for outer in covered):
+            covered.append(prefix)
+            plan.update({f"{prefix}{key}": str(style) for key, style in found.items()})
+        if type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int):
+            input_first.append(f"{prefix}weight")
+    return ModelHints(plan=plan, input_first=frozenset(input_first))
