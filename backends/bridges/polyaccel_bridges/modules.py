@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel_torch.dialect.late_values import LateValues
 
 from . import scope as capturing
 from .exchange import to_numpy
 from .guards import ModuleGuard
-from .late_values import LateValues
 from .module_state import collect_state
 from .output_recorders import install_output_recorders
 from .state_cells import Kind, StateCell

@@ -1,0 +1,1 @@
+"""Models whose parameters lie in pieces on a mesh of processes: FSDP2, its hybrid form, tensor parallelism, and their products."""
