@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -37,11 +38,12 @@ def specs_of(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, Spec]:
     size = sizes.get("tensor", 1)
     if size > 1:
         uneven = []
+        users = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
         for name, parameter in named.items():
             spec = _matched(name, parameter.dim())
             dim = None if spec is None else spec.index("tensor")
-            if spec is None or dim is None or not _is_linear(module, name):
-                continue
+            if spec is None or dim is None or users[id(parameter)] > 1 or not _is_linear(module, name):
+                continue  # where two layers share a parameter, each would get pieces of its own
             if parameter.shape[dim] % size:
                 uneven.append(f"{name} {tuple(parameter.shape)}")
             else:

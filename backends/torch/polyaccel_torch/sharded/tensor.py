@@ -16,6 +16,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from polyaccel_torch.sharded.attention import split_attention_by_heads
+from polyaccel_torch.sharded.mesh import local_of, with_layout_of
 from polyaccel_torch.sharded.specs import Specs
 
 _for_this_process = ExitStack()
@@ -32,6 +33,17 @@ def split_layers(module: nn.Module, mesh: DeviceMesh, specs: Specs, *, prefix: s
     _let_plain_tensors_be_whole()
     split_attention_by_heads()
     parallelize_module(module, mesh, styles, src_data_rank=None)  # type: ignore[arg-type]
+    for name in styles:
+        _let_go_of_the_rest(module.get_submodule(name))
+
+
+def _let_go_of_the_rest(layer: nn.Module) -> None:
+    """A piece along dim 0 is a view of the whole parameter, which would stay in memory for it."""
+    for key, parameter in list(layer.named_parameters(recurse=False)):
+        local = local_of(parameter.detach())
+        if local.untyped_storage().nbytes() > local.numel() * local.element_size():
+            own = with_layout_of(local.clone(), parameter)
+            layer.register_parameter(key, nn.Parameter(own, requires_grad=parameter.requires_grad))
 
 
 def styles_of(module: nn.Module, specs: Specs, *, prefix: str = "") -> dict[str, ParallelStyle]:
