@@ -32,7 +32,15 @@ def _forward(query: Any, key: Any, value: Any, *options: Any, attn_mask: Any = N
 
 
 def _backward(
-    grad: Any, query: Any, key: Any, value: Any, out: Any, sums: Any, *options: Any, attn_mask: Any = None, scale: Any = None
+    grad: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    sums: Any,
+    *options: Any,
+    attn_mask: Any = None,
+    scale: Any = None,
 ) -> Any:
     rules = []
     for place in (Replicate(), *map(Shard, _INDEPENDENT)):

@@ -123,6 +123,7 @@ def has_own_gradients(part: FSDPModule) -> bool:
     states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
     parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
     return any(
-        p.unsharded_accumulated_grad is not None or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+        p.unsharded_accumulated_grad is not None
+        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
         for p in parameters
     )

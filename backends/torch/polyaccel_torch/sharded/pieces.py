@@ -58,7 +58,10 @@ class LocalPieces:
                 missing[name] -= piece.numel()
         for name, count in missing.items():
             if count > 0:
-                raise CheckpointError(f"{name}: {count} elements of this process's piece are not there", "give the shards of all processes")
+                raise CheckpointError(
+                    f"{name}: {count} elements of this process's piece are not there",
+                    "give the shards of all processes",
+                )
 
 
 def _common(start: int, size: int, other: int, other_size: int) -> tuple[int, int, int]:

@@ -42,7 +42,8 @@ class Placing:
         for name, parameter in before.items():
             if isinstance(parameter, DTensor):
                 raise PrepareError(
-                    f"{type(model).__name__}.{name} is a DTensor already", "prepare the model before it is cut: prepare cuts it"
+                    f"{type(model).__name__}.{name} is a DTensor already",
+                    "prepare the model before it is cut: prepare cuts it",
                 )
         specs = specs_of(model, self.mesh.sizes)
         late = LateValues(model, {**before, **dict(model.named_buffers())})
@@ -109,7 +110,9 @@ class Placing:
             if new is not old:
                 state = optimizer.state.pop(old)
                 optimizer.state[new] = {
-                    slot: piece_of(value, new) if isinstance(value, torch.Tensor) and value.shape == new.shape else value
+                    slot: piece_of(value, new)
+                    if isinstance(value, torch.Tensor) and value.shape == new.shape
+                    else value
                     for slot, value in state.items()
                 }
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -19,7 +19,20 @@ log = logging.getLogger("polyaccel.torch")
 Spec = tuple[str | None, ...]
 Specs = Mapping[str, Spec]  # of every parameter of a model, tied ones under their first name
 
-_OUTPUTS_CUT = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "gate_proj", "up_proj", "fc1", "c_fc", "w1", "w3")
+_OUTPUTS_CUT = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "query",
+    "key",
+    "value",
+    "gate_proj",
+    "up_proj",
+    "fc1",
+    "c_fc",
+    "w1",
+    "w3",
+)
 _INPUTS_CUT = ("o_proj", "out_proj", "down_proj", "fc2", "c_proj", "w2")
 _TENSOR_RULES: tuple[tuple[str, Spec], ...] = (
     *((f"*{name}.weight", ("tensor", None)) for name in _OUTPUTS_CUT),
@@ -52,7 +65,9 @@ def specs_of(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, Spec]:
         if not any("tensor" in spec for spec in specs.values()):
             raise PrepareError(
                 f"mesh.tensor={size} splits no layer of {type(module).__name__}:"
-                + (f" {', '.join(uneven[:3])} cannot be cut into {size} equal parts" if uneven else " no name is known"),
+                + (
+                    f" {', '.join(uneven[:3])} cannot be cut into {size} equal parts" if uneven else " no name is known"
+                ),
                 f"use mesh.fsdp for this model; known are Linear layers named {', '.join((*_OUTPUTS_CUT, *_INPUTS_CUT))}",
             )
         if uneven:
@@ -65,9 +80,7 @@ def specs_of(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, Spec]:
 
 
 def _matched(name: str, num_dims: int) -> Spec | None:
-    return next(
-        (spec for pattern, spec in _TENSOR_RULES if fnmatchcase(name, pattern) and len(spec) == num_dims), None
-    )
+    return next((spec for pattern, spec in _TENSOR_RULES if fnmatchcase(name, pattern) and len(spec) == num_dims), None)
 
 
 def _is_linear(module: nn.Module, name: str) -> bool:
