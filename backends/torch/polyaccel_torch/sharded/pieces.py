@@ -1,4 +1,4 @@
-"""This process's piece of a global tensor: where it lies, cutting it out of a whole one, and putting it together from pieces of any mesh."""
+"""This process's piece of a global tensor: where it lies, cutting it out of a whole one, joining it from pieces of any mesh."""
 
 from __future__ import annotations
 

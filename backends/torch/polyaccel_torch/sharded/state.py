@@ -1,4 +1,4 @@
-"""Models, optimizers and gradients in pieces as shards and back: each process gives what it alone is the first to hold, nothing is gathered."""
+"""Models, optimizers and gradients in pieces as shards and back: a process gives what it is the first to hold, nothing is gathered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
 from polyaccel_torch import state
 from polyaccel_torch.dialect.modules import named_tensors
-from polyaccel_torch.dialect.states import by_parameter, shard_of, slots, spec_of
+from polyaccel_torch.dialect.states import by_parameter, shard_of, slots
 from polyaccel_torch.sharded import fsdp
 from polyaccel_torch.sharded.mesh import ShardedMesh, local_of
 from polyaccel_torch.sharded.pieces import LocalPieces, as_like, box_of
