@@ -478,9 +478,8 @@ class TorchEngine:
         else:
             state.check_model(self.unwrap(handle), specs)
 
-    def whole_state_dict(self, handle: nn.Module) -> dict[str, Any]:
-        """The user's own module's `state_dict()`, gathered where its parameters are cut. Every process must call it."""
-        module = self.unwrap(handle)
+    def whole_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """A user's own module's `state_dict()`, gathered where its parameters are cut. Every process must call it."""
         return module.state_dict() if self._sharding is None else self._sharding.whole_state_dict(module)
 
     def parameter_names(self, handle: optimizers.PreparedOptimizer) -> list[str] | None:
