@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from polyaccel.errors import CheckpointError
@@ -32,6 +32,19 @@ def piece_of(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     shape, offset = box_of(like)
     where = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     return with_layout_of(whole[where].to(like.device).contiguous().clone(), like)
+
+
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that lies in pieces, on every process. Every process of its mesh must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    # Outermost axis first: where `fsdp` cuts a piece of `tensor` again, these smaller pieces have to be joined before.
+    for position in range(len(placements)):
+        if not isinstance(placements[position], Replicate):
+            placements[position] = Replicate()
+            tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 class LocalPieces:

@@ -17,7 +17,7 @@ from polyaccel_torch.dialect.modules import named_tensors
 from polyaccel_torch.dialect.states import by_parameter, shard_of, slots
 from polyaccel_torch.sharded import fsdp
 from polyaccel_torch.sharded.mesh import ShardedMesh, local_of
-from polyaccel_torch.sharded.pieces import LocalPieces, as_like, box_of
+from polyaccel_torch.sharded.pieces import LocalPieces, as_like, box_of, whole_of
 
 
 def _own_shards(name: str, tensor: torch.Tensor, mesh: ShardedMesh) -> Iterator[Shard]:
@@ -122,6 +122,6 @@ def write_gradients(module: nn.Module, shards: Iterable[Shard], *, scale: float)
 def whole_state_dict(module: nn.Module) -> dict[str, Any]:
     """`module.state_dict()` with whole tensors on the host, on every process. Every process must call it."""
     return {
-        name: value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        name: whole_of(value.detach()).cpu() if isinstance(value, DTensor) else value
         for name, value in module.state_dict().items()
     }

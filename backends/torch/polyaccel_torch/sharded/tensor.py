@@ -32,7 +32,7 @@ def split_layers(module: nn.Module, mesh: DeviceMesh, specs: Specs, *, prefix: s
         return
     _let_plain_tensors_be_whole()
     split_attention_by_heads()
-    parallelize_module(module, mesh, styles, src_data_rank=None)  # type: ignore[arg-type]
+    parallelize_module(module, mesh, styles, src_data_rank=None)
     for name in styles:
         _let_go_of_the_rest(module.get_submodule(name))
 
