@@ -116,6 +116,23 @@ def made_without_values(mesh, folder):
     }
 
 
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.dropout = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.fc2(self.fc1(x)))
+
+
+def noise(mesh, folder):
+    """Which numbers dropout kept on each process, though each was seeded in its own way."""
+    run = accelerator(mesh=mesh)
+    torch.manual_seed(run.process_index)
+    model = run.prepare(Noisy())
+    return run.gather(model(torch.ones(4, 8))).ne(0).int().reshape(4, -1).tolist()
+
+
 def metrics(mesh, folder):
     """Every sample once, and integers counted once, where several processes have the same batches."""
     run = accelerator(mesh=mesh)
@@ -143,6 +160,7 @@ QUESTIONS = {
     "resumed on tensor": (resumed, MESHES["fsdp 4"], MESHES["data 2 x tensor 2"]),
     "saved in a window": (saved_in_a_window, MESHES["fsdp 4"]),
     "late": (made_without_values, MESHES["data 2 x fsdp 2"]),
+    "noise": (noise, MESHES["fsdp 2 x tensor 2"]),
     "metrics": (metrics, MESHES["fsdp 2 x tensor 2"]),
     "refused": (refused, MESHES["data 2 x tensor 2"]),
 }

@@ -146,6 +146,13 @@ def test_a_model_without_values_computes_them_in_parts(answers):
     assert all(one["late"] == answers[0]["late"] for one in answers)
 
 
+def test_processes_of_one_tensor_group_drop_the_same_and_others_do_not(answers):
+    first, second, third, fourth = answers[0]["noise"]
+    assert first == second
+    assert third == fourth
+    assert first != third
+
+
 def test_metrics_count_each_sample_once(answers):
     for one in answers:
         assert sorted(one["metrics"]) == [*range(SAMPLES // 8 + 1)]

@@ -41,6 +41,11 @@ class Sharding:
                 f"device_placement=False for {type(model).__name__}: a model that is cut over processes lies on their devices",
                 "leave device_placement out",
             )
+        if hasattr(model, "read_arrays"):
+            raise UnsupportedError(
+                f"{type(model).__name__} keeps arrays of another framework, which cannot be cut over processes of torch",
+                "use backend='jax' for this script, or a mesh of data and replica",
+            )
         self._placing.place(model)
 
     def adopt(self, optimizer: Optimizer) -> None:

@@ -58,6 +58,8 @@ class Placing:
         if open_block:
             self._cut(model, blocks[open_block], open_block, specs, before)
         self._cut(model, model, "", specs, before)
+        if self.mesh.tensor is not None:
+            self._share_generators()
 
     def _fill(self, slots: list[tuple[nn.Module, str]], value: torch.Tensor) -> None:
         part, key = slots[0]
@@ -78,6 +80,18 @@ class Placing:
         shared = value.detach().to(self._device).contiguous()
         dist.broadcast(shared.view(torch.uint8) if shared.dtype == torch.bool else shared, 0)
         return shared
+
+    def _share_generators(self) -> None:
+        """What is whole on all processes of the tensor axis has to stay the same there, dropout of it too: they draw as one."""
+        group = self.mesh.group("tensor")
+        first = dist.get_global_rank(group, 0)
+        state = torch.get_rng_state().to(self._device)
+        dist.broadcast(state, first, group=group)
+        torch.set_rng_state(state.cpu())
+        if self._device.type == "cuda":
+            state = torch.cuda.get_rng_state(self._device).to(self._device)
+            dist.broadcast(state, first, group=group)
+            torch.cuda.set_rng_state(state.cpu(), self._device)
 
     def _cut(self, model: nn.Module, part: nn.Module, path: str, specs: Specs, before: dict[str, nn.Parameter]) -> None:
         prefix = f"{path}." if path else ""
