@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,10 @@ from polyaccel_torch.dialect.late_values import LateValues
 from polyaccel_torch.sharded import fsdp
 from polyaccel_torch.sharded.mesh import ShardedMesh
 from polyaccel_torch.sharded.pieces import piece_of
-from polyaccel_torch.sharded.specs import Specs, specs_of
-from polyaccel_torch.sharded.tensor import split_layers
+from polyaccel_torch.sharded.specs import INPUTS_CUT, OUTPUTS_CUT, Specs, specs_of
+from polyaccel_torch.sharded.tensor import split_layers, splittable
+
+log = logging.getLogger("polyaccel.torch")
 
 
 class Placing:
@@ -45,7 +48,7 @@ class Placing:
                     f"{type(model).__name__}.{name} is a DTensor already",
                     "prepare the model before it is cut: prepare cuts it",
                 )
-        specs = specs_of(model, self.mesh.sizes)
+        specs = self._specs(model)
         late = LateValues(model, {**before, **dict(model.named_buffers())})
         blocks = fsdp.blocks_of(model)
         open_block = ""
@@ -60,6 +63,29 @@ class Placing:
         self._cut(model, model, "", specs, before)
         if self.mesh.tensor is not None:
             self._share_generators()
+
+    def _specs(self, model: nn.Module) -> Specs:
+        shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        asked, uneven = specs_of(shapes, self.mesh.sizes)
+        specs, unsplittable = splittable(model, asked)
+        size = self.mesh.sizes["tensor"]
+        if size > 1 and not any("tensor" in spec for spec in specs.values()):
+            raise PrepareError(
+                f"mesh.tensor={size} splits no layer of {type(model).__name__}:"
+                + (
+                    f" {', '.join(uneven[:3])} cannot be cut into {size} equal parts" if uneven else " no name is known"
+                ),
+                f"use mesh.fsdp for this model; known are Linear layers named {', '.join((*OUTPUTS_CUT, *INPUTS_CUT))}",
+            )
+        for names, why in (
+            (uneven, "do not divide"),
+            (unsplittable, "are shared, or of no layer that torch can split"),
+        ):
+            if names:
+                log.warning(
+                    "%s: whole along mesh.tensor=%d, as they %s: %s", type(model).__name__, size, why, ", ".join(names)
+                )
+        return specs
 
     def _fill(self, slots: list[tuple[nn.Module, str]], value: torch.Tensor) -> None:
         part, key = slots[0]

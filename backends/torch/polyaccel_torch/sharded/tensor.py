@@ -6,6 +6,7 @@ operation that needs more than a piece gathers it. Everywhere else they are whol
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -17,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from polyaccel_torch.sharded.attention import split_attention_by_heads
 from polyaccel_torch.sharded.mesh import local_of, with_layout_of
-from polyaccel_torch.sharded.specs import Specs
+from polyaccel_torch.sharded.specs import Spec, Specs, without_tensor
 
 _for_this_process = ExitStack()
 
@@ -46,15 +47,36 @@ def _let_go_of_the_rest(layer: nn.Module) -> None:
             layer.register_parameter(key, nn.Parameter(own, requires_grad=parameter.requires_grad))
 
 
+def splittable(module: nn.Module, specs: Specs) -> tuple[dict[str, Spec], list[str]]:
+    """Specs that torch can carry out, and the names of parameters that stay whole along the tensor axis although theirs cut them.
+
+    Those of nn.Linear and nn.Embedding can be. Subclasses may be used without being called (the out_proj of nn.MultiheadAttention), where
+    no hook sees their input; where two layers share a parameter, each would get pieces of its own. A bias goes with its weight.
+    """
+    users = Counter(id(p) for part in module.modules() for p in part._parameters.values() if p is not None)
+    kept: dict[str, Spec] = dict(specs)
+    whole: list[str] = []
+    for name, parameter in module.named_parameters():
+        if "tensor" not in specs[name]:
+            continue
+        layer, _, key = name.rpartition(".")
+        weight = specs.get(f"{layer}.weight", ())
+        is_alone = users[id(parameter)] == 1 and type(module.get_submodule(layer)) in (nn.Linear, nn.Embedding)
+        if not is_alone or (key == "bias" and (not weight or weight[0] != "tensor")):
+            kept[name] = without_tensor(specs[name])
+            whole.append(name)
+    return kept, whole
+
+
 def styles_of(module: nn.Module, specs: Specs, *, prefix: str = "") -> dict[str, ParallelStyle]:
     """The style of every layer that is cut, by its name in `module`."""
     cuts = dict(_cut_layers(module, specs, prefix))
     styles: dict[str, ParallelStyle] = {}
     for name, cut in cuts.items():
-        if cut == "inputs":
+        if cut in ("inputs", "rows"):
             # A whole input is cut here, and one that arrives in pieces stays as it is.
             styles[name] = RowwiseParallel(input_layouts=Replicate())
-        elif _feeds_its_siblings(module, name, cuts):
+        elif cut == "outputs" and _feeds_its_siblings(module, name, cuts):
             styles[name] = ColwiseParallel(use_local_output=False)
         else:
             styles[name] = ColwiseParallel(output_layouts=Replicate())
@@ -63,8 +85,10 @@ def styles_of(module: nn.Module, specs: Specs, *, prefix: str = "") -> dict[str,
 
 def _cut_layers(module: nn.Module, specs: Specs, prefix: str) -> Iterator[tuple[str, str]]:
     for name, part in module.named_modules():
-        spec = specs.get(f"{prefix}{name}.weight") if isinstance(part, nn.Linear) else None
-        if spec is not None and "tensor" in spec:
+        spec = specs.get(f"{prefix}{name}.weight", ())
+        if "tensor" in spec and isinstance(part, nn.Embedding):
+            yield name, "rows" if spec[0] == "tensor" else "columns"
+        elif "tensor" in spec:
             yield name, "outputs" if spec[0] == "tensor" else "inputs"
 
 
