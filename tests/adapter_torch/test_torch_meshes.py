@@ -15,6 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 from small_gpt import SAMPLES, accelerator, gpt, loader, train
+from torch import nn
+
+from polyaccel_torch.sharded import fsdp
 
 JOB = Path(mesh_job.__file__)
 FSDP, FSDP_TENSOR, DATA_FSDP = "fsdp 4", "fsdp 2 x tensor 2", "data 2 x fsdp 2"
@@ -151,6 +154,21 @@ def test_processes_of_one_tensor_group_drop_the_same_and_others_do_not(answers):
     assert first == second
     assert third == fourth
     assert first != third
+
+
+def test_blocks_are_gathered_one_at_a_time_unless_they_share_parameters():
+    class Nested(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.first = nn.Linear(2, 2)
+            self.stages = nn.ModuleList([nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2)])
+            if tied:
+                self.first.weight = self.stages[0][1].weight
+
+    assert list(fsdp.blocks_of(gpt(0))) == ["blocks.0", "blocks.1"]
+    everything = ["stages.0.0", "stages.0.1", "stages.1.0", "stages.1.1"]
+    assert list(fsdp.blocks_of(Nested(tied=False))) == everything
+    assert list(fsdp.blocks_of(Nested(tied=True))) == ["stages.0.0", "stages.1.0", "stages.1.1"]
 
 
 def test_metrics_count_each_sample_once(answers):

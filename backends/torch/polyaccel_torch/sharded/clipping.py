@@ -51,14 +51,14 @@ def total_norm(parameters: Iterable[torch.Tensor], norm_type: float, mesh: Shard
         if parameter.grad is not None:
             pieces.append(local_of(_settled(parameter)))
     is_max = math.isinf(norm_type)
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), device=device, dtype=torch.float64)  # powers of norms would leave float32
     for axes in sorted(kinds):
         norm = nn.utils.get_total_norm(kinds[axes], norm_type).to(total)
         part = norm if is_max else norm**norm_type
         for axis in axes:
             dist.all_reduce(part, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=mesh.group(axis))
         total = torch.maximum(total, part) if is_max else total + part
-    return total if is_max else total ** (1.0 / norm_type)
+    return (total if is_max else total ** (1.0 / norm_type)).float()
 
 
 def _settled(parameter: torch.Tensor) -> torch.Tensor:

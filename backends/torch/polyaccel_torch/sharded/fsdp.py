@@ -47,7 +47,8 @@ def _named_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         blocks = list(part.named_children())
         is_list = isinstance(part, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1
-        if is_list and len({type(block) for _, block in blocks}) == 1:
+        is_called = not any(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for _, block in blocks)
+        if is_list and is_called and len({type(block) for _, block in blocks}) == 1:
             for key, block in blocks:
                 path = f"{name}.{key}" if name else key
                 taken.append(path)
