@@ -107,12 +107,22 @@ def made_without_values(mesh, folder):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     torch.manual_seed(3 + run.process_index)
     model, optimizer = run.prepare(model, optimizer)
-    values = run.get_state_dict(model)
-    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(run.process_index))
-    run.backward(model(x).square().mean())
+    values = {name: value.clone() for name, value in run.get_state_dict(model).items()}
+    for step in range(2):  # the second one begins with the first process's statistics
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(4 * step + run.process_index))
+        run.backward(model(x).square().mean())
     optimizer.step()
+    statistics = model.norm.running_mean.tolist()
+    with torch.no_grad():
+        model.eval()(x)
     return {
-        name: [float(value.min()), float(value.max())] for name, value in values.items() if value.is_floating_point()
+        "ranges": {
+            name: [float(value.min()), float(value.max())]
+            for name, value in values.items()
+            if value.is_floating_point()
+        },
+        "before": statistics,
+        "after": model.norm.running_mean.tolist(),
     }
 
 

@@ -55,7 +55,8 @@ class Gpt(nn.Module):
         self.register_buffer("order", torch.arange(LENGTH), persistent=False)
 
     def forward(self, tokens):
-        x = self.tokens(tokens) + self.positions(self.order) + self.odd.sum()
+        x = self.tokens(tokens) + self.positions(self.order)
+        x = x + nn.functional.pad(self.odd.flatten(), (0, WIDTH - self.odd.numel()))
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))

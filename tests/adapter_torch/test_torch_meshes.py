@@ -142,11 +142,17 @@ def test_gradients_that_wait_for_their_exchange_cannot_be_saved(answers):
 
 
 def test_a_model_without_values_computes_them_in_parts(answers):
-    for name, (low, high) in answers[0]["late"].items():
+    ranges = answers[0]["late"]["ranges"]
+    for name, (low, high) in ranges.items():
         if name.startswith("blocks"):
             assert -0.25 <= low < high <= 0.25  # 1 / sqrt(16), nn.Linear's own bound
-    assert answers[0]["late"]["norm.weight"] == [1, 1]
-    assert all(one["late"] == answers[0]["late"] for one in answers)
+    assert ranges["norm.weight"] == [1, 1]
+    assert all(one["late"]["ranges"] == ranges for one in answers)
+
+
+def test_running_statistics_are_those_of_the_first_process(answers):
+    assert answers[1]["late"]["before"] != answers[0]["late"]["before"]
+    assert all(one["late"]["after"] == answers[0]["late"]["before"] for one in answers)
 
 
 def test_processes_of_one_tensor_group_drop_the_same_and_others_do_not(answers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Iterator
@@ -61,6 +62,9 @@ class Placing:
         if open_block:
             self._cut(model, blocks[open_block], open_block, specs, before)
         self._cut(model, model, "", specs, before)
+        saved = model.state_dict(keep_vars=True)
+        if kept := tuple(name for name, _ in model.named_buffers() if name in saved):
+            model.register_forward_pre_hook(functools.partial(_follow_first, kept))
         if self.mesh.tensor is not None:
             self._share_generators()
 
@@ -165,6 +169,16 @@ class Placing:
         found = self._moved.get(parameter)
         model = None if found is None else found[0]()
         return parameter if model is None else model.get_parameter(found[1])
+
+
+@torch.no_grad()
+def _follow_first(names: tuple[str, ...], model: nn.Module, arguments: Any) -> None:
+    """Before a forward, buffers that are saved (running statistics) become process 0's, as in DistributedDataParallel."""
+    buffers = [model.get_buffer(name) for name in names]
+    sent = [buffer.view(torch.uint8) if buffer.dtype == torch.bool else buffer for buffer in buffers]
+    for exchange in [dist.broadcast(buffer, 0, async_op=True) for buffer in sent]:
+        if exchange is not None:
+            exchange.wait()
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, list[tuple[nn.Module, str]]]]:
