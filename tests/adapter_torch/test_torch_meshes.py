@@ -132,7 +132,8 @@ def test_saved_weights_are_whole_and_load_anywhere(folder, answers):
     number = list(mesh_job.QUESTIONS).index(f"twenty steps, {FSDP_TENSOR}")
     saved = safetensors.torch.load_file(folder / str(number) / "weights" / "model.safetensors")
     for name, value in of_one_process()[2].state_dict().items():
-        if name in saved:  # tied parameters are there once
+        # Tied parameters are there once. Softmax does not see a shift of its keys: that gradient is rounding, which Adam makes large.
+        if name in saved and not name.endswith("k_proj.bias"):
             torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-4)
     assert len(saved) == len(list(of_one_process()[2].parameters()))
 
