@@ -140,7 +140,12 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         # What is handed out below must not hold this object: it would be freed by the garbage collector alone.
         engine, prepared, plan, features = self._engine, self._prepared, self.plan, capabilities.features
-        gathering = Gathering(engine, lambda: prepared.script_bridge, debug=self.config.debug)
+        gathering = Gathering(
+            engine,
+            lambda: prepared.script_bridge,
+            debug=self.config.debug,
+            num_processes_per_shard=plan.num_processes_per_shard,
+        )
         self._gathering = gathering
         self._trigger = Trigger(lambda flag: gathering.any_process(flag, "check_trigger"))
         self.project_configuration = ProjectConfiguration.of(project_config, project_dir)

@@ -20,11 +20,20 @@ class Gathering:
 
     With one process every operation returns its input. Every process must call each operation, with trees of equal structure.
     With `debug` the processes first tell each other what they called and with what: another call, another number of arrays, another
-    shape or dtype is a CollectiveError on all of them, before any array moves.
+    shape or dtype is a CollectiveError on all of them, before any array moves. `num_processes_per_shard` neighbours have the same batches:
+    `gather_for_metrics` counts them once, everything else counts processes.
     """
 
-    def __init__(self, engine: Engine, script_bridge: Callable[[], Bridge | None], *, debug: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        script_bridge: Callable[[], Bridge | None],
+        *,
+        debug: bool = False,
+        num_processes_per_shard: int = 1,
+    ) -> None:
         self._engine = engine
+        self._sharing = num_processes_per_shard
         self._script_bridge = script_bridge
         self.debug = debug
 
@@ -57,9 +66,9 @@ class Gathering:
             return tree
         batch.require_known()
         columns = Columns(tree, as_objects=as_objects)
-        if batch.present == tuple(range(self.num_processes)):
+        if batch.present == tuple(range(batch.num_processes)):
             self._check("gather_for_metrics", tree if not columns.columns else (), any_shape=batch.rows is not None)
-        collectives = self._between(batch.present)
+        collectives = self._between(batch.present, batch)
         lengths = [[int(array.shape[0])] * len(batch.present) if len(array.shape) else [] for array in columns.arrays]
         if collectives is not None and lengths and not batch.is_even:
             everyone = collectives.all_gather_object([mine[:1] for mine in lengths])
@@ -84,12 +93,15 @@ class Gathering:
             entries = [[entry for part in column for entry in part] for column in zip(*everyone, strict=True)]
         return columns.rebuilt(arrays, entries)
 
-    def _between(self, present: tuple[int, ...]) -> Any:
-        """Collectives between these processes; None for this one alone."""
+    def _between(self, present: tuple[int, ...], batch: BatchRows) -> Any:
+        """Collectives between the processes that have these parts of a batch, this one among them; None for this one alone."""
         if len(present) == 1:
             return None
         if len(present) == self.num_processes:
             return self._engine.collectives
+        # Of the processes that have the same part, each meets those that stand in its own place among their neighbours.
+        place = self._engine.topology.process_index - batch.process * self._sharing
+        present = tuple([part * self._sharing + place for part in present])
         among = getattr(self._engine.collectives, "among", None)
         if among is None:
             raise UnsupportedError(

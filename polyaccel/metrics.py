@@ -15,7 +15,8 @@ class BatchRows:
     """The rows of the batch that is in use, seen from process `process` of `num_processes`.
 
     `rows` None: all are real and the processes hold as many of them. `is_left`: the batch is the last one of a loop that was
-    left, and values that do not have its rows exactly are taken for those of several batches, and kept whole.
+    left, and values that do not have its rows exactly are taken for those of several batches, and kept whole. Where several processes
+    have the same batches, each is counted among those that have none in common: one of every `num_processes_per_shard`.
     """
 
     process: int

@@ -38,7 +38,9 @@ class Plan:
     """Mesh sizes, precision and batch arithmetic of a job, equal on all of its processes but for `first_data_shard`.
 
     A process feeds the data shards `first_data_shard .. first_data_shard + num_local_data_shards`; batch sizes of loaders are
-    per data shard (or of the global batch with `split_batches`). `remarks`: settings that have no effect on this backend.
+    per data shard (or of the global batch with `split_batches`). Where the devices of one data shard belong to several processes
+    (`num_processes_per_shard`, torch with a tensor axis), these are neighbours, and all of them feed that shard with the same batches.
+    `remarks`: settings that have no effect on this backend.
     """
 
     mesh: MeshSpec
@@ -54,6 +56,7 @@ class Plan:
     compile_backend: str
     sharding_rules: tuple[ShardingRule, ...] = ()
     remarks: tuple[str, ...] = ()
+    num_processes_per_shard: int = 1
 
 
 def make_plan(
@@ -86,18 +89,13 @@ def make_plan(
             "leave it out",
         )
     remarks = [*config.remarks, *_without_effect(config, backend, features)]
-    if mesh.num_data_shards % topology.num_processes:
-        raise PlanError(
-            f"{mesh.num_data_shards} data shards cannot be fed by {topology.num_processes} processes in equal parts",
-            "make replica x data x fsdp a multiple of the number of processes",
-        )
-    num_local = mesh.num_data_shards // topology.num_processes
+    first_data_shard, num_local, num_sharing = _feeding(mesh, topology)
     return Plan(
         mesh=mesh,
         precision=config.precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         num_data_shards=mesh.num_data_shards,
-        first_data_shard=topology.process_index * num_local,
+        first_data_shard=first_data_shard,
         num_local_data_shards=num_local,
         split_batches=config.split_batches,
         even_batches=config.even_batches,
@@ -106,6 +104,26 @@ def make_plan(
         compile_backend=config.compile_backend,
         sharding_rules=config.parameter_rules,
         remarks=tuple(remarks),
+        num_processes_per_shard=num_sharing,
+    )
+
+
+def _feeding(mesh: MeshSpec, topology: Topology) -> tuple[int, int, int]:
+    """The first data shard that this process feeds, how many it feeds, and how many processes feed each of them.
+
+    Devices fill the mesh in the order of their processes, and the axes that split the batch are its outermost: a shard's devices are
+    neighbours. Raises PlanError where a process would feed a part of one shard and a part of another.
+    """
+    num_shards, num_processes = mesh.num_data_shards, topology.num_processes
+    if num_shards % num_processes == 0:
+        num_local = num_shards // num_processes
+        return topology.process_index * num_local, num_local, 1
+    if num_processes % num_shards == 0:
+        num_sharing = num_processes // num_shards
+        return topology.process_index // num_sharing, 1, num_sharing
+    raise PlanError(
+        f"{num_shards} data shards cannot be fed by {num_processes} processes in equal parts",
+        "make replica x data x fsdp a multiple or a divisor of the number of processes",
     )
 
 

@@ -13,7 +13,8 @@ from polyaccel.protocols import Engine, Shard
 def state_dict_of(engine: Engine, handle: Any, own: Any, gather: Callable[[Any], list[Any]]) -> Any:
     """`own.state_dict()` of a user's model that has one, else numpy arrays by name. Every process must call it."""
     if hasattr(own, "state_dict"):
-        return own.state_dict()
+        whole = getattr(engine, "whole_state_dict", None)  # of an engine whose modules may hold pieces
+        return own.state_dict() if whole is None else whole(own)
     shards = engine.read_state(handle)
     pieces: list[Any] = [(shard.name, shard.global_shape, shard.offset, shard.data) for shard in shards]
     if engine.topology.num_processes > 1:

@@ -214,5 +214,6 @@ class Checkpoints(Parts):
             window=self.gradient_state,
             backend=self.backend,
             seed=self.config.seed,
-            has_own_gradients="gradient_sync" in self._features,
+            # Where parameters are cut, so are their gradients, which are then those of the global batch.
+            has_own_gradients="gradient_sync" in self._features and self.plan.mesh.fsdp * self.plan.mesh.tensor == 1,
         )

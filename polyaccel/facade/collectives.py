@@ -30,7 +30,8 @@ class Collectives(Parts):
         one structure.
         """
         topology, (rows, is_left) = self._engine.topology, self.gradient_state.batch_rows
-        batch = BatchRows(topology.process_index, topology.num_processes, rows, is_left)
+        sharing = self.plan.num_processes_per_shard
+        batch = BatchRows(topology.process_index // sharing, topology.num_processes // sharing, rows, is_left)
         return self._gathering.gather_for_metrics(input_data, batch, as_objects=use_gather_object)
 
     @contextmanager

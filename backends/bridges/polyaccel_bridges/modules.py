@@ -12,12 +12,12 @@ from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.sharding.plan import ModelHints
+from polyaccel_torch.dialect.late_values import LateValues
 from polyaccel_torch.dialect.sharding_hints import hints_of
 
 from . import scope as capturing
 from .exchange import to_numpy
 from .guards import ModuleGuard
-from .late_values import LateValues
 from .module_state import collect_state
 from .output_recorders import install_output_recorders
 from .state_cells import Kind, StateCell

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class TorchBackend:
-    """PyTorch on CPU, CUDA and (one process) MPS; data parallel over processes."""
+    """PyTorch on CPU, CUDA and (one process) MPS; data parallel over processes, or with parameters in pieces on them."""
 
     name = "torch"
     capabilities = Capabilities(
         dialect="torch",
-        mesh_axes=frozenset({"replica", "data"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(

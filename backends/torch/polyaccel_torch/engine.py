@@ -1,4 +1,4 @@
-"""The torch engine: one process on one device, eager PyTorch, DistributedDataParallel between processes."""
+"""The torch engine: one process on one device, eager PyTorch, DistributedDataParallel or parameters in pieces between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
-from polyaccel.errors import PrepareError
+from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, state
 from polyaccel_torch.dialect import loaders, modules, optimizers, weights
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
+    from polyaccel_torch.sharded import Sharding
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -47,6 +48,7 @@ class TorchEngine:
         self._plan: Plan | None = None
         self._autocast: Autocast | None = None
         self._scaler: LossScaler | None = None
+        self._sharding: Sharding | None = None  # of models whose parameters are cut over processes
         self._usual_weight: torch.Tensor | None = (
             None  # fp16: mean over shards of a backward's weight in the last window
         )
@@ -63,8 +65,12 @@ class TorchEngine:
         return self._job.device
 
     def bind(self, plan: Plan) -> None:
-        """Fix precision and data shards."""
+        """Fix precision and data shards, and make the mesh where models are cut. Every process must call it."""
         self._plan = plan
+        if plan.mesh.fsdp > 1 or plan.mesh.tensor > 1:
+            from polyaccel_torch.sharded import Sharding
+
+            self._sharding = Sharding(plan, self.config, self.device)
         self._autocast = autocast_of(plan.precision, self.device, cache=self.config.autocast_cache)
         scaling = plan.precision.loss_scaling
         self._scaler = None if scaling is None else LossScaler(scaling, self.device)
@@ -110,20 +116,24 @@ class TorchEngine:
     ) -> nn.Module:
         """On this process's device, under autocast, data parallel if there are other processes and it can be trained.
 
-        In one process without compile the handle is the module itself. With device_placement=False it stays where it is. Raises
-        PrepareError before anything is changed.
+        In one process without compile, and on a mesh with fsdp or tensor, the handle is the module itself. With device_placement=False
+        it stays where it is. Raises PrepareError before anything is changed.
         """
         known = self._handles.get(model)
         handle = known() if known is not None else None
         if handle is not None or model in self._originals:
             return model if handle is None else handle
-        modules.check_placeable(model, scales_loss=self._scaler is not None)
-        if device_placement and not modules.is_on(model, self.device):
+        sharding = self._sharding
+        modules.check_placeable(model, scales_loss=self._scaler is not None, takes_meta=sharding is not None)
+        if sharding is not None:
+            sharding.prepare_model(model, device_placement=device_placement)
+        elif device_placement and not modules.is_on(model, self.device):
             model.to(self.device)  # moves the values; the Parameter objects, and with them optimizers, stay valid
         modules.remove_autocast(model)
         handle = model
         is_trained = not evaluation_mode and any(parameter.requires_grad for parameter in model.parameters())
-        if self.topology.num_processes > 1 and is_trained and parallel.parallel_part(model) is None:
+        is_whole = sharding is None and parallel.parallel_part(model) is None
+        if self.topology.num_processes > 1 and is_trained and is_whole:
             handle = data_parallel.wrap(handle, self.device, self.config)
         if self._bound.compile:
             handle = compiling.compiled(handle, self.config)
@@ -146,6 +156,8 @@ class TorchEngine:
             return optimizer
         if hasattr(optimizer, "for_model"):
             optimizer = optimizer.for_model(None if model is None else self.unwrap(model))
+        if self._sharding is not None:
+            self._sharding.adopt(optimizer)
         owners = list(self._handles)  # an optimizer may update several models, prepared in any order
         if owners:
             optimizers.check_parameters(optimizer, owners)
@@ -207,17 +219,28 @@ class TorchEngine:
         return self._autocast(enabled=enabled, cache_enabled=cache)
 
     def gradient_sync(self, model: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
-        """With enabled=False, DistributedDataParallel.no_sync: forward and backward must both be inside."""
+        """With enabled=False, DistributedDataParallel.no_sync or its like: forward and backward must both be inside."""
+        if self._sharding is not None:
+            return _NOTHING if enabled else self._sharding.accumulating(model)
         part = None if enabled else parallel.parallel_part(model)
         return _NOTHING if part is None else part.no_sync()
 
     def sync_in_backward(self, model: nn.Module) -> AbstractContextManager[Any]:
         """The next backward inside exchanges gradients, whatever the forward passes were told."""
+        if self._sharding is not None:
+            return self._sharding.exchanging(model)
         part = parallel.parallel_part(model)
         return _NOTHING if part is None else parallel.exchanging(part)
 
     def joined(self, handles: list[Any]) -> AbstractContextManager[None]:
-        """Inside, processes may have different numbers of batches; see `joining.joined`."""
+        """Inside, processes may have different numbers of batches; see `joining.joined`.
+
+        Raises UnsupportedError on a mesh with fsdp or tensor.
+        """
+        self._refuse_sharded(
+            "join_uneven_inputs with even_batches=False",
+            "use even_batches=True: all processes then have equally many batches",
+        )
         return joining.joined(handles, self.collectives)
 
     def remove_autocast(self, model: nn.Module) -> None:
@@ -225,11 +248,18 @@ class TorchEngine:
         modules.remove_autocast(model)
 
     def parameter_average(self, model: nn.Module) -> ModuleAverage:
-        """On the device; every process has the same one, as it has the same parameters."""
+        """On the device; every process has the same one, as it has the same parameters. Raises UnsupportedError where these are cut."""
+        self._refuse_sharded("an average of parameters (EMA)", "use a mesh of data and replica for it")
         return ModuleAverage(self.unwrap(model))
 
     def average_parameters(self, model: nn.Module) -> None:
-        """Replace the floating-point parameters by their mean over processes, in the memory that they are in."""
+        """Replace the floating-point parameters by their mean over processes, in the memory that they are in.
+
+        Raises UnsupportedError on a mesh with fsdp or tensor: no process has parameters of its own there.
+        """
+        self._refuse_sharded(
+            "training of parameters of each process's own (LocalSGD)", "use a mesh of data and replica for it"
+        )
         parameters = self.unwrap(model).parameters()
         self.collectives.average([p.detach() for p in parameters if p.is_floating_point() or p.is_complex()])
 
@@ -325,6 +355,8 @@ class TorchEngine:
         mean_values, sum_values = self.collectives.mean_and_sum(
             [leaves[i] for i in means], [leaves[i].long() for i in sums]
         )
+        if (sharing := self._bound.num_processes_per_shard) > 1:  # each of them has counted the same
+            sum_values = [value // sharing for value in sum_values]
         for i, value in zip((*means, *sums), (*mean_values, *sum_values), strict=True):
             leaves[i] = value
         return structure.unflatten(leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
@@ -336,10 +368,15 @@ class TorchEngine:
 
     def clip_grad_norm(self, target: Any, max_norm: float, norm_type: float) -> torch.Tensor:
         """torch.nn.utils.clip_grad_norm_, on unscaled gradients."""
+        if self._sharding is not None:
+            return self._sharding.clip_grad_norm(self._unscaled(target), max_norm, norm_type)
         return nn.utils.clip_grad_norm_(self._unscaled(target), max_norm, norm_type)
 
     def clip_grad_value(self, target: Any, clip_value: float) -> None:
         """torch.nn.utils.clip_grad_value_, on unscaled gradients."""
+        if self._sharding is not None:
+            self._sharding.clip_grad_value(self._unscaled(target), clip_value)
+            return
         nn.utils.clip_grad_value_(self._unscaled(target), clip_value)
 
     def _unscaled(self, target: Any) -> Any:
@@ -367,7 +404,9 @@ class TorchEngine:
         if spec.weight is not None:
             return None
         loss_fn, model, optimizer = spec.loss_fn, spec.public_model, spec.optimizer
-        part = None if self.config.sync_each_batch else parallel.parallel_part(spec.model)
+        accumulating: Callable[[], AbstractContextManager[Any]] | None = None
+        if not self.config.sync_each_batch:
+            accumulating = self._accumulating(spec.model)
         max_norm, scale, on_grad_norm = spec.norm_limit, spec.scale, spec.on_grad_norm
         is_alone = self.topology.num_processes == 1
 
@@ -377,10 +416,10 @@ class TorchEngine:
             return result
 
         def step(batch: Any, sync: bool) -> Any:
-            if sync or part is None:
+            if sync or accumulating is None:
                 result = forward_and_backward(batch)
             else:
-                with part.no_sync():
+                with accumulating():
                     result = forward_and_backward(batch)
             if sync:
                 if self.gradient_state.tail_factor != 1.0:
@@ -397,10 +436,22 @@ class TorchEngine:
 
         return step
 
+    def _accumulating(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]] | None:
+        """What a backward without an exchange runs in; None where there is none to leave out."""
+        if self._sharding is not None:
+            sharding = self._sharding
+            return lambda: sharding.accumulating(model)
+        part = parallel.parallel_part(model)
+        return None if part is None else part.no_sync
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def read_state(self, handle: Any) -> Iterator[Shard]:
-        """All of it on process 0, nothing on the others: every process holds the same values."""
+        """All of it on process 0, nothing on the others, as every process holds the same values; or each its own pieces."""
+        if self._sharding is not None:
+            if isinstance(handle, optimizers.PreparedOptimizer):
+                return self._sharding.read_optimizer(handle.optimizer, self._parameters_of(handle))
+            return self._sharding.read_model(self.unwrap(handle))
         if self.topology.process_index != 0:
             return iter(())
         if isinstance(handle, optimizers.PreparedOptimizer):
@@ -408,7 +459,13 @@ class TorchEngine:
         return state.read_model(self.unwrap(handle))
 
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
-        """Every process loads everything. Raises CheckpointError if names or shapes do not fit."""
+        """Every process loads everything that it holds. Raises CheckpointError if names or shapes do not fit."""
+        if self._sharding is not None:
+            if isinstance(handle, optimizers.PreparedOptimizer):
+                self._sharding.write_optimizer(handle.optimizer, self._parameters_of(handle), shards)
+            else:
+                self._sharding.write_model(self.unwrap(handle), shards)
+            return
         if isinstance(handle, optimizers.PreparedOptimizer):
             state.write_optimizer(handle.optimizer, self._parameters_of(handle), shards)
         else:
@@ -421,6 +478,10 @@ class TorchEngine:
         else:
             state.check_model(self.unwrap(handle), specs)
 
+    def whole_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """A user's own module's `state_dict()`, gathered where its parameters are cut. Every process must call it."""
+        return module.state_dict() if self._sharding is None else self._sharding.whole_state_dict(module)
+
     def parameter_names(self, handle: optimizers.PreparedOptimizer) -> list[str] | None:
         """In the order of the user's optimizer; None for one that a bridge made of another dialect's."""
         return None if hasattr(handle.optimizer, "read_arrays") else list(self._parameters_of(handle))
@@ -431,13 +492,19 @@ class TorchEngine:
         return optimizers.named_parameters(handle.optimizer, owners)
 
     def read_gradients(self, handle: nn.Module) -> Iterator[Shard]:
-        """What every process has accumulated: between updates they differ."""
+        """What every process has accumulated: between updates they differ, unless parameters are cut."""
+        if self._sharding is not None:
+            return self._sharding.read_gradients(self.unwrap(handle), scale=self._gradient_scale())
         place = (self.topology.process_index, self.topology.num_processes)
         return state.read_gradients(self.unwrap(handle), process=place, scale=self._gradient_scale())
 
     def write_gradients(self, handle: nn.Module, shards: Iterable[Shard]) -> None:
         """Replace this process's gradients."""
-        state.write_gradients(self.unwrap(handle), shards, scale=1.0 if self._scaler is None else self._scaler.factor)
+        scale = 1.0 if self._scaler is None else self._scaler.factor
+        if self._sharding is not None:
+            self._sharding.write_gradients(self.unwrap(handle), shards, scale=scale)
+        else:
+            state.write_gradients(self.unwrap(handle), shards, scale=scale)
 
     def _gradient_scale(self) -> float:
         window = self.gradient_state.window_weights
@@ -465,6 +532,14 @@ class TorchEngine:
             torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["cuda"]), dtype=torch.uint8), self.device)
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _refuse_sharded(self, what: str, hint: str) -> None:
+        if self._sharding is not None:
+            sizes = self._bound.mesh
+            raise UnsupportedError(
+                f"{what} is not supported where parameters are cut over processes (mesh.fsdp={sizes.fsdp}, mesh.tensor={sizes.tensor})",
+                hint,
+            )
 
     @property
     def plan(self) -> Plan:

@@ -76,10 +76,11 @@ def mark_prepared(module: nn.Module) -> None:
     module._is_accelerate_prepared = True  # type: ignore[assignment]
 
 
-def check_placeable(module: nn.Module, *, scales_loss: bool) -> None:
-    """Raises PrepareError for parameters that cannot be trained as they are: without values, or float16 under loss scaling."""
+def check_placeable(module: nn.Module, *, scales_loss: bool, takes_meta: bool = False) -> None:
+    """Raises PrepareError for parameters that cannot be trained as they are: float16 under loss scaling, or without values where
+    nobody computes them (`takes_meta`)."""
     for name, parameter in module.named_parameters():
-        if parameter.is_meta:
+        if parameter.is_meta and not takes_meta:
             raise PrepareError(
                 f"{type(module).__name__}.{name} is on the meta device: it has a shape and no values",
                 "create the model without torch.device('meta'), or load its values before prepare",

@@ -58,7 +58,7 @@ def assemble(shards: Iterable[Shard]) -> dict[str, torch.Tensor]:
     whole: dict[str, torch.Tensor] = {}
     filled: dict[str, int] = {}
     for shard in shards:
-        piece = _from_numpy(shard.data, shard.dtype)
+        piece = tensor_of(shard.data, shard.dtype)
         if shard.name not in whole:
             whole[shard.name] = torch.empty(shard.global_shape, dtype=piece.dtype)
             filled[shard.name] = 0
@@ -160,7 +160,8 @@ def _to_numpy(host: torch.Tensor) -> Any:
         return host.view(_BITS[host.element_size()]).numpy()
 
 
-def _from_numpy(data: Any, dtype: str) -> torch.Tensor:
+def tensor_of(data: Any, dtype: str) -> torch.Tensor:
+    """A host tensor with memory of its own from a numpy array that holds this dtype, or its bits."""
     array = np.ascontiguousarray(data).reshape(np.shape(data))
     wanted = getattr(torch, dtype)
     if array.dtype.name == dtype and array.dtype.kind in "biufc":

@@ -78,12 +78,13 @@ def unpacked(loss: Any, weight: Any) -> tuple[Any, Any, Any, bool]:
 
 
 def gradients_of(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    """The gradients that parameters of these modules hold, each once."""
+    """The gradients that parameters of these modules hold, each once; of one that is cut over processes, this one's piece."""
     found: dict[int, torch.Tensor] = {}
     for module in modules:
         for parameter in module.parameters():
             if parameter.grad is not None:
-                found[id(parameter)] = parameter.grad
+                grad: Any = parameter.grad
+                found[id(parameter)] = grad.to_local() if hasattr(grad, "to_local") else grad
     return list(found.values())
 
 

@@ -1,0 +1,56 @@
+"""Attention over heads that lie on different processes: the CPU's kernel, which torch's DTensor has no rule for.
+
+Batch and heads are independent in it, so pieces along either give pieces of the result. Rules for the kernels of GPUs are torch's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
+
+_INDEPENDENT = (0, 1)  # dims of (batch, heads, seq, dim) and of (batch, heads, seq)
+
+
+@functools.cache
+def split_attention_by_heads() -> None:
+    """Tell DTensor how to compute scaled_dot_product_attention on the CPU, forward and backward; once in a process."""
+    aten = torch.ops.aten
+    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)(_forward)
+    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(_backward)
+
+
+def _forward(query: Any, key: Any, value: Any, *options: Any, attn_mask: Any = None, scale: Any = None) -> Any:
+    rules = []
+    for place in (Replicate(), *map(Shard, _INDEPENDENT)):
+        mask = [] if attn_mask is None else [_of_mask(attn_mask, place)]
+        rules.append(([place] * 2, [place] * 3 + [None] * len(options) + mask))
+    return rules
+
+
+def _backward(
+    grad: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    sums: Any,
+    *options: Any,
+    attn_mask: Any = None,
+    scale: Any = None,
+) -> Any:
+    rules = []
+    for place in (Replicate(), *map(Shard, _INDEPENDENT)):
+        mask = [] if attn_mask is None else [_of_mask(attn_mask, place)]
+        rules.append(([place] * 3, [place] * 6 + [None] * len(options) + mask))
+    return rules
+
+
+def _of_mask(mask: Any, place: Any) -> Any:
+    """Cut as the queries are where the mask has that dim; whole where it is broadcast along it, or has fewer dims."""
+    if isinstance(place, Replicate) or len(mask.shape) < 4 or mask.shape[place.dim] == 1:
+        return Replicate()
+    return place

@@ -1,0 +1,122 @@
+"""What the engine asks where parameters are cut over processes: all of it for one mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from polyaccel.config.settings import SETTINGS
+from polyaccel.errors import UnsupportedError
+from polyaccel.protocols import Shard
+from polyaccel_torch.sharded import clipping, fsdp, state
+from polyaccel_torch.sharded.mesh import ShardedMesh
+from polyaccel_torch.sharded.placing import Placing
+
+if TYPE_CHECKING:
+    from polyaccel.config import Config
+    from polyaccel.plan import Plan
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class Sharding:
+    """Models, optimizers, gradients and states on the mesh of a plan. Every process must make it, and call all of it alike."""
+
+    def __init__(self, plan: Plan, config: Config, device: torch.device) -> None:
+        _refuse_settings(plan, config)
+        self.mesh = ShardedMesh(plan, device)
+        self._placing = Placing(self.mesh, plan.precision, device)
+
+    # -- prepare -------------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, model: nn.Module, *, device_placement: bool) -> None:
+        """Cut a model in place; its parameters are other objects afterwards. Raises PrepareError or UnsupportedError before that."""
+        if not device_placement:
+            raise UnsupportedError(
+                f"device_placement=False for {type(model).__name__}: a model that is cut over processes lies on their devices",
+                "leave device_placement out",
+            )
+        if hasattr(model, "read_arrays"):
+            raise UnsupportedError(
+                f"{type(model).__name__} keeps arrays of another framework, which cannot be cut over processes of torch",
+                "use backend='jax' for this script, or a mesh of data and replica",
+            )
+        self._placing.place(model)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that was made before its model was cut update the pieces."""
+        self._placing.adopt(optimizer)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, a backward leaves gradients unaveraged; nothing where no axis splits the batch."""
+        part = fsdp.averaging_part(model)
+        return _NOTHING if part is None else fsdp.accumulating(part)
+
+    def exchanging(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, a backward averages gradients, also inside `accumulating`."""
+        part = fsdp.averaging_part(model)
+        return _NOTHING if part is None else fsdp.exchanging(part)
+
+    def clip_grad_norm(self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float) -> torch.Tensor:
+        """The norm of the whole gradient, and all pieces scaled alike."""
+        return clipping.clip_grad_norm(parameters, max_norm, norm_type, self.mesh)
+
+    def clip_grad_value(self, parameters: Iterable[torch.Tensor], clip_value: float) -> None:
+        """Element by element."""
+        clipping.clip_grad_value(parameters, clip_value)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def read_model(self, module: nn.Module) -> Iterator[Shard]:
+        """See `state.read_model`."""
+        return state.read_model(module, self.mesh)
+
+    def write_model(self, module: nn.Module, shards: Iterable[Shard]) -> None:
+        """See `state.write_model`."""
+        state.write_model(module, shards)
+
+    def read_optimizer(self, optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> Iterator[Shard]:
+        """See `state.read_optimizer`."""
+        return state.read_optimizer(optimizer, parameters, self.mesh)
+
+    def write_optimizer(
+        self, optimizer: Optimizer, parameters: dict[str, nn.Parameter], shards: Iterable[Shard]
+    ) -> None:
+        """See `state.write_optimizer`."""
+        state.write_optimizer(optimizer, parameters, shards)
+
+    def read_gradients(self, module: nn.Module, *, scale: float) -> Iterator[Shard]:
+        """See `state.read_gradients`."""
+        return state.read_gradients(module, self.mesh, scale=scale)
+
+    def write_gradients(self, module: nn.Module, shards: Iterable[Shard], *, scale: float) -> None:
+        """See `state.write_gradients`."""
+        state.write_gradients(module, shards, scale=scale)
+
+    def whole_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """See `state.whole_state_dict`."""
+        return state.whole_state_dict(module)
+
+
+def _refuse_settings(plan: Plan, config: Config) -> None:
+    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, and for loss scaling over a tensor axis."""
+    for name, setting in SETTINGS.items():
+        value = getattr(config, name, None) if name.startswith("ddp_") else None
+        if value is not None and value != setting.default:
+            raise UnsupportedError(
+                f"{name}={value!r} ({config.sources.get(name, 'default')}) is a setting of DistributedDataParallel, and"
+                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor} cut parameters over processes",
+                "leave it out, or use a mesh of data and replica alone",
+            )
+    if plan.mesh.tensor > 1 and plan.precision.loss_scaling is not None:
+        raise UnsupportedError(
+            f"mixed_precision='fp16' with mesh.tensor={plan.mesh.tensor}: torch's GradScaler cannot unscale gradients of several meshes",
+            "use mixed_precision='bf16', or mesh.fsdp alone",
+        )

@@ -1,0 +1,130 @@
+"""FSDP2 over the data axes: blocks are gathered one at a time, gradients are averaged straight into pieces, precision as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from polyaccel.precision import PrecisionPolicy
+from polyaccel_torch.sharded.specs import Spec
+
+Placement = Callable[[nn.Parameter], Shard | None]
+
+
+def blocks_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The parts that are gathered one at a time, by name: what the model says may not be split (`_no_split_modules`), else the blocks
+    of its outermost lists of blocks of one class. The model itself gathers what is left.
+
+    A block that shares a parameter with another part is none: both have to find it whole at the same time.
+    """
+    found = dict(_named_blocks(module))
+    users: dict[int, set[str]] = {}
+    for name, part in module.named_modules(remove_duplicate=False):
+        owner = next((block for block in found if name == block or name.startswith(f"{block}.")), "")
+        for parameter in part.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(owner)
+    shared = {owner for owners in users.values() if len(owners) > 1 for owner in owners}
+    has_parameters = {owner for owners in users.values() for owner in owners}
+    return {name: block for name, block in found.items() if name in has_parameters and name not in shared}
+
+
+def _named_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    whole = set(getattr(module, "_no_split_modules", None) or ())
+    taken: list[str] = []
+    for name, part in module.named_modules():
+        if any(name.startswith(f"{block}.") for block in taken):
+            continue
+        if whole:
+            if name and type(part).__name__ in whole:
+                taken.append(name)
+                yield name, part
+            continue
+        blocks = list(part.named_children())
+        is_list = isinstance(part, (nn.ModuleList, nn.Sequential)) and len(blocks) > 1
+        is_called = not any(isinstance(block, (nn.ModuleList, nn.ModuleDict)) for _, block in blocks)
+        if is_list and is_called and len({type(block) for _, block in blocks}) == 1:
+            for key, block in blocks:
+                path = f"{name}.{key}" if name else key
+                taken.append(path)
+                yield path, block
+
+
+def mixed_precision(policy: PrecisionPolicy) -> MixedPrecisionPolicy:
+    """Parameters travel and compute in the narrow dtype, gradients are added up in float32; autocast keeps what needs float32.
+
+    Inputs and outputs are not cast here: autocast does it where it is safe.
+    """
+    if policy.compute_dtype == "float32":
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    narrow = getattr(torch, policy.compute_dtype)
+    return MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def placement_of(specs: Mapping[int, Spec], parts: int) -> Placement:
+    """Which dim of a parameter is cut over `fsdp`, by the parameter's id; None: dim 0, of which the last process may have less."""
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        spec = specs.get(id(parameter), ())
+        if "fsdp" not in spec:
+            return None
+        dim = spec.index("fsdp")
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return Shard(dim) if dim == 0 or local.shape[dim] % parts == 0 else None
+
+    return placement
+
+
+def shard(part: nn.Module, mesh: DeviceMesh, policy: PrecisionPolicy, placement: Placement) -> None:
+    """Cut a block's parameters, in place, and put its buffers on the device. Blocks come before the model that they are in.
+
+    They are cut again after every forward, the model's own ones too: between steps no parameter is whole, and each stays the same
+    object, by which optimizers know it.
+    """
+    fully_shard(
+        part,
+        mesh=mesh,
+        reshard_after_forward=True,
+        shard_placement_fn=placement,
+        mp_policy=mixed_precision(policy),
+    )
+
+
+def averaging_part(handle: nn.Module) -> FSDPModule | None:
+    """The model whose backward averages gradients, under torch.compile too; None without one."""
+    part = getattr(handle, "_orig_mod", handle)
+    return part if isinstance(part, FSDPModule) else None
+
+
+@contextmanager
+def accumulating(part: FSDPModule) -> Iterator[None]:
+    """Inside, a backward adds to this process's own gradients, which stay whole until the next one outside averages them."""
+    part.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        part.set_requires_gradient_sync(True)
+
+
+@contextmanager
+def exchanging(part: FSDPModule) -> Iterator[None]:
+    """Inside `accumulating`: a backward averages all the same."""
+    part.set_requires_gradient_sync(True)
+    yield
+
+
+def has_own_gradients(part: FSDPModule) -> bool:
+    """Whether a backward inside `accumulating` has left gradients that no exchange has averaged yet."""
+    modules: list[nn.Module] = list(part.modules())  # type: ignore[attr-defined]
+    states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
+    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    return any(
+        p.unsharded_accumulated_grad is not None
+        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+        for p in parameters
+    )
