@@ -125,8 +125,12 @@ def merged(collectives: Sequence[Collective]) -> tuple[Collective, ...]:
     for one in collectives:
         key = (one.kind, one.group_size)
         old = found.get(key)
-        found[key] = one if old is None else Collective(
-            one.kind, one.group_size, old.count + one.count, old.bytes + one.bytes, old.sent_bytes + one.sent_bytes
+        found[key] = (
+            one
+            if old is None
+            else Collective(
+                one.kind, one.group_size, old.count + one.count, old.bytes + one.bytes, old.sent_bytes + one.sent_bytes
+            )
         )
     return tuple(sorted(found.values(), key=lambda one: (-one.bytes, one.kind, one.group_size)))
 
@@ -187,11 +191,22 @@ def as_json(plan: StepPlan, chip: Chip | None) -> dict[str, Any]:
 
 def step_plan_of(tree: Mapping[str, Any]) -> StepPlan:
     """The plan in what `as_json` gave."""
-    names = ("topology", "num_devices", "num_parameters", "parameter_bytes", "buffer_bytes", "optimizer_bytes", "refusal")
+    names = (
+        "topology",
+        "num_devices",
+        "num_parameters",
+        "parameter_bytes",
+        "buffer_bytes",
+        "optimizer_bytes",
+        "refusal",
+    )
     programs = tuple(
         ProgramPlan(**{**program, "collectives": tuple(Collective(**one) for one in program["collectives"])})
         for program in tree["programs"]
     )
     return StepPlan(
-        **{name: tree[name] for name in names}, mesh=dict(tree["mesh"]), programs=programs, remarks=tuple(tree["remarks"])
+        **{name: tree[name] for name in names},
+        mesh=dict(tree["mesh"]),
+        programs=programs,
+        remarks=tuple(tree["remarks"]),
     )
