@@ -36,6 +36,7 @@ class ProgramPlan:
     flops, accessed_bytes: as the compiler counts them, the body of a loop once. matrix_flops: those of matrix products and
     convolutions, loops counted as often as they run; None where that is not known.
     compiler_s: the compiler's estimate of its time as it came, None where it gives none.
+    runs: how often it runs in the step; all other numbers are those of one run.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ProgramPlan:
     compiler_s: float | None
     compile_s: float
     collectives: tuple[Collective, ...] = ()
+    runs: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -90,23 +92,23 @@ class StepPlan:
     @property
     def flops(self) -> float:
         """As the compiler counts them."""
-        return sum(program.flops for program in self.programs)
+        return sum(program.flops * program.runs for program in self.programs)
 
     @property
     def accessed_bytes(self) -> float:
         """Read and written in the device's memory."""
-        return sum(program.accessed_bytes for program in self.programs)
+        return sum(program.accessed_bytes * program.runs for program in self.programs)
 
     @property
     def matrix_flops(self) -> float | None:
         """Of the whole step; None where one program's are not known."""
-        known = [program.matrix_flops for program in self.programs if program.matrix_flops is not None]
+        known = [p.matrix_flops * p.runs for p in self.programs if p.matrix_flops is not None]
         return math.fsum(known) if len(known) == len(self.programs) else None
 
     @property
     def collectives(self) -> tuple[Collective, ...]:
         """Of all programs, by kind and size of group."""
-        return merged([one for program in self.programs for one in program.collectives])
+        return merged([one for program in self.programs for one in program.collectives * program.runs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def estimate(plan: StepPlan, chip: Chip | None) -> Estimate | None:
         "memory": plan.accessed_bytes / chip.hbm_bytes_per_s,
         "exchanges": sum(one.sent_bytes for one in plan.collectives) / chip.link_bytes_per_s,
     }
-    said = [program.compiler_s for program in plan.programs if program.compiler_s is not None]
+    said = [program.compiler_s * program.runs for program in plan.programs if program.compiler_s is not None]
     seconds, source = max(bounds.values()), "roofline"
     if len(said) == len(plan.programs):
         total = math.fsum(said)

@@ -86,9 +86,11 @@ TPU = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 ENTRY %main.9_spmd (param.0: bf16[128,512]) -> bf16[128,512] {
   %param.0 = bf16[128,512]{1,0:T(8,128)(2,1)S(1)} parameter(0)
-  %all-gather-start = (bf16[128,512]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) all-gather-start(%param.0), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-start = (bf16[128,512]{1,0:T(8,128)(2,1)S(1)}, bf16[1024,512]{1,0:T(8,128)(2,1)}) \
+all-gather-start(%param.0), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}
   %all-gather-done = bf16[1024,512]{1,0:T(8,128)(2,1)} all-gather-done(%all-gather-start)
-  %collective-permute-start = (f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %collective-permute-start = (f32[8,16]{1,0}, f32[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%x), channel_id=2, source_target_pairs={{0,1},{1,0}}
   %collective-permute-done = f32[8,16]{1,0} collective-permute-done(%collective-permute-start)
   %all-to-all-start = ((f32[8,16]{1,0}), f32[8,16]{1,0}, s32[]{:S(2)}) async-start(%y), calls=%async_computation
   %all-to-all-done = f32[8,16]{1,0} async-done(%all-to-all-start)

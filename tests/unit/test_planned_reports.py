@@ -66,7 +66,7 @@ def test_a_topology_is_a_chip_and_a_grid():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("v5f:4x4", "v5e"),
+        ("v5f:4x4", "did you mean"),
         ("v5e", "v5e:4x4"),
         ("v5e:4x4x4", "grids of 2"),
         ("v5p:4x4", "v5p:4x4x4"),

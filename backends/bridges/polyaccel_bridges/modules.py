@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import ArraySpec
 
 from . import scope as capturing
 from .exchange import to_numpy
@@ -18,6 +19,7 @@ from .guards import ModuleGuard
 from .late_values import LateValues
 from .module_state import collect_state
 from .output_recorders import install_output_recorders
+from .programs import numpy_dtype
 from .state_cells import Kind, StateCell
 from .tensors import DeviceParameter, DeviceTensor
 
@@ -90,6 +92,14 @@ class ManagedModel:
         """(params, buffers) by the module's own names; tied ones once, under the first name. What is on the meta device is computed
         when it is asked for, once."""
         return _HostArrays(LateValues(self.module, self._params)), _HostArrays(LateValues(self.module, self._buffers))
+
+    def specs(self) -> tuple[dict[str, ArraySpec], dict[str, ArraySpec]]:
+        """Shapes and dtypes of what `read` gives; nothing is computed."""
+        params, buffers = (
+            {name: ArraySpec(tuple(tensor.shape), numpy_dtype(tensor.dtype).name) for name, tensor in tensors.items()}
+            for tensors in (self._params, self._buffers)
+        )
+        return params, buffers
 
     def attach(self, handle: Any) -> None:
         """The engine owns the values now: the module's tensors become windows on them."""

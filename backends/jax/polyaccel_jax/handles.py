@@ -23,7 +23,8 @@ class JaxModel:
     """
 
     def __init__(self, engine: JaxEngine, name: str, source: ModelSource, *, partitioning: str) -> None:
-        params, buffers = source.read()
+        planner = engine.planner
+        params, buffers = source.read() if planner is None else planner.shapes(source)
         self.engine: Any = engine
         self.name = name
         self.source: Any = source
@@ -40,6 +41,8 @@ class JaxModel:
         self.gradients_are_shared = False
         self.overflow: jax.Array | None = None  # fp16: whether a gradient was not finite, noted before any clipping
         self._params: dict[str, jax.Array] | None = None
+        if planner is not None:
+            planner.models.append(self)
 
     # -- what the protocol shows -----------------------------------------------------------------------------------------
 
@@ -168,12 +171,13 @@ class JaxOptimizer:
             return jax.tree.map(jnp.copy, source.init(params))
 
         with engine.dtypes(model.wants_64bit):
-            shapes = jax.eval_shape(init, params)
-            state = jax.jit(init, out_shardings=jax.tree.map(engine.mesh.kept, shapes))(params)
+            state = engine.mesh.made(init, params)
         self.treedef: Any = jax.tree.structure(state)
         leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self._hyper: tuple[list[Any], Any, Any] | None = None
+        if engine.planner is not None:
+            engine.planner.optimizers.append(self)
 
     @property
     def state(self) -> Any:

@@ -165,7 +165,7 @@ class NnxSource:
         for path, variable in nnx.to_flat_state(state):
             name = _dotted(path)
             value = variable.get_value()
-            if not isinstance(value, jax.Array) or variable.get_metadata().get("ref"):
+            if not isinstance(value, jax.Array | jax.ShapeDtypeStruct) or variable.get_metadata().get("ref"):
                 raise PrepareError(
                     f"variable {name!r} of {type(self.module).__name__} holds a {type(value).__name__}, not a jax array",
                     "keep jax arrays in nnx variables",
