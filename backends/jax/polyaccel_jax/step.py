@@ -236,7 +236,9 @@ class Steps:
         model.overflow = is_finite if model.overflow is None else self._both(model.overflow, is_finite)
 
     def _both(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        both: jax.Array = self.engine.compiles.run(self.function("both", lambda: jax.jit(jnp.logical_and)), first, second)
+        both: jax.Array = self.engine.compiles.run(
+            self.function("both", lambda: jax.jit(jnp.logical_and)), first, second
+        )
         return both
 
     def zeros(self, model: JaxModel, names: Sequence[str]) -> Named:
@@ -246,7 +248,9 @@ class Steps:
         def make() -> Callable[[], Named]:
             mesh = self.engine.mesh
             if self.engine.planner is not None:
-                return lambda: dict(zip(names, mesh.keep([ArraySpec(shape, dtype.name) for _, shape, dtype in specs]), strict=True))
+                return lambda: dict(
+                    zip(names, mesh.keep([ArraySpec(shape, dtype.name) for _, shape, dtype in specs]), strict=True)
+                )
             return jax.jit(
                 lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in specs},
                 out_shardings={name: mesh.kept(jax.ShapeDtypeStruct(shape, dtype)) for name, shape, dtype in specs},

@@ -45,7 +45,10 @@ def initial(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
 
     params, others = jax.eval_shape(variables)
     if mesh.planner is not None:
-        planned = jax.tree.map(lambda leaf: mesh.keep([leaf])[0], params), jax.tree.map(lambda leaf: mesh.replicate([leaf])[0], others)
+        planned = (
+            jax.tree.map(lambda leaf: mesh.keep([leaf])[0], params),
+            jax.tree.map(lambda leaf: mesh.replicate([leaf])[0], others),
+        )
         return lambda: planned
     shardings = jax.tree.map(mesh.kept, params), jax.tree.map(lambda leaf: mesh.replicated, others)
     return jax.jit(variables, out_shardings=shardings)
