@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     parser.add_argument(
-        "--topology", required=True, metavar="CHIP:AxB", help="a slice of TPU chips (v5e:4x4, v5p:4x4x8), or cpu:8"
+        "--topology", metavar="CHIP:AxB", help="a slice of TPU chips (v5e:4x4, v5p:4x4x8), or cpu:8"
     )
     parser.add_argument(
         "--search", action="store_true", help="try every way of sharing the devices between data and fsdp"
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="TOML, YAML, or a YAML of Accelerate (default: polyaccel.toml here)",
     )
-    add_setting_flags(parser)
+    add_setting_flags(parser, of_jobs=False)
     parser.add_argument("script", help="the training script; it is run up to its first update, on shapes alone")
     parser.add_argument("script_args", nargs=argparse.REMAINDER, metavar="...", help="its arguments, after --")
 
@@ -61,6 +61,9 @@ def run(options: argparse.Namespace) -> int:
     from polyaccel.config.resolve import config_of, gather
     from polyaccel.planned.report import as_json, fits
 
+    options = _with_flags_behind(options)
+    if options.topology is None:
+        raise ConfigError("--topology is not given", "name a slice of chips, such as --topology v5e:4x4, or cpu:8")
     gathered = gather(file=options.config_file, flags=_flags(options))
     config = config_of(gathered)
     if not Path(options.script).is_file():
@@ -75,6 +78,17 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(plan_tables.page(plans[0][1], plans[0][0]))
     return 3 if all(fits(plan, chip) is False for chip, plan in plans) else 0
+
+
+def _with_flags_behind(options: argparse.Namespace) -> argparse.Namespace:
+    """Flags may stand before and behind the script; its own arguments stand behind `--`."""
+    words = options.script_args
+    end = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(prog="polyaccel plan", allow_abbrev=False)
+    add_arguments(parser)
+    parser.parse_args([*words[:end], options.script], namespace=options)
+    options.script_args = words[end + 1 :]
+    return options
 
 
 def _flags(options: argparse.Namespace) -> dict[str, str]:
@@ -127,17 +141,16 @@ def _planned(options: argparse.Namespace, gathered: Gathered, case: _Case) -> St
 
     planner: Any = choose_backend(_BACKEND)
     environment = {**environment_without_settings(), **environment_for(gathered, launched=_BACKEND)}
-    environment.update(planner.planner().ENVIRONMENT)
+    environment.update(planner.planner().environment(case.topology))
     for axis, size in (case.mesh or {}).items():
         environment[f"POLYACCEL_MESH__{axis.upper()}"] = str(size)
-    arguments = options.script_args[1:] if options.script_args[:1] == ["--"] else options.script_args
     shown = "" if case.mesh is None else " ".join(f" {name}={size}" for name, size in case.mesh.items() if size != 1)
     print(f"planning {options.script} on {case.topology.text}{shown} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="polyaccel-plan-") as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "polyaccel.cli.plan_worker", case.topology.text, str(report)]
         done = subprocess.run(
-            [*command, options.script, *arguments], env=environment, capture_output=True, text=True, errors="replace"
+            [*command, options.script, *options.script_args], env=environment, capture_output=True, text=True, errors="replace"
         )
         if done.returncode or not report.exists():
             last = "\n".join((done.stdout + done.stderr).splitlines()[-_LINES_OF_OUTPUT:])

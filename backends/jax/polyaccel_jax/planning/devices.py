@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import BackendUnavailableError, ConfigError, PlanError
@@ -13,33 +12,33 @@ if TYPE_CHECKING:
 
     from polyaccel.planned.topologies import TopologyName
 
-# Arrays of the script itself are on the CPU, libtpu does not look for a TPU machine's metadata, and several plans may run at once.
-ENVIRONMENT: Mapping[str, str] = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+
+def environment(topology: TopologyName) -> dict[str, str]:
+    """What the process of a plan starts with.
+
+    Arrays of the script itself are on the CPU, libtpu does not look for a TPU machine's metadata, and several plans may run at once.
+    """
+    variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    if topology.platform == "cpu":
+        variables["JAX_NUM_CPU_DEVICES"] = str(topology.num_devices)
+    return variables
 
 
 def devices_of(topology: TopologyName) -> list[jax.Device]:
-    """One device for each chip, in the compiler's order. Before jax has opened its devices, in a process of the plan's own.
+    """One device for each chip, in the compiler's order, in a process with the variables of `environment`.
 
-    Raises BackendUnavailableError without libtpu, ConfigError for a slice that it does not know, PlanError where jax is open already.
+    Raises BackendUnavailableError without libtpu, ConfigError for a slice that it does not know, PlanError for too few CPU devices.
     """
     import jax
 
     if topology.platform == "cpu":
-        try:
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", topology.num_devices)
-        except RuntimeError as error:
-            if jax.device_count("cpu") < topology.num_devices:
-                raise PlanError(
-                    f"--topology {topology.text} needs {topology.num_devices} CPU devices, and jax has opened"
-                    f" {jax.device_count('cpu')} in this process",
-                    "run polyaccel plan in a process of its own",
-                ) from error
-        return jax.devices("cpu")[: topology.num_devices]
+        found = jax.devices("cpu")
+        if len(found) < topology.num_devices:
+            raise PlanError(
+                f"--topology {topology.text} needs {topology.num_devices} CPU devices, and jax has opened {len(found)} in this process",
+                "start it with JAX_NUM_CPU_DEVICES, as polyaccel plan does",
+            )
+        return found[: topology.num_devices]
     if importlib.util.find_spec("libtpu") is None:
         raise BackendUnavailableError(
             f"--topology {topology.text} needs the compiler for TPUs, and libtpu is not installed",

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
     from polyaccel_jax.handles import JaxModel, JaxOptimizer
 
-_READ = "the script reads a value before its first update and was given zeros: if it branches on it, this is not the step that it would take"
+_READ = (
+    "the script reads a value before its first update and was given zeros: where it branches on one, this may be another step than that"
+    " of a run"
+)
 # What XLA says where a program needs more than the device has: RESOURCE_EXHAUSTED is its status, CompileTimeHbmOom the TPU compiler's.
 _TOO_LARGE = ("RESOURCE_EXHAUSTED", "HbmOom", "exceeds available", "Ran out of memory")
 

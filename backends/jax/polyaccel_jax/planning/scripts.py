@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from polyaccel.errors import PlanError
-from polyaccel_jax.planning.devices import ENVIRONMENT, devices_of
+from polyaccel_jax.planning.devices import devices_of, environment
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
     from polyaccel_jax.planning.planner import Planner
 
-__all__ = ["ENVIRONMENT", "Session", "active", "planning"]
+__all__ = ["Session", "active", "environment", "planning"]
 
 
 @final
