@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `polyaccel plan`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
-    parser.add_argument(
-        "--topology", metavar="CHIP:AxB", help="a slice of TPU chips (v5e:4x4, v5p:4x4x8), or cpu:8"
-    )
+    parser.add_argument("--topology", metavar="CHIP:AxB", help="a slice of TPU chips (v5e:4x4, v5p:4x4x8), or cpu:8")
     parser.add_argument(
         "--search", action="store_true", help="try every way of sharing the devices between data and fsdp"
     )
@@ -150,7 +148,11 @@ def _planned(options: argparse.Namespace, gathered: Gathered, case: _Case) -> St
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "polyaccel.cli.plan_worker", case.topology.text, str(report)]
         done = subprocess.run(
-            [*command, options.script, *options.script_args], env=environment, capture_output=True, text=True, errors="replace"
+            [*command, options.script, *options.script_args],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         if done.returncode or not report.exists():
             last = "\n".join((done.stdout + done.stderr).splitlines()[-_LINES_OF_OUTPUT:])

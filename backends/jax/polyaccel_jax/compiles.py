@@ -64,7 +64,7 @@ class CompileLog:
         result = function(*args)
         if self._pending is not None:
             self._note(*self._pending, time.perf_counter() - start)
-        if self.meter is not None:
+        if self.meter is not None and self.planner is None:
             self.meter.ran(function, args)
         return result
 

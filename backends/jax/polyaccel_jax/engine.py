@@ -155,7 +155,9 @@ class JaxEngine:
         return None if latest is None or latest.is_ready() else latest.block_until_ready
 
     def count_flops(self) -> Callable[[], float | None]:
-        """Operations of the programs that are started from now on."""
+        """Operations of the programs that are started from now on; None of those that are only planned."""
+        if self.planner is not None:
+            return lambda: None
         meter = self.compiles.meter = self.compiles.meter or FlopMeter()
         before = meter.total
         return lambda: None if meter.total is None or before is None else meter.total - before
