@@ -22,7 +22,7 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
         reason = next((line for line in plan.refusal.splitlines() if line.strip()), "no reason")
         lines += ["does not fit; the compiler says:", f"  {reason.strip()}"]
     if plan.collectives:
-        rows = [
+        exchanges = [
             (
                 f"  {one.kind}",
                 f"{one.count} x among {one.group_size}",
@@ -31,9 +31,9 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
             )
             for one in plan.collectives
         ]
-        lines += ["exchanges of a step", *_columns(rows)]
+        lines += ["exchanges of a step", *_columns(exchanges)]
     if plan.programs:
-        rows = [
+        programs = [
             (
                 f"  {program.name}",
                 f"{program.runs} x" if program.runs > 1 else "",
@@ -43,7 +43,7 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
             )
             for program in plan.programs
         ]
-        lines += ["programs", *_columns(rows)]
+        lines += ["programs", *_columns(programs)]
     return "\n".join([*lines, *(f"note: {remark}" for remark in plan.remarks)])
 
 

@@ -60,13 +60,15 @@ class DeviceMesh:
         if self.is_single_device:
             self.replicated = self.batch = SingleDeviceSharding(devices[0])
         self._local_mesh = Mesh(np.array(self.local_devices), ("local",))
+        self._is_lone = False
+        self._array_type: type = jax.ShapeDtypeStruct
         if planner is not None:
-            self._is_lone, self._array_type = False, planner.array_type
+            self._array_type = planner.array_type
             return
         # No array of this process can lie anywhere else.
         self._is_lone = self.is_single_device and jax.local_device_count() == 1 and devices[0].platform == "cpu"
         # isinstance(x, jax.Array) takes ten times as long as a comparison of types, and is asked for every leaf of every batch.
-        self._array_type: type = type(jax.device_put(np.float32(0), self.local_devices[0]))
+        self._array_type = type(jax.device_put(np.float32(0), self.local_devices[0]))
 
     def cut(self, axis: int) -> NamedSharding:
         """The sharding of an array whose dim `axis` is cut over the data shards."""
@@ -130,7 +132,7 @@ class DeviceMesh:
     def replicate(self, values: Sequence[Any]) -> list[jax.Array]:
         """Copies of host or device arrays, equal on all processes, on every device."""
         if self.planner is not None:
-            return [self.planner.array(value, lambda _: self.replicated) for value in values]
+            return [self.planner.laid(value, self.replicated) for value in values]
         # A transfer may hand out the same buffer again, and reads host memory later; what is donated must be nobody else's.
         values = [jnp.copy(value) if isinstance(value, jax.Array) else np.array(value) for value in values]
         if self.num_processes == 1:
@@ -167,7 +169,7 @@ class DeviceMesh:
         shardings = [self._sharding(shapes[index], axes[index]) for index in waiting]
         if self.planner is not None:
             for index, sharding in zip(waiting, shardings, strict=True):
-                placed[index] = self.planner.array(leaves[index], lambda _, own=sharding: own)
+                placed[index] = self.planner.laid(leaves[index], sharding)
             return placed
         # Loaders reuse their memory (rings, shared memory), and a transfer reads it later or never copies it: without a copy the
         # batch would change under the step.

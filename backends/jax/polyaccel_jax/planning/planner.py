@@ -64,6 +64,10 @@ class Planner:
         shape = jax.ShapeDtypeStruct(tuple(value.shape), dtype)
         return PlannedArray(shape.shape, shape.dtype, sharding=place(shape))
 
+    def laid(self, value: Any, sharding: Sharding) -> Any:
+        """The same for one place."""
+        return self.array(value, lambda _: sharding)
+
     def shapes(self, source: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Parameters and buffers of a model, as shapes where its source can say them without computing values."""
         specs = getattr(source, "specs", None)
