@@ -105,9 +105,10 @@ def _cases(options: argparse.Namespace, mesh: dict[str, int]) -> list[_Case]:
     topologies = [topology]
     if options.scale is not None:
         try:
-            topologies = [with_devices(topology, int(text)) for text in options.scale.split(",")]
+            numbers = [int(text) for text in options.scale.split(",")]
         except ValueError as error:
             raise ConfigError(f"--scale {options.scale} is no list of numbers", "write --scale 16,64,256") from error
+        topologies = [with_devices(topology, number) for number in numbers]
     if not options.search:
         return [_Case(each, None) for each in topologies]
     return [_Case(each, shared) for each in topologies for shared in _meshes(mesh, each.num_devices)]

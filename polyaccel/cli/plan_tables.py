@@ -21,6 +21,8 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
     if plan.refusal is not None:
         reason = next((line for line in plan.refusal.splitlines() if line.strip()), "no reason")
         lines += ["does not fit; the compiler says:", f"  {reason.strip()}"]
+    if fits(plan, chip) is False:
+        lines.append("hint: --search tries other meshes, --scale larger slices")
     if plan.collectives:
         exchanges = [
             (
@@ -67,7 +69,14 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
             )
         )
     remarks = dict.fromkeys(remark for _, plan in plans for remark in plan.remarks)
-    return "\n".join([*_columns(rows), *(f"note: {remark}" for remark in remarks)])
+    lines = [*_columns(rows), *(f"note: {remark}" for remark in remarks)]
+    answers = [fits(plan, chip) for chip, plan in plans]
+    if False in answers:
+        first = next((plan for (_, plan), answer in zip(plans, answers, strict=True) if answer), None)
+        lines.append(
+            "none of them fits" if first is None else f"the first that fits: {first.topology} {mesh_text(first.mesh)}"
+        )
+    return "\n".join(lines)
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

@@ -15,6 +15,7 @@ from polyaccel.errors import PolyaccelError
 from polyaccel.planned.report import as_json
 from polyaccel.planned.topologies import topology_named
 from polyaccel.registry import choose_backend
+from polyaccel.tracking.session import without_runs
 
 _TORCH = frozenset({"torch", "torchvision", "transformers", "timm"})
 
@@ -26,7 +27,8 @@ def main(arguments: list[str]) -> int:
     sys.argv = [script, *rest]
     sys.path[0] = str(Path(script).resolve().parent)  # as Python does for a script
     try:
-        with backend.planner().planning(topology_named(topology)) as session, _without_weights(Path(script)):
+        planning = backend.planner().planning(topology_named(topology))
+        with planning as session, without_runs(), _without_weights(Path(script)):
             _run(script)
         plan = session.step_plan()
     except PolyaccelError as error:

@@ -18,7 +18,9 @@ from polyaccel import Accelerator
 parser = argparse.ArgumentParser()
 parser.add_argument("--width", type=int, default=8)
 args = parser.parse_args()
-accelerator = Accelerator()
+accelerator = Accelerator(project_dir="project")
+accelerator.init_trackers("planned")
+accelerator.log({"width": args.width})
 model = accelerator.create_model(lambda: nnx.Linear(8, args.width, rngs=nnx.Rngs(0)))
 model, optimizer = accelerator.prepare(model, optax.adamw(1e-3))
 step = accelerator.train_step(lambda model, batch: (model(batch["x"]) ** 2).mean(), model, optimizer)
@@ -53,12 +55,14 @@ def plan(tmp_path: Path, text: str, *flags: str):
     return main(flags_and_script)
 
 
-def test_a_flax_script_is_planned_with_its_own_arguments(tmp_path, capsys):
+def test_a_flax_script_is_planned_with_its_own_arguments(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert plan(tmp_path, FLAX, "--topology", "cpu:4", "--mesh.fsdp", "4", "--", "--width", "16") == 0
     page = capsys.readouterr().out
     assert "cpu:4, 4 devices, fsdp=4: 144 parameters" in page
     assert "train_step of" in page
     assert "all-gather" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]  # no run folder
 
 
 def test_a_torch_script_is_planned_without_weights_in_memory(tmp_path, capsys):
