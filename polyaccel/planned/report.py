@@ -61,7 +61,7 @@ class ProgramPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step on a mesh of a topology. Where it does not fit, `refusal` is the compiler's reason, and programs end before the refused one.
+    """A step on a mesh of a topology. `arguments`: of the script, where several were tried. Where it does not fit, `refusal` is the compiler's reason, and programs end before the refused one.
 
     parameter_bytes, buffer_bytes, optimizer_bytes: of one device. `remarks`: where the plan differs from a run.
     """
@@ -76,6 +76,7 @@ class StepPlan:
     programs: tuple[ProgramPlan, ...]
     refusal: str | None = None
     remarks: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int | None:
@@ -211,4 +212,5 @@ def step_plan_of(tree: Mapping[str, Any]) -> StepPlan:
         mesh=dict(tree["mesh"]),
         programs=programs,
         remarks=tuple(tree["remarks"]),
+        arguments=tuple(tree["arguments"]),
     )
