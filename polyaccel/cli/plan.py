@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ _LINES_OF_OUTPUT = 15
 _EXAMPLES = """examples:
   polyaccel plan train.py --topology v5e:4x4 --mesh.fsdp -1 -- --batch-size 8
   polyaccel plan train.py --topology v5p:4x4x8 --mixed-precision bf16 --search
+  polyaccel plan train.py --topology v5e:4x4 --mesh.fsdp -1 --try batch-size=1,2,4,8
   polyaccel plan train.py --topology v5e:4x4 --scale 16,64,256
   polyaccel plan train.py --topology cpu:8"""
 
@@ -31,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", metavar="CHIP:AxB", help="a slice of TPU chips (v5e:4x4, v5p:4x4x8), or cpu:8")
     parser.add_argument(
         "--search", action="store_true", help="try every way of sharing the devices between data and fsdp"
+    )
+    parser.add_argument(
+        "--try",
+        dest="tried",
+        metavar="NAME=A,B",
+        help="try each of these values of an argument of the script: --try batch-size=1,2,4 gives it --batch-size 1, ...",
     )
     parser.add_argument("--scale", metavar="N,M", help="a table over slices of that many chips, such as 16,64,256")
     parser.add_argument("--json", action="store_true", help="print it as JSON, in bytes, operations and seconds")
@@ -49,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Case:
     topology: TopologyName
     mesh: dict[str, int] | None  # None: as configured
+    arguments: tuple[str, ...] = ()  # that are tried
 
 
 def run(options: argparse.Namespace) -> int:
@@ -109,9 +117,21 @@ def _cases(options: argparse.Namespace, mesh: dict[str, int]) -> list[_Case]:
         except ValueError as error:
             raise ConfigError(f"--scale {options.scale} is no list of numbers", "write --scale 16,64,256") from error
         topologies = [with_devices(topology, number) for number in numbers]
-    if not options.search:
-        return [_Case(each, None) for each in topologies]
-    return [_Case(each, shared) for each in topologies for shared in _meshes(mesh, each.num_devices)]
+    cases: list[_Case] = []
+    for each in topologies:
+        meshes: list[dict[str, int] | None] = [*_meshes(mesh, each.num_devices)] if options.search else [None]
+        cases += [_Case(each, shared, given) for shared in meshes for given in _arguments(options.tried)]
+    return cases
+
+
+def _arguments(tried: str | None) -> list[tuple[str, ...]]:
+    if tried is None:
+        return [()]
+    name, equals, values = tried.partition("=")
+    if not equals or not name or not values:
+        raise ConfigError(f"--try {tried} is no NAME=A,B", "write it as in --try batch-size=1,2,4")
+    flag = name if name.startswith("-") else f"--{name}"
+    return [(flag, value) for value in values.split(",")]
 
 
 def _meshes(mesh: dict[str, int], num_devices: int) -> list[dict[str, int]]:
@@ -143,13 +163,14 @@ def _planned(options: argparse.Namespace, gathered: Gathered, case: _Case) -> St
     environment.update(planner.planner().environment(case.topology))
     for axis, size in (case.mesh or {}).items():
         environment[f"POLYACCEL_MESH__{axis.upper()}"] = str(size)
-    shown = "" if case.mesh is None else " ".join(f" {name}={size}" for name, size in case.mesh.items() if size != 1)
+    shown = "" if case.mesh is None else "".join(f" {name}={size}" for name, size in case.mesh.items() if size != 1)
+    shown += "".join(f" {word}" for word in case.arguments)
     print(f"planning {options.script} on {case.topology.text}{shown} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="polyaccel-plan-") as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "polyaccel.cli.plan_worker", case.topology.text, str(report)]
         done = subprocess.run(
-            [*command, options.script, *options.script_args],
+            [*command, options.script, *options.script_args, *case.arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -161,4 +182,4 @@ def _planned(options: argparse.Namespace, gathered: Gathered, case: _Case) -> St
                 f"{options.script} could not be planned on {case.topology.text} (exit code {done.returncode}):\n{last}",
                 f"see that it trains at all: polyaccel launch --backend {_BACKEND} --cpu {options.script}",
             )
-        return step_plan_of(json.loads(report.read_text("utf-8")))
+        return replace(step_plan_of(json.loads(report.read_text("utf-8"))), arguments=case.arguments)

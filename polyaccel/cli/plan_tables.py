@@ -59,7 +59,7 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
         rows.append(
             (
                 plan.topology,
-                mesh_text(plan.mesh),
+                _variant(plan),
                 {True: "yes", False: "no", None: "?"}[does_fit],
                 "-" if peak is None else bytes_text(peak),
                 "-" if peak is None else amount(plan.flops),
@@ -74,7 +74,7 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
     if False in answers:
         first = next((plan for (_, plan), answer in zip(plans, answers, strict=True) if answer), None)
         lines.append(
-            "none of them fits" if first is None else f"the first that fits: {first.topology} {mesh_text(first.mesh)}"
+            "none of them fits" if first is None else f"the first that fits: {first.topology} {_variant(first)}"
         )
     return "\n".join(lines)
 
@@ -82,6 +82,10 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
 def mesh_text(mesh: Mapping[str, int]) -> str:
     """The axes that are larger than one: `data=2 fsdp=8`."""
     return " ".join(f"{name}={size}" for name, size in mesh.items() if size != 1) or "one device"
+
+
+def _variant(plan: StepPlan) -> str:
+    return " ".join((mesh_text(plan.mesh), *plan.arguments))
 
 
 def amount(number: float) -> str:

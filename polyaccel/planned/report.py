@@ -61,9 +61,11 @@ class ProgramPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step on a mesh of a topology. `arguments`: of the script, where several were tried. Where it does not fit, `refusal` is the compiler's reason, and programs end before the refused one.
+    """A step on a mesh of a topology.
 
-    parameter_bytes, buffer_bytes, optimizer_bytes: of one device. `remarks`: where the plan differs from a run.
+    Where it does not fit, `refusal` is the compiler's reason, and programs end before the refused one.
+    parameter_bytes, buffer_bytes, optimizer_bytes: of one device. `remarks`: where the plan differs from a run. `arguments`: of the
+    script, where several were tried.
     """
 
     topology: str

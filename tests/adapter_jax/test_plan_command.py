@@ -81,10 +81,18 @@ def test_a_search_shares_the_devices_in_every_way(tmp_path, capsys):
     assert meshes == [(2, 1), (1, 2)]
 
 
+def test_values_of_the_scripts_own_argument_are_tried_side_by_side(tmp_path, capsys):
+    assert plan(tmp_path, FLAX, "--try", "width=4,8", "--topology", "cpu:2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "data=2 --width 4 " in lines[1]
+    assert "data=2 --width 8 " in lines[2]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ((), "--topology is not given"),
+        (("--topology", "cpu:2", "--try", "width"), "NAME=A,B"),
         (("--topology", "v5e"), "v5e:4x4"),
         (("--topology", "cpu:2", "--backend", "torch"), "planned on jax"),
         (("--topology", "v5e:4x4", "--scale", "12"), "powers of two"),
