@@ -167,3 +167,36 @@ def test_a_planned_engine_is_freed():
     del engine, planner
     gc.collect()
     assert gone() is None
+
+
+class Refused:
+    """A jitted function that its compiler refuses."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def trace(self, *args):
+        return self
+
+    lower = trace
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.words)
+
+
+def test_a_step_that_is_too_large_ends_with_the_compilers_reason():
+    _, planner = planning_engine()
+    words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 70.72G of 15.75G hbm."
+    with pytest.raises(StepIsPlanned):
+        planner.planned(Refused(words))()
+    plan = planner.step_plan({"data": 4})
+    planner.close()
+    assert plan.refusal == words
+    assert plan.peak_bytes is None
+
+
+def test_other_errors_of_a_compiler_are_errors():
+    _, planner = planning_engine()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        planner.planned(Refused("INTERNAL: this is a defect"))()
+    planner.close()
