@@ -26,11 +26,11 @@ class Chip:
     source: str
 
 
-# Links: the pages give both directions together ("bidirectional") or bits per second of them; half of that is one direction.
+# Links: one direction. The pages call it "interchip interconnect BW" in Gbps (2400, 1600, 4800, 3200), newer ones give both directions in GBps.
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * _GIB, 275e12, 1228e9, 150e9, 3, "https://cloud.google.com/tpu/docs/v4"),
+        Chip("v4", 32 * _GIB, 275e12, 1228e9, 300e9, 3, "https://cloud.google.com/tpu/docs/v4"),
         Chip("v5e", 16 * _GIB, 197e12, 819e9, 200e9, 2, "https://cloud.google.com/tpu/docs/v5e"),
         Chip("v5p", 95 * _GIB, 459e12, 2765e9, 600e9, 3, "https://cloud.google.com/tpu/docs/v5p"),
         Chip("v6e", 32 * _GIB, 918e12, 1640e9, 400e9, 2, "https://cloud.google.com/tpu/docs/v6e"),
