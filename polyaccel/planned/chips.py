@@ -26,7 +26,7 @@ class Chip:
     source: str
 
 
-# Links: one direction. The pages call it "interchip interconnect BW" in Gbps (2400, 1600, 4800, 3200), newer ones give both directions in GBps.
+# Links: one direction. The pages call it "interchip interconnect BW" in Gbps (2400, 1600, 4800, 3200); newer ones give both directions.
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
