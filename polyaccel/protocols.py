@@ -444,8 +444,8 @@ class ModelSource(Protocol):
         """(params, buffers) as numpy arrays by the dialect's own names; tied parameters once."""
         ...
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters of `read`, without their values."""
+    def specs(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Of `read`, with a `shape` and a `dtype` each; no value is computed for it."""
         ...
 
     def hints(self) -> ModelHints:

@@ -8,19 +8,24 @@ from polyaccel.config.schema import SECTIONS
 from polyaccel.config.settings import SETTINGS, Setting
 
 
-def add_setting_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting: `--mixed-precision bf16`, `--mesh.fsdp 4`, `--cpu`, `--no-even-batches`."""
+def add_setting_flags(parser: argparse.ArgumentParser, *, of_jobs: bool = True) -> None:
+    """A flag for every setting: `--mixed-precision bf16`, `--mesh.fsdp 4`, `--cpu`, `--no-even-batches`.
+
+    Without `of_jobs` those of the script alone, and none of how and where its processes start.
+    """
     groups = {"": parser.add_argument_group("settings of the script (an argument of Accelerator(...) goes before)")}
-    for section in SECTIONS:
+    for section in SECTIONS if of_jobs else ():
         title = "settings of the job" if section == "launch" else f"with --on {section.replace('_', '-')}"
         groups[section] = parser.add_argument_group(title)
     for setting in SETTINGS.values():
-        _add(groups.get(setting.name.rpartition(".")[0], groups[""]), setting)
+        section = setting.name.rpartition(".")[0]
+        if of_jobs or section not in SECTIONS:
+            _add(groups.get(section, groups[""]), setting)
 
 
 def flags_of(options: argparse.Namespace) -> dict[str, str]:
     """The texts of the flags that were given, by setting name."""
-    given = {name: getattr(options, f"setting {name}") for name in SETTINGS}
+    given = {name: getattr(options, f"setting {name}", None) for name in SETTINGS}
     return {name: text for name, text in given.items() if text is not None}
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "env": "what a bug report needs to say about this machine",
     "estimate-memory": "count what a model needs for training and inference, from its shapes alone",
     "launch": "start a training script on an engine, with one or more processes",
+    "plan": "compile a script's first step for a machine that need not exist, and say what it needs there",
     "runs": "list, show, report and open the runs that scripts have logged, and send them to trackers",
     "test": "train on every engine through the configuration in force, and hold the numbers against known ones",
 }

@@ -10,7 +10,8 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ FLUSH_TIMEOUT_S = 10.0
 _NO_OPTIONS: Mapping[str, Any] = {}
 
 log = logging.getLogger("polyaccel.tracking")
+
+_keeps_runs = True
+
+
+@contextmanager
+def without_runs() -> Iterator[None]:
+    """Sessions that start inside log nothing: no run folder, no tracker."""
+    global _keeps_runs
+    before, _keeps_runs = _keeps_runs, False
+    try:
+        yield
+    finally:
+        _keeps_runs = before
 
 
 class Session:
@@ -94,6 +108,9 @@ class Session:
         init_kwargs: Mapping[str, Mapping[str, Any]] = _NO_OPTIONS,
     ) -> None:
         """Create or continue the run folder, and start the trackers on their threads. Returns without waiting for them."""
+        if not _keeps_runs:
+            self._is_off = True
+            return
         everywhere = [one for one in self._asked if not getattr(one, "main_process_only", True)]
         run_id = self.project.run_id or _new_id()
         if everywhere:

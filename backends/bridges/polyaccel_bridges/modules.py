@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.protocols import ArraySpec
 from polyaccel.sharding.plan import ModelHints
 from polyaccel_torch.dialect.late_values import LateValues
 from polyaccel_torch.dialect.sharding_hints import hints_of
@@ -20,6 +21,7 @@ from .exchange import to_numpy
 from .guards import ModuleGuard
 from .module_state import collect_state
 from .output_recorders import install_output_recorders
+from .programs import numpy_dtype
 from .state_cells import Kind, StateCell
 from .tensors import DeviceParameter, DeviceTensor
 
@@ -93,9 +95,13 @@ class ManagedModel:
         when it is asked for, once."""
         return _HostArrays(LateValues(self.module, self._params)), _HostArrays(LateValues(self.module, self._buffers))
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters; none is computed for it."""
-        return {name: tuple(tensor.shape) for name, tensor in self._params.items()}
+    def specs(self) -> tuple[dict[str, ArraySpec], dict[str, ArraySpec]]:
+        """Shapes and dtypes of what `read` gives; nothing is computed."""
+        params, buffers = (
+            {name: ArraySpec(tuple(tensor.shape), numpy_dtype(tensor.dtype).name) for name, tensor in tensors.items()}
+            for tensors in (self._params, self._buffers)
+        )
+        return params, buffers
 
     def hints(self) -> ModelHints:
         """The plan of a transformers model, and which weights are stored as (in, out)."""

@@ -112,6 +112,12 @@ class JaxBackend:
 
         return estimate
 
+    def planner(self) -> ModuleType:
+        """What `polyaccel plan` asks. Imports no jax before a script opens its engine."""
+        from polyaccel_jax.planning import scripts
+
+        return scripts
+
     def seed(self, value: int) -> None:
         """Nothing: jax has no global generator. Live engines have their own stream."""
 
@@ -120,6 +126,11 @@ class JaxBackend:
         probe = self.probe()
         if not probe.is_usable:
             raise BackendUnavailableError(f"backend 'jax' cannot be used here: {probe.reason}", probe.cure)
+        from polyaccel_jax.planning import scripts
+
+        session = scripts.active()
+        if session is not None:
+            return session.open(config, rendezvous)
         from polyaccel_jax.engine import JaxEngine
 
         return JaxEngine(config, rendezvous)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from polyaccel.protocols import CompileEvent
 from polyaccel_jax.flops import FlopMeter
+
+if TYPE_CHECKING:
+    from polyaccel_jax.planning.planner import Planner
 
 _log = logging.getLogger("polyaccel.jax")
 _MANY = 8  # programs of one kind from which on each is a warning: buckets of a batch are fewer
@@ -23,7 +26,8 @@ class CompileLog:
     A traced function says `tracing(...)`; `run` around the jitted function notices that it did, and knows how long it all took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, planner: Planner | None = None) -> None:
+        self.planner = planner
         self.events: list[CompileEvent] = []
         self.count = 0  # programs traced, one that failed to compile included
         self.num_updates = 0  # optimizer updates that were taken
@@ -31,6 +35,11 @@ class CompileLog:
         self._pending: tuple[str, Facts] | None = None
         self._capture_s = 0.0
         self._seen: dict[str, list[Facts]] = {}
+
+    @property
+    def pending(self) -> str | None:
+        """The program that was traced and is not noted yet."""
+        return None if self._pending is None else self._pending[0]
 
     def build(self, function: Callable[[], Any]) -> Any:
         """Call what makes a program; its time is the capture of the next program that is traced."""
@@ -48,12 +57,14 @@ class CompileLog:
         """`function(*args)`. If that traced a program, the event is noted and logged."""
         if self._pending is not None:  # an earlier program failed while it was traced or compiled
             self._pending = None
+        if self.planner is not None:
+            function = self.planner.planned(function)  # compiled, and not run
         # The one clock reading of a step that compiles nothing: 40 ns.
         start = time.perf_counter()
         result = function(*args)
         if self._pending is not None:
             self._note(*self._pending, time.perf_counter() - start)
-        if self.meter is not None:
+        if self.meter is not None and self.planner is None:
             self.meter.ran(function, args)
         return result
 

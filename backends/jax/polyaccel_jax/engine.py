@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from polyaccel.config.profile import ProfileKwargs
     from polyaccel.launch.rendezvous import Rendezvous
     from polyaccel.plan import Plan
+    from polyaccel_jax.planning.planner import Planner
 
 _JOIN_TIMEOUT_S = 120
 _HEARTBEAT_TIMEOUT_S = 60
@@ -55,14 +56,21 @@ _MAX_STEPS_IN_FLIGHT = 4  # of up to five programs each: forward, backward, clip
 class JaxEngine:
     """Implements ProgramEngine. `compiles` lists the programs that were traced and compiled.
 
-    `devices`: use these alone; by default all of the job's.
+    `devices`: use these alone; by default all of the job's. `planner`: compile for them and run nothing; they need not exist.
     """
 
     plan: Plan
     mesh: DeviceMesh
     steps: Steps
 
-    def __init__(self, config: Config, rendezvous: Rendezvous, devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rendezvous: Rendezvous,
+        devices: Sequence[jax.Device] | None = None,
+        planner: Planner | None = None,
+    ) -> None:
+        self.planner = planner
         if config.cpu:
             _use_cpu_only()
         # Several CPU devices of one process share a pool of threads. With 32 programs waiting (jaxlib's bound per device) their
@@ -73,7 +81,9 @@ class JaxEngine:
         self.compilation_cache_folder = compilation_cache.enable(config.compilation_cache)
         platform = "cpu" if config.cpu else None
         self._devices: list[jax.Device] = list(devices or jax.devices(platform))
-        local = [device for device in self._devices if device in jax.local_devices(backend=platform)]
+        local = self._devices
+        if planner is None:
+            local = [device for device in self._devices if device in jax.local_devices(backend=platform)]
         self.topology = Topology(
             process_index=rendezvous.process_index,
             num_processes=rendezvous.num_processes,
@@ -84,7 +94,7 @@ class JaxEngine:
         )
         self.device: jax.Device = local[0]
         self._local_devices = local
-        if len(local) > 1 and local[0].platform == "cpu":
+        if len(local) > 1 and local[0].platform == "cpu" and planner is None:
             self._in_flight = deque()
         collectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
         self.collectives: Collectives = collectives
@@ -92,7 +102,9 @@ class JaxEngine:
             collectives.note_exchange
         )  # called before a program that ends only if every process runs it
         self.gradient_state: Any = None  # the core sets it: the GradientState of its Accelerator
-        self.compiles = CompileLog()
+        self.compiles = CompileLog(planner)
+        if planner is not None:
+            planner.engine = self
         self.scaler: ScalerState | None = None
         self._is_distributed = rendezvous.num_processes > 1
         self._num_models = 0
@@ -106,7 +118,7 @@ class JaxEngine:
     def bind(self, plan: Plan) -> None:
         """Build the mesh and fix precision."""
         self.plan = plan
-        self.mesh = DeviceMesh(plan, self._devices)
+        self.mesh = DeviceMesh(plan, self._devices, self.planner)
         if self.mesh.cuts_layers and plan.partitioning == "pmap":
             raise UnsupportedError(
                 f"mesh.tensor={plan.mesh.tensor} cuts single layers, and partitioning='pmap' runs whole layers on every device",
@@ -146,7 +158,7 @@ class JaxEngine:
 
     def device_memory(self) -> tuple[int, int | None] | None:
         """The most bytes that were in use on one of this process's devices, and its limit; None on the CPU."""
-        return looking.device_memory(self._local_devices)
+        return None if self.planner is not None else looking.device_memory(self._local_devices)
 
     def fence(self) -> Callable[[], object] | None:
         """Waits for the last step that was started: its loss comes with the rest of its program. None where it is done."""
@@ -154,7 +166,9 @@ class JaxEngine:
         return None if latest is None or latest.is_ready() else latest.block_until_ready
 
     def count_flops(self) -> Callable[[], float | None]:
-        """Operations of the programs that are started from now on."""
+        """Operations of the programs that are started from now on; None of those that are only planned."""
+        if self.planner is not None:
+            return lambda: None
         meter = self.compiles.meter = self.compiles.meter or FlopMeter()
         before = meter.total
         return lambda: None if meter.total is None or before is None else meter.total - before
@@ -184,6 +198,8 @@ class JaxEngine:
 
     def synchronize(self) -> None:
         """Return when the devices have finished all work given to them."""
+        if self.planner is not None:
+            return
         # Work runs in order on each device: an array placed now is ready when all before it is.
         jax.effects_barrier()
         fence = [jax.device_put(np.float32(0), device) for device in self._local_devices]

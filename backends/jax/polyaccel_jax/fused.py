@@ -226,6 +226,8 @@ class _Fused:
             model.leaves = optimizer.take_over(trained, state)
         model.forget_views()
         self._compiles.num_updates += 1
+        if engine.planner is not None:
+            engine.planner.updated(optimizer)
         if following is not None:
             engine.stream.spent(call.draw, following)
         elif self._idle is None:

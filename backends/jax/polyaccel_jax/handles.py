@@ -23,7 +23,8 @@ class JaxModel:
     """
 
     def __init__(self, engine: JaxEngine, name: str, source: ModelSource, *, partitioning: str) -> None:
-        params, buffers = source.read()
+        planner = engine.planner
+        params, buffers = source.read() if planner is None else source.specs()
         self.engine: Any = engine
         self.name = name
         self.source: Any = source
@@ -33,7 +34,7 @@ class JaxModel:
         self.names: tuple[str, ...] = tuple(params)
         self.positions = {key: index for index, key in enumerate(self.names)}
         with engine.dtypes(self.wants_64bit):
-            engine.mesh.lay_out(name, source.shapes(), source.hints())
+            engine.mesh.lay_out(name, source.specs()[0], source.hints())
             names = [self.full(key) for key in params]
             self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values(), names))
             arrays = engine.mesh.replicate(list(buffers.values()))  # few and small
@@ -42,6 +43,8 @@ class JaxModel:
         self.gradients_are_shared = False
         self.overflow: jax.Array | None = None  # fp16: whether a gradient was not finite, noted before any clipping
         self._params: dict[str, jax.Array] | None = None
+        if planner is not None:
+            planner.models.append(self)
 
     def full(self, name: str) -> str:
         """The name of one of its parameters in programs and on the mesh."""
@@ -188,13 +191,12 @@ class JaxOptimizer:
             shapes = jax.eval_shape(init, params)
             self.owners: tuple[str | None, ...] = owners_of(shapes, {name: model.full(name) for name in self.names})
             self.treedef: Any = jax.tree.structure(shapes)
-            kept = [
-                engine.mesh.kept(leaf, name) for leaf, name in zip(jax.tree.leaves(shapes), self.owners, strict=True)
-            ]
-            state = jax.jit(init, out_shardings=jax.tree.unflatten(self.treedef, kept))(params)
+            state = engine.mesh.made(init, self.owners, params)
         leaves = jax.tree.leaves(state)
         self.leaves: tuple[jax.Array, ...] = tuple(leaves)
         self._hyper: tuple[list[Any], Any, Any] | None = None
+        if engine.planner is not None:
+            engine.planner.optimizers.append(self)
 
     @property
     def state(self) -> Any:

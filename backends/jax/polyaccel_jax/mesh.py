@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +16,7 @@ from polyaccel.sharding.rules import Spec
 
 if TYPE_CHECKING:
     from polyaccel.plan import Plan
+    from polyaccel_jax.planning.planner import Planner
 
 DATA_AXES = ("replica", "data", "fsdp")
 
@@ -34,15 +35,17 @@ def axes_of(shapes: Sequence[tuple[int, ...]]) -> list[int | None]:
 class DeviceMesh:
     """All devices of all processes, arranged as the plan says.
 
-    With one device in the job nothing is sharded and no mesh is involved: arrays lie on that device.
+    With one device in the job nothing is sharded and no mesh is involved: arrays lie on that device. With a planner the devices
+    need not exist: its shapes stand in place of arrays, and one process is taken to drive all of them.
     """
 
-    def __init__(self, plan: Plan, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, plan: Plan, devices: Sequence[jax.Device], planner: Planner | None = None) -> None:
+        self.planner = planner
         sizes = plan.mesh.sizes
         self.mesh: Mesh = jax.make_mesh(
             tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=list(devices)
         )
-        self.num_processes = len({device.process_index for device in devices})
+        self.num_processes = 1 if planner is not None else len({device.process_index for device in devices})
         self.num_shards = plan.num_data_shards
         self.num_local_shards = plan.num_local_data_shards
         self.sizes = sizes
@@ -58,16 +61,22 @@ class DeviceMesh:
                     "start one process, which drives all devices of this machine, or use mesh.data",
                 )
         self.is_single_device = len(devices) == 1
-        self.local_devices = [device for device in self.mesh.devices.flat if device in self.mesh.local_devices]
+        every: list[jax.Device] = list(self.mesh.devices.flat)
+        self.local_devices = every if planner is not None else [d for d in every if d in self.mesh.local_devices]
         self.replicated: Sharding = NamedSharding(self.mesh, PartitionSpec())
         self.batch: Sharding = self.cut(0)
         if self.is_single_device:
             self.replicated = self.batch = SingleDeviceSharding(devices[0])
+        self._local_mesh = Mesh(np.array(self.local_devices), ("local",))
+        self._is_lone = False
+        self._array_type: type = jax.ShapeDtypeStruct
+        if planner is not None:
+            self._array_type = planner.array_type
+            return
         # No array of this process can lie anywhere else.
         self._is_lone = self.is_single_device and jax.local_device_count() == 1 and devices[0].platform == "cpu"
         # isinstance(x, jax.Array) takes ten times as long as a comparison of types, and is asked for every leaf of every batch.
         self._array_type = type(jax.device_put(np.float32(0), self.local_devices[0]))
-        self._local_mesh = Mesh(np.array(self.local_devices), ("local",))
 
     def cut(self, axis: int) -> NamedSharding:
         """The sharding of an array whose dim `axis` is cut over the data shards."""
@@ -81,11 +90,11 @@ class DeviceMesh:
         """How parameters of these names and shapes are cut. Raises PlanError, naming a parameter, for a rule that cannot hold."""
         return plan_shardings(shapes, self.sizes, self._rules, hints)
 
-    def lay_out(self, model: str, shapes: Mapping[str, Sequence[int]], hints: ModelHints | None = None) -> None:
+    def lay_out(self, model: str, specs: Mapping[str, Any], hints: ModelHints | None = None) -> None:
         """Fix how the parameters of a model lie, and all that is named after them: gradients, optimizer state, averages."""
         if self.num_parts == 1:
             return
-        plan = self.plan_parameters(shapes, hints)
+        plan = self.plan_parameters({name: tuple(spec.shape) for name, spec in specs.items()}, hints)
         plan.say(model, self.sizes)
         self._specs.update({f"{model}.{name}": spec for name, spec in plan.specs.items()})
         self._uneven.update({f"{model}.{name}": spec for name, spec in plan.uneven.items()})
@@ -138,6 +147,8 @@ class DeviceMesh:
 
         The values are taken one by one: where they are made when they are asked for, no two of them are whole at a time.
         """
+        if self.planner is not None:
+            return [self.planner.array(value, self.kept, name) for value, name in zip(values, names, strict=True)]
         if self.num_parts == 1:
             return self.replicate(list(values))
         copies: list[jax.Array] = []
@@ -154,8 +165,21 @@ class DeviceMesh:
                 copies[-1].block_until_ready()  # the host's copy goes before the next one comes
         return copies
 
+    def made(self, make: Callable[..., Any], names: Iterable[str | None], *args: Any) -> Any:
+        """The tree of arrays that a traceable function makes, computed where they are kept, each device its own part.
+
+        `names`: per leaf the parameter whose layout it has, as in `keep`.
+        """
+        shapes, treedef = jax.tree.flatten(jax.eval_shape(make, *args))
+        if self.planner is not None:
+            return jax.tree.unflatten(treedef, self.keep(shapes, names))
+        kept = [self.kept(shape, name) for shape, name in zip(shapes, names, strict=True)]
+        return jax.jit(make, out_shardings=jax.tree.unflatten(treedef, kept))(*args)
+
     def replicate(self, values: Sequence[Any]) -> list[jax.Array]:
         """Copies of host or device arrays, equal on all processes, on every device."""
+        if self.planner is not None:
+            return [self.planner.laid(value, self.replicated) for value in values]
         # A transfer may hand out the same buffer again, and reads host memory later; what is donated must be nobody else's.
         values = [jnp.copy(value) if isinstance(value, jax.Array) else np.array(value) for value in values]
         if self.num_processes == 1:
@@ -190,6 +214,10 @@ class DeviceMesh:
             return placed
         axes = axes_of(shapes) if axes is None else axes
         shardings = [self._sharding(shapes[index], axes[index]) for index in waiting]
+        if self.planner is not None:
+            for index, sharding in zip(waiting, shardings, strict=True):
+                placed[index] = self.planner.laid(leaves[index], sharding)
+            return placed
         # Loaders reuse their memory (rings, shared memory), and a transfer reads it later or never copies it: without a copy the
         # batch would change under the step.
         arrays = jax.device_put([_snapshot(leaves[index]) for index in waiting], shardings)
@@ -211,6 +239,8 @@ class DeviceMesh:
 
     def is_placed(self, leaf: Any) -> bool:
         """Whether a leaf is an array that already lies on this mesh."""
+        if self.planner is not None:
+            return isinstance(leaf, self._array_type)
         if not isinstance(leaf, jax.Array):
             return False
         sharding = leaf.sharding
@@ -245,7 +275,7 @@ class DeviceMesh:
 
     def local(self, array: jax.Array) -> jax.Array:
         """This process's part of an array, as an array of its own devices (in a job of one process: the array itself)."""
-        if array.is_fully_addressable:
+        if self.planner is not None or array.is_fully_addressable:
             return array
         if array.is_fully_replicated:
             return array.addressable_data(0)
@@ -263,6 +293,8 @@ class DeviceMesh:
 
     def to_host(self, array: jax.Array) -> np.ndarray[Any, Any]:
         """This process's part of an array as numpy; waits for the device."""
+        if self.planner is not None:
+            return np.asarray(array)
         if array.is_fully_addressable or array.is_fully_replicated:
             return np.asarray(array)
         axis = _cut_axis(array)

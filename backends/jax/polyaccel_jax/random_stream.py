@@ -18,8 +18,10 @@ class RandomStream:
     def __init__(self, seed: int, place: Callable[[list[object]], list[jax.Array]]) -> None:
         self._place = place
         # Programs take the words of the key: jit handles a typed key array in Python, 4 us at every call.
-        self.base: jax.Array = place([jax.random.key_data(jax.random.key(seed))])[0]
-        self.key: jax.Array = jax.random.wrap_key_data(self.base)
+        words = jax.random.key_data(jax.random.key(seed))
+        self.base: jax.Array = place([words])[0]
+        # The shapes of a plan have no words.
+        self.key: jax.Array = jax.random.wrap_key_data(self.base if isinstance(self.base, jax.Array) else words)
         self.count = 0
         self._counters: dict[int, jax.Array] = {}
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from polyaccel.errors import UnsupportedError
-from polyaccel.protocols import Program, ProgramCall, ProgramResult
+from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax import partition
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import Layout, specs_of
@@ -227,13 +227,19 @@ class Steps:
         A copy is cheap beside a second program that would not donate.
         """
         have = {name: grad for name, grad in model.gradients.items() if names is None or name in names}
-        return self.function("copies", lambda: jax.jit(_copies))(have) if have and model.gradients_are_shared else have
+        if not have or not model.gradients_are_shared:
+            return have
+        copies: Named = self.engine.compiles.run(self.function("copies", lambda: jax.jit(_copies)), have)
+        return copies
 
     def _note_overflow(self, model: JaxModel, is_finite: jax.Array) -> None:
         model.overflow = is_finite if model.overflow is None else self._both(model.overflow, is_finite)
 
     def _both(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        return self.function("both", lambda: jax.jit(jnp.logical_and))(first, second)
+        both: jax.Array = self.engine.compiles.run(
+            self.function("both", lambda: jax.jit(jnp.logical_and)), first, second
+        )
+        return both
 
     def zeros(self, model: JaxModel, names: Sequence[str]) -> Named:
         """Gradients of zero for these parameters."""
@@ -241,6 +247,9 @@ class Steps:
 
         def make() -> Callable[[], Named]:
             mesh = self.engine.mesh
+            if self.engine.planner is not None:
+                shapes = [ArraySpec(shape, dtype.name) for _, shape, dtype in specs]
+                return lambda: dict(zip(names, mesh.keep(shapes, map(model.full, names)), strict=True))
             return jax.jit(
                 lambda: {name: jnp.zeros(shape, dtype) for name, shape, dtype in specs},
                 out_shardings={
@@ -370,6 +379,8 @@ class Steps:
         self.engine.compiles.num_updates += 1
         if scaler is not None:
             self.engine.scaler = scaler
+        if self.engine.planner is not None:
+            self.engine.planner.updated(optimizer)
 
 
 # -- traced pieces that the fused step shares ------------------------------------------------------------------------------

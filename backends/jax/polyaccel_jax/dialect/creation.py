@@ -53,6 +53,9 @@ def initial(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
 
     params, others = jax.eval_shape(variables)
     shardings = _shardings(params, mesh), jax.tree.map(lambda leaf: mesh.replicated, others)
+    if mesh.planner is not None:
+        planned = jax.tree.map(mesh.planner.laid, (params, others), shardings)
+        return lambda: planned
     return jax.jit(variables, out_shardings=shardings)
 
 

@@ -420,7 +420,13 @@ def _kind(leaf: Any) -> str:
         return found
     if isinstance(leaf, np.ndarray | np.generic):
         return "input" if leaf.dtype.kind in "biufcV" else "static"
-    kind = "model" if isinstance(leaf, Handle) else "input" if isinstance(leaf, jax.Array) else "static"
+    kind = (
+        "model"
+        if isinstance(leaf, Handle)
+        else "input"
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+        else "static"
+    )
     _kinds[type(leaf)] = kind
     return kind
 

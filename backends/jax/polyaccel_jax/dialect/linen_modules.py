@@ -52,10 +52,9 @@ class LinenSource:
         params = {name: value for name, value in self._initial.items() if self._paths[name][0] == _PARAMS}
         return params, {name: value for name, value in self._initial.items() if name not in params}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters."""
-        params, _ = self.read()
-        return {name: tuple(value.shape) for name, value in params.items()}
+    def specs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same: nothing is computed to read them."""
+        return self.read()
 
     def hints(self) -> ModelHints:
         """The partitioning metadata of its variables."""

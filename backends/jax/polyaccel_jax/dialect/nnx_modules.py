@@ -45,10 +45,9 @@ class NnxSource:
         buffers = {name: v.get_value() for name, v in self._variables.items() if name not in params}
         return params, buffers
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the parameters."""
-        params, _ = self.read()
-        return {name: tuple(value.shape) for name, value in params.items()}
+    def specs(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The same: nothing is computed to read them."""
+        return self.read()
 
     def hints(self) -> ModelHints:
         """The partitioning metadata of its variables."""
@@ -176,7 +175,7 @@ class NnxSource:
         for path, variable in nnx.to_flat_state(state):
             name = _dotted(path)
             value = variable.get_value()
-            if not isinstance(value, jax.Array) or variable.get_metadata().get("ref"):
+            if not isinstance(value, jax.Array | jax.ShapeDtypeStruct) or variable.get_metadata().get("ref"):
                 raise PrepareError(
                     f"variable {name!r} of {type(self.module).__name__} holds a {type(value).__name__}, not a jax array",
                     "keep jax arrays in nnx variables",

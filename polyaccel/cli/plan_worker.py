@@ -1,0 +1,64 @@
+"""The process of one plan: runs the script up to its first update, and writes what the compiler said. Started by `polyaccel plan`."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import runpy
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from polyaccel.errors import PolyaccelError
+from polyaccel.planned.report import as_json
+from polyaccel.planned.topologies import topology_named
+from polyaccel.registry import choose_backend
+from polyaccel.tracking.session import without_runs
+
+_TORCH = frozenset({"torch", "torchvision", "transformers", "timm"})
+
+
+def main(arguments: list[str]) -> int:
+    """`topology report script [its arguments]`: 0 when the report is written."""
+    topology, report, script, *rest = arguments
+    backend: Any = choose_backend("jax")
+    sys.argv = [script, *rest]
+    sys.path[0] = str(Path(script).resolve().parent)  # as Python does for a script
+    try:
+        planning = backend.planner().planning(topology_named(topology))
+        with planning as session, without_runs(), _without_weights(Path(script)):
+            _run(script)
+        plan = session.step_plan()
+    except PolyaccelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    Path(report).write_text(json.dumps(as_json(plan, topology_named(topology).chip)), "utf-8")
+    return 0
+
+
+def _run(script: str) -> None:
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            raise
+
+
+def _without_weights(script: Path) -> AbstractContextManager[None]:
+    """A script that imports torch makes modules without memory; jax's own are made on the devices by `create_model`."""
+    from polyaccel.big_models import init_empty_weights
+
+    names = set()
+    for node in ast.walk(ast.parse(script.read_text("utf-8"), str(script))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and not node.level:
+            names.add(node.module.partition(".")[0])
+    is_torch = names & _TORCH and "flax" not in names and importlib.util.find_spec("torch") is not None
+    return init_empty_weights() if is_torch else nullcontext()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
