@@ -29,6 +29,7 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_wrapper": ("ddp", _EXCHANGE, False),
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
     "sharding_rules": ("sharding_rules", "it cuts no parameter by its name", False),
+    "remat": ("remat", "it keeps what a backward pass needs", False),
     "process_group": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 
@@ -57,6 +58,7 @@ class Plan:
     sharding_rules: tuple[ShardingRule, ...] = ()
     remarks: tuple[str, ...] = ()
     num_processes_per_shard: int = 1
+    remat: str = "none"
 
 
 def make_plan(
@@ -105,6 +107,7 @@ def make_plan(
         sharding_rules=config.parameter_rules,
         remarks=tuple(remarks),
         num_processes_per_shard=num_sharing,
+        remat=config.remat,
     )
 
 

@@ -12,6 +12,7 @@ from polyaccel.sharding.rules import ShardingRule
 
 PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
+REMATS = ("none", "full", "dots")
 PREEMPTIONS = ("off", "save")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
 COMM_HOOKS = ("no", "fp16", "bf16", "power_sgd", "batched_power_sgd")
@@ -54,6 +55,12 @@ class Config:
     sharding_rules: tuple[str, ...] = _setting(
         (),
         "how parameters are cut, by name: '*.q_proj.weight=tensor -', one axis or - per dim, or whole; the first match counts",
+    )
+    remat: Literal["none", "full", "dots"] = _setting(
+        "none",
+        "what a backward pass computes again instead of keeping it: none: nothing; full: the layers of every block; dots: all but products"
+        " with weights",
+        choices=REMATS,
     )
     split_batches: bool = _setting(False, "a loader's batch_size is the global batch, cut over the data shards")
     even_batches: bool = _setting(
