@@ -123,7 +123,7 @@ def test_processes_that_were_seeded_differently_train_one_model(results):
 
 def test_an_array_that_could_be_the_whole_batch_is_refused(monkeypatch):
     engine = open_engine(4)
-    monkeypatch.setattr(engine.mesh, "num_processes", 2)  # as if half of the devices belonged to another process
+    monkeypatch.setattr(engine.mesh, "num_feeds", 2)  # as if half of the devices belonged to another process
     with pytest.raises(PrepareError, match="could be the whole batch"):
         engine.mesh._refuse_ambiguous((16, 3), 8)
 

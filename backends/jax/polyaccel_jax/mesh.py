@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from polyaccel.errors import PlanError, PrepareError, UnsupportedError
+from polyaccel.errors import PlanError, PrepareError
 from polyaccel.sharding.plan import ModelHints, ShardingPlan, plan_shardings, with_fsdp
 from polyaccel.sharding.rules import Spec
+from polyaccel_jax import pieces
 
 if TYPE_CHECKING:
     from polyaccel.plan import Plan
@@ -42,24 +43,19 @@ class DeviceMesh:
     def __init__(self, plan: Plan, devices: Sequence[jax.Device], planner: Planner | None = None) -> None:
         self.planner = planner
         sizes = plan.mesh.sizes
-        self.mesh: Mesh = jax.make_mesh(
-            tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=list(devices)
-        )
         self.num_processes = 1 if planner is not None else len({device.process_index for device in devices})
+        self.mesh: Mesh = _arranged(plan, list(devices), self.num_processes)
         self.num_shards = plan.num_data_shards
         self.num_local_shards = plan.num_local_data_shards
+        # Neighbouring processes whose devices share a data shard have the same rows, and are one feed.
+        self.num_feeds = 1 if planner is not None else self.num_shards // self.num_local_shards
+        self.feed = plan.first_data_shard // self.num_local_shards
         self.sizes = sizes
         self.num_parts = sizes["fsdp"] * sizes["tensor"]  # of what is kept: parameters, gradients and optimizer state
         self.cuts_layers = sizes["tensor"] > 1
         self._rules = plan.sharding_rules
         self._specs: dict[str, Spec] = {}  # of the parameters of all models, by `<model>.<name>`
         self._uneven: dict[str, Spec] = {}  # of those that cannot be kept in equal parts
-        for axis in ("fsdp", "tensor"):
-            if sizes[axis] > 1 and self.num_processes > 1:
-                raise UnsupportedError(
-                    f"mesh.{axis}={sizes[axis]} in a job of {self.num_processes} processes is not supported by backend 'jax'",
-                    "start one process, which drives all devices of this machine, or use mesh.data",
-                )
         self.is_single_device = len(devices) == 1
         every: list[jax.Device] = list(self.mesh.devices.flat)
         self.local_devices = every if planner is not None else [d for d in every if d in self.mesh.local_devices]
@@ -67,7 +63,6 @@ class DeviceMesh:
         self.batch: Sharding = self.cut(0)
         if self.is_single_device:
             self.replicated = self.batch = SingleDeviceSharding(devices[0])
-        self._local_mesh = Mesh(np.array(self.local_devices), ("local",))
         self._is_lone = False
         self._array_type: type = jax.ShapeDtypeStruct
         if planner is not None:
@@ -159,6 +154,8 @@ class DeviceMesh:
             sharding = self.kept(value, name)
             if isinstance(value, jax.Array) and value.sharding == sharding:
                 copies.append(jnp.copy(value))  # in its parts
+            elif self.num_processes > 1:
+                copies.append(pieces.laid_anew(value, sharding))
             else:
                 host = value if isinstance(value, jax.Array) else np.array(value)
                 copies.append(jax.device_put(host, sharding, may_alias=False))
@@ -185,7 +182,7 @@ class DeviceMesh:
         if self.num_processes == 1:
             shardings = [self.replicated] * len(values)
             return list(jax.device_put(list(values), shardings, may_alias=False))
-        return [_from_host(value, self.replicated) for value in values]
+        return [pieces.from_host(value, self.replicated) for value in values]
 
     def place(self, leaves: Sequence[Any], axes: Sequence[int | None] | None = None) -> list[jax.Array]:
         """This process's part of a batch as global arrays; the transfer runs on while the caller goes on.
@@ -250,13 +247,14 @@ class DeviceMesh:
 
     def _from_this_process(self, leaf: Any, shape: tuple[int, ...], axis: int | None) -> jax.Array:
         if axis is None:
-            return _from_host(leaf, self.replicated)
+            return pieces.from_host(leaf, self.replicated)
+        if self.num_feeds == 1 and shape[axis] % self.num_shards:  # every process has all of it
+            return pieces.from_host(leaf, self.replicated)
         self.check_divides(shape[axis], self.num_local_shards)
-        whole = tuple(size * self.num_processes if dim == axis else size for dim, size in enumerate(shape))
-        return jax.make_array_from_process_local_data(self.cut(axis), np.array(leaf), whole)
+        return pieces.from_rows(leaf, self.cut(axis), axis, self.feed, self.num_feeds)
 
     def _refuse_ambiguous(self, shape: tuple[int, ...], batch_size: int | None) -> None:
-        if shape and batch_size is not None and shape[0] == batch_size * self.num_processes:
+        if shape and batch_size is not None and shape[0] == batch_size * self.num_feeds:
             raise PrepareError(
                 f"an array of shape {shape} beside a batch of {batch_size} samples per process could be the whole batch of"
                 f" all {self.num_processes} processes or no batch at all",
@@ -277,19 +275,7 @@ class DeviceMesh:
         """This process's part of an array, as an array of its own devices (in a job of one process: the array itself)."""
         if self.planner is not None or array.is_fully_addressable:
             return array
-        if array.is_fully_replicated:
-            return array.addressable_data(0)
-        axis = _cut_axis(array)
-        pieces = _distinct_pieces(array, axis)
-        shape = list(array.shape)
-        shape[axis] = sum(piece.data.shape[axis] for piece in pieces)
-        if len(pieces) == len(self.local_devices):
-            sharding = NamedSharding(self._local_mesh, PartitionSpec(*([None] * axis), "local"))
-            by_device = {piece.device: piece.data for piece in pieces}
-            return jax.make_array_from_single_device_arrays(
-                tuple(shape), sharding, [by_device[device] for device in self.local_devices]
-            )
-        return jax.device_put(np.concatenate([np.asarray(piece.data) for piece in pieces], axis))
+        return array.addressable_data(0) if array.is_fully_replicated else pieces.local(array, self.local_devices)
 
     def to_host(self, array: jax.Array) -> np.ndarray[Any, Any]:
         """This process's part of an array as numpy; waits for the device."""
@@ -297,8 +283,7 @@ class DeviceMesh:
             return np.asarray(array)
         if array.is_fully_addressable or array.is_fully_replicated:
             return np.asarray(array)
-        axis = _cut_axis(array)
-        return np.concatenate([np.asarray(piece.data) for piece in _distinct_pieces(array, axis)], axis)
+        return pieces.local_to_host(array)
 
 
 def as_partition(spec: Spec) -> PartitionSpec:
@@ -307,25 +292,22 @@ def as_partition(spec: Spec) -> PartitionSpec:
     return PartitionSpec(*spec[: last + 1])
 
 
+def _arranged(plan: Plan, devices: list[jax.Device], num_processes: int) -> Mesh:
+    """The mesh of these devices, as jax would lay it on the hardware; of several processes so that each drives the data shards that
+    the plan says."""
+    sizes = plan.mesh.sizes
+    axis_types = (AxisType.Auto,) * len(sizes)
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices)
+    if num_processes == 1:
+        return mesh
+    rows = mesh.devices.reshape(plan.num_data_shards, -1)
+    first = plan.first_data_shard
+    fed = {row for row, held in enumerate(rows) if any(device in mesh.local_devices for device in held)}
+    if fed == set(range(first, first + plan.num_local_data_shards)):
+        return mesh
+    in_order = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(in_order).reshape(tuple(sizes.values())), tuple(sizes), axis_types=axis_types)
+
+
 def _snapshot(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
-
-
-def _from_host(value: Any, sharding: Sharding) -> jax.Array:
-    if isinstance(value, jax.Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
-        data = _from_host(jax.random.key_data(value), sharding)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
-    host = np.array(value)
-    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype))
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _cut_axis(array: jax.Array) -> int:
-    whole = array.shape
-    piece = array.addressable_shards[0].data.shape
-    return next(axis for axis in range(len(whole)) if piece[axis] != whole[axis])
-
-
-def _distinct_pieces(array: jax.Array, axis: int) -> list[Any]:
-    by_start = {shard.index[axis].start or 0: shard for shard in array.addressable_shards}
-    return [by_start[start] for start in sorted(by_start)]
