@@ -90,12 +90,13 @@ def make_plan(
             " compiles every step already",
             "leave it out",
         )
-    remarks = [*config.remarks, *_without_effect(config, backend, features)]
+    accumulation, said = _accumulation(config, mesh)
+    remarks = [*config.remarks, *said, *_without_effect(config, backend, features)]
     first_data_shard, num_local, num_sharing = _feeding(mesh, topology)
     return Plan(
         mesh=mesh,
         precision=config.precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         num_data_shards=mesh.num_data_shards,
         first_data_shard=first_data_shard,
         num_local_data_shards=num_local,
@@ -109,6 +110,30 @@ def make_plan(
         num_processes_per_shard=num_sharing,
         remat=config.remat,
     )
+
+
+def _accumulation(config: Config, mesh: MeshSpec) -> tuple[int, list[str]]:
+    """Batches of a data shard per update, and what is to be said of them. Raises PlanError where the global batch cannot be kept."""
+    whole, shards = config.micro_batches_per_update, mesh.num_data_shards
+    if whole is None:
+        return config.gradient_accumulation_steps, []
+    given = f"micro_batches_per_update={whole} ({config.sources.get('micro_batches_per_update', 'default')})"
+    if config.split_batches:
+        raise PlanError(
+            f"{given} with split_batches: a loader's batch is the global one already, on any number of devices",
+            "leave one of the two out",
+        )
+    if whole % shards:
+        raise PlanError(
+            f"{given} cannot be kept on {shards} data shards: {whole} is not a multiple of {shards}",
+            f"use a number of data shards that divides {whole}, or change the global batch",
+        )
+    steps = whole // shards
+    source = config.sources.get("gradient_accumulation_steps")
+    if source is None or config.gradient_accumulation_steps == steps:
+        return steps, []
+    replaced = f"gradient_accumulation_steps={config.gradient_accumulation_steps} ({source})"
+    return steps, [f"{replaced} is {steps} on {shards} data shards, because of {given}"]
 
 
 def _feeding(mesh: MeshSpec, topology: Topology) -> tuple[int, int, int]:

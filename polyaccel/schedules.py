@@ -13,14 +13,17 @@ _log = logging.getLogger("polyaccel.schedules")
 
 def steps_per_update(config: Config, plan: Plan, topology: Topology, *, is_first: bool) -> int:
     """The steps of a scheduler per update: with `scheduler_unit="step"` one; with "sample" one per data shard, since an update consumes
-    that many of the loader's batches (Accelerate's rule), and one with split_batches, whose batches are global.
+    that many of the loader's batches (Accelerate's rule), or as many as `micro_batches_per_update` says, and one with split_batches, whose
+    batches are global.
 
     Where the two differ, the main process logs once, at the first scheduler (`is_first`), which one is in force: a warning where nobody
     chose it.
     """
     counts_samples = config.scheduler_unit == "sample" and not plan.split_batches
-    steps = plan.num_data_shards if counts_samples else 1
-    differs = plan.num_data_shards > 1 and not plan.split_batches and config.step_scheduler_with_optimizer
+    # The number of data shards may change when a job is resumed; a setting that says what an update consumes in all does not.
+    whole = config.micro_batches_per_update or plan.num_data_shards
+    steps = whole if counts_samples else 1
+    differs = whole > 1 and not plan.split_batches and config.step_scheduler_with_optimizer
     if differs and is_first and topology.is_main_process:
         was_chosen = "scheduler_unit" in config.sources
         other = (

@@ -44,6 +44,13 @@ class Config:
     loss_scaling_backoff_factor: float = _setting(0.5, "fp16: what the scale is multiplied by after a skipped step")
     loss_scaling_growth_interval: int = _setting(2000, "fp16: good steps in a row before the scale grows", least=1)
     gradient_accumulation_steps: int = _setting(1, "batches per optimizer update", least=1)
+    micro_batches_per_update: int | None = _setting(
+        None,
+        "batches per optimizer update of all data shards together: gradient_accumulation_steps follows from the data shards that there"
+        " are, so that a job resumed on fewer or more devices keeps its global batch",
+        kind="int",
+        least=1,
+    )
     adjust_scheduler: bool = _setting(
         True, "a scheduler counts the batches on which it is not stepped, as torch's check of the order expects"
     )
@@ -201,7 +208,17 @@ class LaunchSettings:
     machine_rank: int = _setting(0, "this machine, from 0")
     main_process_ip: str | None = _setting(None, "address of machine 0", kind="str")
     main_process_port: int | None = _setting(None, "free port on machine 0 (default: chosen)", kind="int", least=1)
-    max_restarts: int = _setting(0, "how often the whole job is started again after a process failed")
+    max_restarts: int = _setting(0, "how often the whole job is started again after a process failed or a machine was lost")
+    min_machines: int | None = _setting(
+        None,
+        "machines that are enough to go on after one was lost (default: all); needs micro_batches_per_update",
+        kind="int",
+        least=1,
+    )
+    join_timeout_s: int = _setting(
+        600, "seconds that the machines wait for each other, at the start and after one was lost", least=1
+    )
+    heartbeat_timeout_s: int = _setting(30, "seconds without a sign of life after which a machine is lost", least=1)
     grace_s: int = _setting(15, "seconds between SIGTERM and SIGKILL when processes are stopped", least=1)
     gpu_ids: str = _setting("all", "GPUs of this machine, such as 0,1, or all")
     num_cpu_threads_per_process: int | None = _setting(

@@ -1,26 +1,25 @@
-"""Starts this machine's processes of a job, and starts the job again as often as the settings allow."""
+"""Starts this machine's processes of a job, and starts a job of one machine again as often as the settings allow."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
-from polyaccel.config.schema import LaunchSettings
+from polyaccel.config.schema import PREEMPTED, LaunchSettings
 from polyaccel.errors import LaunchError
+from polyaccel.launch import several
+from polyaccel.launch.leading import pause_before
 from polyaccel.launch.rendezvous import Rendezvous, free_port, machines_from_environment, visible_gpus
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
-from polyaccel.protocols import AgentJob, Backend
+from polyaccel.protocols import Backend, WorkerSlot
 from polyaccel.registry import choose_backend
 
-_LONGEST_PAUSE_S = 30.0
-_AGENT_S = 15  # an agent's own time to end, after that of its processes
 _PORT = 29500
-_PLACE = frozenset(Rendezvous(0, 1, 0, 1, "", 0).environment())
 
 
 def launch(
@@ -41,7 +40,8 @@ def launch(
         ends_process: this process exits with the result, which no late signal is to change (see `StopRequest`).
 
     Returns 0, or the exit code of the first worker that failed (128 + signal number if it was killed); the others are stopped.
-    After a failure the job is started again up to `max_restarts` times, after 1, 2, 4, ... seconds, unless a signal stopped it.
+    After a failure the job is started again up to `max_restarts` times, after 1, 2, 4, ... seconds, unless a signal stopped it or its
+    processes have saved to be continued later. With several machines each runs this; they stop and start together (`several`).
     """
     if command[0] != "-m" and not Path(command[0]).is_file():
         raise LaunchError(
@@ -49,21 +49,34 @@ def launch(
         )
     settings = _placed(settings)
     chosen = choose_backend(gathered.values.get("backend", "auto"))
+    shared, slots = _shared(chosen, gathered, settings)
+    if settings.num_machines > 1:
+        several.require_sense(settings, gathered)
+
+    def workers_at(place: Rendezvous, interface: str | None = None) -> list[Worker]:
+        found = {} if interface is None or "GLOO_SOCKET_IFNAME" in shared else {"GLOO_SOCKET_IFNAME": interface}
+        return _workers(command, {**found, **shared}, slots, place)
+
+    port = settings.main_process_port
     if dry_run:
-        print(_described(_workers(command, chosen, gathered, settings, attempt=0)))
+        print(_described(workers_at(_dry_place(settings, len(slots)))))
         return 0
     with StopRequest(ends_process=ends_process) as stop:
-        agent = _agent(command, chosen, gathered, settings)
-        if agent is not None:
-            return supervise([agent], grace_s=settings.grace_s + _AGENT_S, stop=stop)
+        if settings.num_machines > 1:
+            return several.run(
+                workers_at, len(slots), backend=chosen.name, port=port or _PORT, settings=settings, stop=stop
+            )
         attempt = 0
         while True:
-            workers = _workers(command, chosen, gathered, settings, attempt)
-            code = supervise(workers, grace_s=settings.grace_s, stop=stop)
-            if code == 0 or stop.is_set or attempt == settings.max_restarts:
+            # A new port for every attempt: the last one's may still be held.
+            place = Rendezvous(
+                0, len(slots), 0, len(slots), "127.0.0.1", free_port() if port is None else port + attempt
+            )
+            code = supervise(workers_at(place), grace_s=settings.grace_s, stop=stop)
+            if code in (0, PREEMPTED) or stop.is_set or attempt == settings.max_restarts:
                 return code
-            pause_s = min(2.0**attempt, _LONGEST_PAUSE_S)
             attempt += 1
+            pause_s = pause_before(attempt)
             print(
                 f"polyaccel launch: restart {attempt} of {settings.max_restarts} in {pause_s:g} s (exit code {code})",
                 file=sys.stderr,
@@ -103,20 +116,15 @@ def _placed(settings: LaunchSettings) -> LaunchSettings:
     return settings
 
 
-def _workers(
-    command: Sequence[str], backend: Backend, gathered: Gathered, settings: LaunchSettings, attempt: int
-) -> list[Worker]:
-    machines, rank = settings.num_machines, settings.machine_rank
-    here = None if settings.num_processes is None else settings.num_processes // machines
+def _shared(
+    backend: Backend, gathered: Gathered, settings: LaunchSettings
+) -> tuple[dict[str, str], tuple[WorkerSlot, ...]]:
+    """The environment that all processes of this machine have in common, and one slot for each."""
+    here = None if settings.num_processes is None else settings.num_processes // settings.num_machines
     shared = {**inherited_environment(), **environment_for(gathered, launched=backend.name)}
     if settings.gpu_ids != "all":
         shared["CUDA_VISIBLE_DEVICES"] = settings.gpu_ids
     slots = backend.worker_slots(here, use_cpu=bool(gathered.values.get("cpu")), gpus=visible_gpus(shared))
-    size = len(slots) * machines
-    address = settings.main_process_ip or "127.0.0.1"
-    # A new port for every attempt: the last one's may still be held. On several machines they count attempts alike, since a
-    # failure ends the job everywhere.
-    port = (settings.main_process_port or _PORT) + attempt if machines > 1 else _local_port(settings, attempt)
     # Python puts a script's own folder first on its path; buffered output of a killed worker would be lost.
     shared.setdefault("PYTHONUNBUFFERED", "1")
     if settings.num_cpu_threads_per_process is not None:
@@ -124,43 +132,28 @@ def _workers(
     elif len(slots) > 1:
         # Every process would start a thread per core, and they would wait for each other's.
         shared.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // len(slots))))
+    return shared, slots
+
+
+def _workers(
+    command: Sequence[str], shared: Mapping[str, str], slots: Sequence[WorkerSlot], first: Rendezvous
+) -> list[Worker]:
+    """One worker per slot; `first` is the place of the first one."""
     workers = []
     for index, slot in enumerate(slots):
-        place = Rendezvous(rank * len(slots) + index, size, index, len(slots), address, port)
-        joined = place.environment() if size > 1 else {}
+        place = replace(first, process_index=first.process_index + index, local_process_index=index)
+        joined = place.environment() if place.num_processes > 1 else {}
         environment = {**shared, **joined, **slot.environment}
         workers.append(Worker(str(place.process_index), [sys.executable, *command], environment))
     return workers
 
 
-def _agent(command: Sequence[str], backend: Backend, gathered: Gathered, settings: LaunchSettings) -> Worker | None:
-    """The backend's own agent where machines must agree on a restart, or the job may be restarted; else None."""
-    if settings.num_machines == 1 and settings.max_restarts == 0:
-        return None  # an agent that imports a framework would only make the start later
-    workers = _workers(command, backend, gathered, settings, attempt=0)
-    job = AgentJob(
-        command=tuple(command),
-        num_local_processes=len(workers),
-        num_machines=settings.num_machines,
-        machine_rank=settings.machine_rank,
-        address=settings.main_process_ip or "127.0.0.1",
-        port=settings.main_process_port or _PORT,
-        max_restarts=settings.max_restarts,
-        grace_s=settings.grace_s,
-    )
-    arguments = backend.agent_arguments(job)
-    if arguments is None:
-        return None
-    environment = {name: v for name, v in (workers[0].environment or {}).items() if name not in _PLACE}
-    # Without this, restarts after a killed process hang now and then (torch 2.9 to 2.13): the agent's store is shared with them.
-    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    return Worker("agent", [sys.executable, *arguments], environment)
-
-
-def _local_port(settings: LaunchSettings, attempt: int) -> int:
-    if settings.main_process_port is not None:
-        return settings.main_process_port + attempt
-    return free_port()
+def _dry_place(settings: LaunchSettings, num_local: int) -> Rendezvous:
+    """The place of this machine's first process in the first attempt, if all machines have as many."""
+    machines, port = settings.num_machines, settings.main_process_port
+    port = (port or _PORT) + 1 if machines > 1 else port or free_port()
+    address = settings.main_process_ip or "127.0.0.1"
+    return Rendezvous(settings.machine_rank * num_local, machines * num_local, 0, num_local, address, port)
 
 
 def _described(workers: Sequence[Worker]) -> str:

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from polyaccel.signals import PASSED_ON, Recipient
 
@@ -30,7 +30,22 @@ class Worker:
     environment: Mapping[str, str] | None
 
 
-def supervise(workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | None = None) -> int:
+class Peers(Protocol):
+    """The other machines of a job, as seen by those who look after the workers of this one."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the workers are to end because of something elsewhere."""
+        ...
+
+    def failed(self, name: str, code: int) -> None:
+        """The worker of this name has failed first; the others are about to be stopped."""
+        ...
+
+
+def supervise(
+    workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | None = None, peers: Peers | None = None
+) -> int:
     """Run all workers to their end; returns 0, or the exit code of the first that failed (128 + N when signal N killed it).
 
     When one fails the others get SIGTERM, and after `grace_s` seconds SIGKILL (jax.distributed ignores SIGTERM). Signals that
@@ -38,11 +53,12 @@ def supervise(workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | 
     nobody sends them a second one. With several workers, lines of output are prefixed by the worker's name, and the traceback
     of the first that failed is shown again at the end. A single worker keeps the terminal itself, for progress bars and debuggers.
 
-    `stop` listens for signals already, where several calls are one job; without it this call listens by itself.
+    `stop` listens for signals already, where several calls are one job; without it this call listens by itself. `peers`: the workers
+    are a part of a job; they end with it, it is told of a failure at once, and says itself what has failed.
     """
     if stop is None:
         with StopRequest() as stop:
-            return supervise(workers, grace_s=grace_s, stop=stop)
+            return supervise(workers, grace_s=grace_s, stop=stop, peers=peers)
     running: list[_Running] = []
     first: tuple[_Running, int] | None = None
     try:
@@ -50,17 +66,17 @@ def supervise(workers: Sequence[Worker], *, grace_s: float, stop: StopRequest | 
             if stop.is_set:
                 break
             running.append(_Running(worker, prefixed=len(workers) > 1, patience_s=grace_s / 3))
-        first = _wait(running, stop, grace_s)
+        first = _wait(running, stop, grace_s, peers)
+        if first is not None and peers is not None:
+            peers.failed(first[0].worker.name, first[1])
     finally:
         _end(running, stop, grace_s)
     if first is None:
         return stop.code if len(running) < len(workers) else 0
     failed, code = first
     if len(workers) > 1 and not stop.is_set:
-        print(
-            f"polyaccel launch: process {failed.worker.name} of {len(workers)} failed with exit code {code}",
-            file=sys.stderr,
-        )
+        of = "" if peers is not None else f" of {len(workers)}"
+        print(f"polyaccel launch: process {failed.worker.name}{of} failed with exit code {code}", file=sys.stderr)
         if failed.traceback:
             print(failed.traceback, file=sys.stderr)
     return code
@@ -78,6 +94,10 @@ class StopRequest:
         self._number: int | None = None  # of the first SIGTERM or SIGINT
         self._since = 0.0
         self._arrived: deque[int] = deque()
+        self._unannounced: deque[int] = deque()
+        self.on_arrival: Callable[[int], None] | None = (
+            None  # hears of every signal to this process, on the main thread
+        )
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -106,10 +126,25 @@ class StopRequest:
 
     def pass_on(self, workers: Sequence[_Running]) -> None:
         """Send what has arrived to these workers, which must be all of them."""
+        self.announce()
         while self._arrived:
             number = signal.Signals(self._arrived.popleft())
             for worker in workers:
                 worker.send(number)
+
+    def announce(self) -> None:
+        """Tell `on_arrival` what has come to this process."""
+        while self._unannounced:
+            number = self._unannounced.popleft()
+            if self.on_arrival is not None:
+                self.on_arrival(number)
+
+    def deliver(self, number: int) -> None:
+        """A signal that came to another machine of the job. May be called on any thread."""
+        if number != signal.SIGUSR1 and self._number is None:
+            self._since = time.monotonic()
+            self._number = number
+        self._arrived.append(number)
 
     def wait(self, seconds: float) -> None:
         """Return after so many seconds, or as soon as the job is to stop."""
@@ -119,9 +154,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Nothing is sent from here: a worker that is being started would be left out.
-        if number != signal.SIGUSR1 and self._number is None:
-            self._number, self._since = number, time.monotonic()
-        self._arrived.append(number)
+        self._unannounced.append(number)
+        self.deliver(number)
 
 
 class _Running:
@@ -215,7 +249,9 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, kept: deque[str] |
             target.flush()
 
 
-def _wait(running: Sequence[_Running], stop: StopRequest, grace_s: float) -> tuple[_Running, int] | None:
+def _wait(
+    running: Sequence[_Running], stop: StopRequest, grace_s: float, peers: Peers | None
+) -> tuple[_Running, int] | None:
     """The first worker that failed, once it is known; after a request to stop, once all have left or their time is over."""
     left = list(running)
     first: tuple[_Running, int] | None = None
@@ -233,6 +269,8 @@ def _wait(running: Sequence[_Running], stop: StopRequest, grace_s: float) -> tup
             stop.wait(2 * _POLL_S)
             if not stop.is_set:
                 return first
+        if peers is not None and peers.is_stopped and not stop.is_set:
+            return None
         if left and stop.is_overdue(grace_s):
             return first or (left[0], 128 + signal.SIGKILL)
         time.sleep(_POLL_S)

@@ -1,0 +1,95 @@
+"""This machine's part of a job of several: it starts and stops its processes as the job's meeting says, until the job is over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from polyaccel.config.resolve import Gathered
+from polyaccel.config.schema import LaunchSettings
+from polyaccel.errors import LaunchError
+from polyaccel.launch.interfaces import interface_of
+from polyaccel.launch.leading import Rules
+from polyaccel.launch.meeting import Meeting
+from polyaccel.launch.membership import Membership, greeting, join
+from polyaccel.launch.rendezvous import Rendezvous
+from polyaccel.launch.supervision import StopRequest, Worker, supervise
+
+WorkersAt = Callable[[Rendezvous, str | None], Sequence[Worker]]
+
+
+def run(
+    workers_at: WorkersAt, num_local: int, *, backend: str, port: int, settings: LaunchSettings, stop: StopRequest
+) -> int:
+    """Take part in the job until it is over, on all machines with the same exit code.
+
+    Args:
+        workers_at: this machine's processes, from the place of the first and the interface that the others reach this machine by.
+        num_local: how many these are.
+        port: where machine 0 listens for the launchers; processes meet at higher ones.
+
+    Raises LaunchError where the machines do not find each other or were started differently.
+    """
+    assert settings.main_process_ip is not None  # checked by the caller
+    silence_s = float(settings.heartbeat_timeout_s)
+    with ExitStack() as stack:
+        if settings.machine_rank == 0:
+            rules = Rules(
+                settings.num_machines,
+                settings.min_machines or settings.num_machines,
+                settings.max_restarts,
+                float(settings.join_timeout_s),
+            )
+            meeting = Meeting(settings.main_process_ip, port, rules, backend=backend, heartbeat_timeout_s=silence_s)
+            stack.enter_context(meeting)
+        hello = greeting(
+            settings.machine_rank, num_machines=settings.num_machines, num_processes=num_local, backend=backend
+        )
+        address = settings.main_process_ip
+        membership = join(
+            address, port, hello, timeout_s=float(settings.join_timeout_s), silence_s=silence_s, stop=stop
+        )
+        if membership is None:
+            return stop.code
+        with membership:
+            return _take_part(membership, workers_at, num_local, address, settings.grace_s, stop)
+
+
+def _take_part(
+    membership: Membership, workers_at: WorkersAt, num_local: int, address: str, grace_s: float, stop: StopRequest
+) -> int:
+    interface = interface_of(membership.address)
+    while True:
+        order = membership.next_order()
+        kind, words = order["type"], order.get("words", "")
+        if words:
+            print(f"polyaccel launch: {words}", file=sys.stderr)
+        if kind == "finish":
+            return int(order["code"])
+        if kind == "start":
+            first = int(order["first"])
+            place = Rendezvous(first, int(order["num_processes"]), 0, num_local, address, int(order["port"]))
+            code = supervise(workers_at(place, interface), grace_s=grace_s, stop=stop, peers=membership)
+            if code and not membership.has_failed:
+                membership.failed(str(first), code)  # stopped before they were started
+            membership.ended()
+
+
+def require_sense(settings: LaunchSettings, gathered: Gathered) -> None:
+    """Raises LaunchError for a job that may go on with fewer machines, and would then train with another global batch."""
+    fewest = settings.min_machines
+    if fewest is None or fewest == settings.num_machines:
+        return
+    if fewest > settings.num_machines:
+        raise LaunchError(
+            f"--min-machines {fewest} is more than --num-machines {settings.num_machines}",
+            "leave it out, or name the fewest machines that the job may go on with",
+        )
+    if "micro_batches_per_update" not in gathered.values and not gathered.values.get("split_batches"):
+        raise LaunchError(
+            f"--min-machines {fewest} of {settings.num_machines} without --micro-batches-per-update: with fewer machines the global"
+            " batch would be smaller",
+            "say how many batches of the loader all data shards together take per update: gradient_accumulation_steps x data shards"
+            " of all machines",
+        )
