@@ -112,21 +112,6 @@ class WorkerSlot:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class AgentJob:
-    """This machine's part of a job, for a backend's own agent. `command` follows `python`; times are in seconds."""
-
-    command: tuple[str, ...]
-    num_local_processes: int
-    num_machines: int
-    machine_rank: int
-    address: str
-    port: int
-    max_restarts: int
-    grace_s: int
-    join_timeout_s: int = 600
-
-
 class Backend(Protocol):
     """An adapter before its framework is imported. Touching it is cheap and never raises."""
 
@@ -152,11 +137,6 @@ class Backend(Protocol):
 
     def holds_devices(self) -> str | None:
         """Why a process forked from this one could not use the framework any more (in words for the user), or None."""
-        ...
-
-    def agent_arguments(self, job: AgentJob) -> list[str] | None:
-        """What follows `python` to run this machine's processes under the framework's own elastic agent, which agrees with those
-        of the other machines on restarts; None where there is none, and the launcher starts the processes itself."""
         ...
 
     def seed(self, value: int) -> None:

@@ -22,7 +22,6 @@ from polyaccel.data import DataSharding, GlobalRows, PreparedLoader, ShardedBatc
 from polyaccel.errors import CheckpointError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.prepared import OptimizerHandle
 from polyaccel.protocols import (
-    AgentJob,
     ArraySpec,
     Capabilities,
     LoaderSpec,
@@ -562,9 +561,6 @@ class FakeBackend:
         return FakeCase()
 
     def holds_devices(self) -> str | None:
-        return None
-
-    def agent_arguments(self, job: AgentJob) -> list[str] | None:
         return None
 
     def seed(self, value: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from polyaccel.config import Config
 from polyaccel.errors import BackendUnavailableError, LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Case, Engine, Probe, WorkerSlot
+from polyaccel.protocols import Capabilities, Case, Engine, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.launch.rendezvous import Rendezvous
@@ -101,10 +101,6 @@ class JaxBackend:
         from jax._src.xla_bridge import backends_are_initialized  # the public API has no question that opens nothing
 
         return "jax has opened its devices here already" if backends_are_initialized() else None
-
-    def agent_arguments(self, job: AgentJob) -> list[str] | None:
-        """None: the launcher starts the processes itself."""
-        return None
 
     def estimator(self) -> ModuleType:
         """What `polyaccel estimate-memory` asks. Imports jax and flax."""

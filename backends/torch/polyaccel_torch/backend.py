@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Case, Probe, WorkerSlot
+from polyaccel.protocols import Capabilities, Case, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -89,12 +89,6 @@ class TorchBackend:
             return "CUDA is in use here already"
         is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         return "torch.distributed is initialized here already" if is_joined else None
-
-    def agent_arguments(self, job: AgentJob) -> list[str] | None:
-        """torch's elastic agent."""
-        from polyaccel_torch import elastic
-
-        return elastic.arguments(job)
 
     def big_models(self) -> ModuleType:
         """What `polyaccel.big_models` forwards to. Imports torch."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
-from polyaccel.protocols import AgentJob, Capabilities, Case, Probe, WorkerSlot
+from polyaccel.protocols import Capabilities, Case, Probe, WorkerSlot
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -67,10 +67,6 @@ class XlaBackend:
 
     def holds_devices(self) -> str | None:
         """Never asked for: xla runs one process per machine, and that one is not forked."""
-        return None
-
-    def agent_arguments(self, job: AgentJob) -> list[str] | None:
-        """None: the launcher starts the processes itself."""
         return None
 
     def seed(self, value: int) -> None:
