@@ -21,6 +21,7 @@ class Rendezvous:
     """Which process this is, of how many, and where process 0 listens. The defaults are a job of one process.
 
     `port` is where torch's processes meet; `coordinator_port` is free for an engine whose process 0 opens a server of its own.
+    `interface` is the network interface by which processes on CPUs reach each other, where somebody has said so (GLOO_SOCKET_IFNAME).
     """
 
     process_index: int = 0
@@ -31,6 +32,7 @@ class Rendezvous:
     port: int | None = None
     is_port_taken: bool = field(default=False, compare=False)
     scheduler: str = field(default="", compare=False)
+    interface: str | None = field(default=None, compare=False)
 
     @property
     def is_distributed(self) -> bool:
@@ -83,6 +85,7 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Rendezvous
         port=place.port,
         is_port_taken=place.is_port_taken,
         scheduler=place.scheduler,
+        interface=environment.get("GLOO_SOCKET_IFNAME") or None,
     )
 
 

@@ -507,6 +507,8 @@ def _join(rendezvous: Rendezvous) -> bool:
             "check that process 0 runs and that its port can be reached from here; create the Accelerator before using jax",
         ) from error
     _num_holders = 1
+    if rendezvous.interface is not None:
+        job.exchange_over(rendezvous.interface)
     job.leave_at_exit()
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 
 import jax
 from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
+from jax._src import xla_bridge
+from jax._src.lib import _jax
 
 from polyaccel.collective_calls import LOOK_S, CollectiveCalls
 from polyaccel.topology import Topology
@@ -102,6 +105,18 @@ def job_of(topology: Topology, timeout_s: float) -> Job:
         _job = Job(topology)
     _job.calls.timeout_s = timeout_s
     return _job
+
+
+def exchange_over(interface: str) -> None:
+    """After jax.distributed.initialize: processes on CPUs exchange over this network interface.
+
+    jax takes the address that this host's name has on the host itself, which is 127.0.1.1 on many, and has no setting for it.
+    """
+    if jax.config.read("jax_cpu_collectives_implementation") != "gloo":
+        return
+    gloo = _jax.make_gloo_tcp_collectives(distributed_client=distributed.global_state.client, interface=interface)
+    client = functools.partial(xla_bridge.make_cpu_client, collectives=gloo)
+    xla_bridge.register_backend_factory("cpu", client, priority=0, fail_quietly=False)
 
 
 def leave_at_exit() -> None:
