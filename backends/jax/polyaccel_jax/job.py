@@ -112,7 +112,7 @@ def exchange_over(interface: str) -> None:
 
     jax takes the address that this host's name has on the host itself, which is 127.0.1.1 on many, and has no setting for it.
     """
-    if jax.config.read("jax_cpu_collectives_implementation") != "gloo":
+    if jax.config.jax_cpu_collectives_implementation != "gloo":
         return
     gloo = _jax.make_gloo_tcp_collectives(distributed_client=distributed.global_state.client, interface=interface)
     client = functools.partial(xla_bridge.make_cpu_client, collectives=gloo)
