@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import mesh_job
 import pytest
 import safetensors.torch
 import torch
+from gloo_jobs import answers_of
 from small_gpt import SAMPLES, accelerator, gpt, loader, train
 from torch import nn
 
@@ -25,34 +21,14 @@ FSDP, FSDP_TENSOR, DATA_FSDP = "fsdp 4", "fsdp 2 x tensor 2", "data 2 x fsdp 2"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the four processes have answered."""
-    folder = tmp_path_factory.mktemp("meshes")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(JOB), str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(4)
-    ]
-    try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(errors)
-    return folder
+    """Where the four processes keep what they save."""
+    return tmp_path_factory.mktemp("meshes")
 
 
 @pytest.fixture(scope="module")
 def answers(folder) -> list[dict]:
     """Those of each process."""
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    return answers_of(JOB, folder, 4)
 
 
 @functools.cache

@@ -42,6 +42,7 @@ class TorchBackend:
                 "uneven_inputs",
                 "autocast_cache",
                 "process_group",
+                "sharding_rules",
             }
         ),
     )

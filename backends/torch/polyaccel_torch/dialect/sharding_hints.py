@@ -23,6 +23,11 @@ def hints_of(module: nn.Module) -> ModelHints:
         if isinstance(found, Mapping) and found and not any(prefix.startswith(outer) for outer in covered):
             covered.append(prefix)
             plan.update({f"{prefix}{key}": str(style) for key, style in found.items()})
-        if type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int):
+        if is_conv1d(part):
             input_first.append(f"{prefix}weight")
     return ModelHints(plan=plan, input_first=frozenset(input_first))
+
+
+def is_conv1d(part: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D: a Linear whose weight is (in, out)."""
+    return type(part).__name__ == "Conv1D" and isinstance(getattr(part, "nf", None), int)

@@ -1,6 +1,7 @@
-"""Attention over heads that lie on different processes: the CPU's kernel, which torch's DTensor has no rule for.
+"""Attention over heads that lie on different processes: what torch's DTensor has no rule for.
 
-Batch and heads are independent in it, so pieces along either give pieces of the result. Rules for the kernels of GPUs are torch's own.
+That is the CPU's kernel (batch and heads are independent in it, so pieces along either give pieces of the result; rules for the kernels
+of GPUs are torch's own), and a cache of keys and values that begins as an empty tensor of one dim, as transformers' do.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ _INDEPENDENT = (0, 1)  # dims of (batch, heads, seq, dim) and of (batch, heads, 
 
 @functools.cache
 def split_attention_by_heads() -> None:
-    """Tell DTensor how to compute scaled_dot_product_attention on the CPU, forward and backward; once in a process."""
+    """Tell DTensor how to compute scaled_dot_product_attention on the CPU, forward and backward, and how to extend a cache; once in
+    a process."""
     aten = torch.ops.aten
     register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)(_forward)
     register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(_backward)
+    register_sharding(aten.cat.default)(_joined)
 
 
 def _forward(query: Any, key: Any, value: Any, *options: Any, attn_mask: Any = None, scale: Any = None) -> Any:
@@ -54,3 +57,14 @@ def _of_mask(mask: Any, place: Any) -> Any:
     if isinstance(place, Replicate) or len(mask.shape) < 4 or mask.shape[place.dim] == 1:
         return Replicate()
     return place
+
+
+def _joined(tensors: Any, dim: int = 0) -> Any:
+    """torch's own rule takes the dims of the first tensor for those of all, which is wrong where that is a legacy empty one."""
+    num_dims = max(len(tensor.shape) for tensor in tensors)
+    rules = [([Replicate()], [Replicate()] * len(tensors))]
+    for free in range(num_dims):
+        if free != dim % num_dims:
+            place = Shard(free)
+            rules.append(([place], [place if len(tensor.shape) == num_dims else Replicate() for tensor in tensors]))
+    return rules

@@ -30,7 +30,7 @@ class Sharding:
     def __init__(self, plan: Plan, config: Config, device: torch.device) -> None:
         _refuse_settings(plan, config)
         self.mesh = ShardedMesh(plan, device)
-        self._placing = Placing(self.mesh, plan.precision, device)
+        self._placing = Placing(self.mesh, plan, device)
 
     # -- prepare -------------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from polyaccel.precision import PrecisionPolicy
-from polyaccel_torch.sharded.specs import Spec
+from polyaccel.sharding.rules import Spec
+from polyaccel_torch.sharded import repeated
 
 Placement = Callable[[nn.Parameter], Shard | None]
 
@@ -80,8 +81,17 @@ def placement_of(specs: Mapping[int, Spec], parts: int) -> Placement:
     return placement
 
 
-def shard(part: nn.Module, mesh: DeviceMesh, policy: PrecisionPolicy, placement: Placement) -> None:
-    """Cut a block's parameters, in place, and put its buffers on the device. Blocks come before the model that they are in.
+def shard(
+    part: nn.Module,
+    mesh: DeviceMesh,
+    policy: PrecisionPolicy,
+    placement: Placement,
+    whole: set[nn.Parameter],
+    *,
+    is_offloaded: bool = False,
+) -> None:
+    """Cut a block's parameters, in place, but for those that stay `whole`, and put its buffers on the device. Blocks come before the
+    model that they are in. Offloaded, parameters, gradients and optimizer state rest in host memory.
 
     They are cut again after every forward, the model's own ones too: between steps no parameter is whole, and each stays the same
     object, by which optimizers know it.
@@ -92,6 +102,8 @@ def shard(part: nn.Module, mesh: DeviceMesh, policy: PrecisionPolicy, placement:
         reshard_after_forward=True,
         shard_placement_fn=placement,
         mp_policy=mixed_precision(policy),
+        offload_policy=CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if is_offloaded else OffloadPolicy(),
+        ignored_params=whole or None,
     )
 
 
@@ -104,22 +116,31 @@ def averaging_part(handle: nn.Module) -> FSDPModule | None:
 @contextmanager
 def accumulating(part: FSDPModule) -> Iterator[None]:
     """Inside, a backward adds to this process's own gradients, which stay whole until the next one outside averages them."""
-    part.set_requires_gradient_sync(False)
+    _set_averaging(part, False)
     try:
         yield
     finally:
-        part.set_requires_gradient_sync(True)
+        _set_averaging(part, True)
 
 
 @contextmanager
 def exchanging(part: FSDPModule) -> Iterator[None]:
     """Inside `accumulating`: a backward averages all the same."""
-    part.set_requires_gradient_sync(True)
+    _set_averaging(part, True)
     yield
+
+
+def _set_averaging(part: FSDPModule, is_averaging: bool) -> None:
+    part.set_requires_gradient_sync(is_averaging)
+    if (others := repeated.of_model.get(part)) is not None:  # type: ignore[call-overload]
+        others.is_averaging = is_averaging
 
 
 def has_own_gradients(part: FSDPModule) -> bool:
     """Whether a backward inside `accumulating` has left gradients that no exchange has averaged yet."""
+    others = repeated.of_model.get(part)  # type: ignore[call-overload]
+    if others is not None and others.has_own:
+        return True
     modules: list[nn.Module] = list(part.modules())  # type: ignore[attr-defined]
     states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
     parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,24 +15,27 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from polyaccel.errors import PrepareError
-from polyaccel.precision import PrecisionPolicy
+from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.sharding.plan import plan_shardings
+from polyaccel.sharding.rules import ShardingRule, first_match
 from polyaccel_torch.dialect.late_values import LateValues
-from polyaccel_torch.sharded import fsdp
+from polyaccel_torch.dialect.sharding_hints import hints_of
+from polyaccel_torch.sharded import fsdp, repeated
 from polyaccel_torch.sharded.mesh import ShardedMesh
 from polyaccel_torch.sharded.pieces import piece_of
-from polyaccel_torch.sharded.specs import INPUTS_CUT, OUTPUTS_CUT, Specs, specs_of
-from polyaccel_torch.sharded.tensor import split_layers, splittable
+from polyaccel_torch.sharded.tensor import Specs, split_layers, splittable
 
-log = logging.getLogger("polyaccel.torch")
+if TYPE_CHECKING:
+    from polyaccel.plan import Plan
 
 
 class Placing:
     """Cuts models over one mesh, and remembers by which names their parameters are to be found afterwards: they are other objects."""
 
-    def __init__(self, mesh: ShardedMesh, precision: PrecisionPolicy, device: torch.device) -> None:
+    def __init__(self, mesh: ShardedMesh, plan: Plan, device: torch.device) -> None:
         self.mesh = mesh
-        self._precision = precision
+        self._precision = plan.precision
+        self._rules: tuple[ShardingRule, ...] = plan.sharding_rules
         self._device = device
         self._moved: Any = WeakIdKeyDictionary()  # a parameter of before -> (its model, weakly, and its name there)
 
@@ -40,7 +43,8 @@ class Placing:
         """Cut a model in place. Every process must call it.
 
         Process 0's values count. A model on the meta device gets them from its layers' `reset_parameters()`; no process ever holds
-        more of it than one block, and what belongs to none. Raises PrepareError, before anything is changed, for what cannot be cut.
+        more of it than one block, and what belongs to none. Raises, before anything is changed, PrepareError for what cannot be cut, and
+        PlanError or UnsupportedError for a sharding rule that cannot be carried out.
         """
         before = dict(model.named_parameters())
         for name, parameter in before.items():
@@ -69,27 +73,34 @@ class Placing:
             self._share_generators()
 
     def _specs(self, model: nn.Module) -> Specs:
+        """How each parameter is cut. Raises PlanError or UnsupportedError for a rule of the script that cannot be carried out."""
         shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        asked, uneven = specs_of(shapes, self.mesh.sizes)
-        specs, unsplittable = splittable(model, asked)
+        asked = plan_shardings(shapes, self.mesh.sizes, self._rules, hints_of(model))
+        specs, whole = splittable(model, asked.specs)
         size = self.mesh.sizes["tensor"]
-        if size > 1 and not any("tensor" in spec for spec in specs.values()):
-            raise PrepareError(
-                f"mesh.tensor={size} splits no layer of {type(model).__name__}:"
-                + (
-                    f" {', '.join(uneven[:3])} cannot be cut into {size} equal parts" if uneven else " no name is known"
-                ),
-                f"use mesh.fsdp for this model; known are Linear layers named {', '.join((*OUTPUTS_CUT, *INPUTS_CUT))}",
-            )
-        for names, why in (
-            (uneven, "do not divide"),
-            (unsplittable, "are shared, or of no layer that torch can split"),
-        ):
-            if names:
-                log.warning(
-                    "%s: whole along mesh.tensor=%d, as they %s: %s", type(model).__name__, size, why, ", ".join(names)
+        for name, why in whole.items():
+            rule = first_match(self._rules, name)
+            if rule is not None:
+                raise UnsupportedError(
+                    f"sharding rule {str(rule)!r} cuts parameter {name} of {type(model).__name__} over mesh.tensor={size}, and torch"
+                    f" cannot: {why}",
+                    "give such parameters a rule of their own without 'tensor'",
                 )
+        plan = replace(asked, specs=specs, indivisible={**asked.indivisible, **whole})
+        if size > 1 and not any("tensor" in spec for spec in specs.values()):
+            found = "; ".join(f"{name}: {why}" for name, why in list(plan.indivisible.items())[:3])
+            raise PrepareError(
+                f"mesh.tensor={size} splits no layer of {type(model).__name__}" + (f" ({found})" if found else ""),
+                "say how by sharding_rules=[ShardingRule('*.fc1.weight', ('tensor', None)), ...], or use mesh.fsdp for this model",
+            )
+        if not any(self.mesh.coordinate.values()):
+            plan.say(type(model).__name__, self.mesh.sizes)
         return specs
+
+    def _stays_whole(self, name: str) -> bool:
+        """Whether a rule of the script keeps a parameter whole; of its own accord FSDP2 cuts all of them, along dim 0."""
+        rule = first_match(self._rules, name) if self.mesh.sizes["fsdp"] > 1 else None
+        return rule is not None and rule.axes is None
 
     def _fill(self, slots: list[tuple[nn.Module, str]], value: torch.Tensor) -> None:
         part, key = slots[0]
@@ -132,10 +143,17 @@ class Placing:
             if prefix + name in specs and not isinstance(parameter, DTensor)
         }
         if self.mesh.tensor is not None:
-            split_layers(part, self.mesh.tensor, own)
+            split_layers(part, self.mesh.tensor, {id(part.get_parameter(name)): spec for name, spec in own.items()})
         if self.mesh.data is not None:
             by_id = {id(parameter): own[name] for name, parameter in part.named_parameters() if name in own}
-            fsdp.shard(part, self.mesh.data, self._precision, fsdp.placement_of(by_id, self.mesh.sizes["fsdp"]))
+            placement = fsdp.placement_of(by_id, self.mesh.sizes["fsdp"])
+            whole = {part.get_parameter(name) for name in own if self._stays_whole(prefix + name)}
+            if part is model:
+                whole = {parameter for name, parameter in model.named_parameters() if self._stays_whole(name)}
+            fsdp.shard(part, self.mesh.data, self._precision, placement, whole)
+            if part is model and whole:
+                groups = [self.mesh.group(axis) for axis in ("replicas", "fsdp") if self.mesh.sizes[axis] > 1]
+                repeated.of_model[model] = repeated.RepeatedGradients(list(whole), groups)
         for name in own:
             old, new = before[prefix + name], part.get_parameter(name)
             if new is not old:

@@ -1,0 +1,162 @@
+"""Run in each process of a two-process gloo job by test_torch_layers.py: layers of known models on the axes tensor and fsdp, as JSON.
+
+Nothing is judged here. Every function is called on both processes, in this order; without a job, alone, on one process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from small_gpt import accelerator
+from torch import nn
+
+from polyaccel import ShardingRule
+from polyaccel.errors import PolyaccelError
+
+ALONE, FSDP, TENSOR = {"data": 1}, {"data": 1, "fsdp": 2}, {"data": 1, "tensor": 2}
+
+
+def local_size(tensor):
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).numel()
+
+
+# -- models of transformers --------------------------------------------------------------------------------------------------
+
+
+def llama(**settings):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **settings))
+
+
+def tied_llama():
+    return llama(tie_word_embeddings=True)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64,
+            n_embd=32,
+            n_layer=1,
+            n_head=4,
+            n_positions=16,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            **ids,
+        )
+    )
+
+
+def language_model(mesh, make):
+    """(losses, sizes of this process's pieces by parameter), and what greedy decoding says afterwards."""
+    torch.manual_seed(0)
+    run = accelerator(mesh=mesh)
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    model, optimizer = run.prepare(model, optimizer)
+    tokens = torch.randint(64, (5, 4, 16), generator=torch.Generator().manual_seed(0))
+    losses, norms = [], []
+    for batch in tokens:
+        loss = model(input_ids=batch, labels=batch).loss
+        run.backward(loss)
+        norms.append(float(run.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parts": {name: local_size(p) / p.numel() for name, p in model.named_parameters()},
+    }
+
+
+# -- rules of the script -----------------------------------------------------------------------------------------------------
+
+OWN_NAMES = (
+    ShardingRule("*.expand.weight", ("tensor", None)),
+    ShardingRule("*.shrink.weight", (None, "tensor")),
+    ShardingRule("*.shrink.bias", None),
+)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.expand, self.shrink = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(32, 8)
+        self.mix = nn.Bilinear(8, 8, 8)
+
+    def forward(self, x):
+        x = x + self.shrink(nn.functional.gelu(self.expand(self.norm(x))))
+        return self.mix(x, x)
+
+
+def with_rules(mesh, rules, num_micro_batches=2):
+    torch.manual_seed(0)
+    run = accelerator(mesh=mesh, sharding_rules=rules, gradient_accumulation_steps=num_micro_batches)
+    model = Mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    data = torch.randn(24, 8, generator=torch.Generator().manual_seed(1))
+    model, optimizer, batches = run.prepare(model, optimizer, torch.utils.data.DataLoader(data, batch_size=4))
+    losses = []
+    for batch in batches:
+        with run.accumulate(model):
+            losses.append(float(run.backward(lambda model, x: model(x).square().mean(), model, batch)))
+            if run.sync_gradients:
+                run.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {
+        "losses": losses,
+        "parts": {name: local_size(p) / p.numel() for name, p in model.named_parameters()},
+        "norm": float(sum(value.square().sum() for value in run.get_state_dict(model).values())),
+    }
+
+
+def refused(mesh, rule):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("polyaccel.sharding").addHandler(handler)
+    try:
+        accelerator(mesh=mesh, sharding_rules=[rule, *OWN_NAMES]).prepare(Mlp())
+    except PolyaccelError as error:
+        return [error.message]
+    finally:
+        logging.getLogger("polyaccel.sharding").removeHandler(handler)
+    return said
+
+
+WHOLE = (ShardingRule("*.norm.*", None), ShardingRule("*.mix.weight", None))
+QUESTIONS = {
+    "llama": (language_model, TENSOR, llama),
+    "tied llama": (language_model, TENSOR, tied_llama),
+    "gpt2": (language_model, TENSOR, gpt2),
+    "rules": (with_rules, TENSOR, OWN_NAMES),
+    "rules, whole": (with_rules, FSDP, WHOLE),
+    "a rule for Bilinear": (refused, TENSOR, ShardingRule("*.mix.weight", ("tensor", None, None))),
+    "a rule that does not divide": (refused, TENSOR, ShardingRule("*.norm.weight", ("tensor", None))),
+    "no rule for Bilinear": (refused, TENSOR, ShardingRule("*.nothing", None)),
+}
+
+
+def main(folder: Path, only: str = "") -> None:
+    torch.set_num_threads(1)
+    answers = {}
+    for name, (ask, *arguments) in QUESTIONS.items():
+        if any(part in name for part in only.split(",")):
+            answers[name] = ask(*arguments)
+    (folder / f"{accelerator().process_index}.json").write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,74 @@
+"""Layers of known models and rules of a script on the torch engine: two gloo processes answer, one is what they must be equal to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import layers_job
+import pytest
+import torch
+from gloo_jobs import answers_of
+from layers_job import ALONE, QUESTIONS
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> list[dict[str, Any]]:
+    """Those of each process."""
+    return answers_of(Path(layers_job.__file__), tmp_path_factory.mktemp("layers"), 2)
+
+
+def alone(question: str) -> Any:
+    """The same training in this process."""
+    ask, _, *arguments = QUESTIONS[question]
+    return ask(ALONE, *arguments)
+
+
+def assert_close(given, expected, tolerance=1e-5):
+    """fp32 sums in another order."""
+    torch.testing.assert_close(torch.tensor(given), torch.tensor(expected), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("model", ["llama", "tied llama", "gpt2"])
+def test_models_of_transformers_are_split_by_their_own_plan_and_names(answers, model):
+    expected = alone(model)
+    for one in answers:
+        assert_close(one[model]["losses"], expected["losses"])
+        assert_close(one[model]["norms"], expected["norms"])
+        for name, part in one[model]["parts"].items():
+            is_split = name.endswith(("_proj.weight", "c_attn.weight", "c_attn.bias", "c_fc.weight", "c_fc.bias"))
+            is_split |= "embed_tokens" in name or "wte" in name or "lm_head" in name
+            assert part == (0.5 if is_split else 1), name
+
+
+def test_rules_of_the_script_say_how_layers_are_split(answers):
+    expected = alone("rules")
+    for one in answers:
+        assert_close(one["rules"]["losses"], expected["losses"])
+        assert_close(one["rules"]["norm"], expected["norm"], 1e-4)
+        assert {name for name, part in one["rules"]["parts"].items() if part == 0.5} == {
+            "expand.weight",
+            "shrink.weight",
+        }
+
+
+def test_a_rule_keeps_parameters_whole_and_their_gradients_are_averaged(answers):
+    expected = alone("rules, whole")
+    for one in answers:
+        assert_close(one["rules, whole"]["losses"], expected["losses"])
+        assert_close(one["rules, whole"]["norm"], expected["norm"], 1e-4)
+        whole = {name for name, part in one["rules, whole"]["parts"].items() if part == 1}
+        assert whole == {"norm.weight", "norm.bias", "mix.weight"}
+
+
+def test_a_rule_that_torch_cannot_follow_is_an_error_that_names_it_and_the_parameter(answers):
+    (said,) = answers[0]["a rule for Bilinear"]
+    assert "'*.mix.weight = tensor - -' cuts parameter mix.weight of Mlp over mesh.tensor=2" in said
+    (said,) = answers[1]["a rule that does not divide"]
+    assert "'*.norm.weight = tensor -' names 2 dims, and parameter norm.weight has shape (8,)" in said
+
+
+def test_what_no_rule_cuts_is_named_in_the_log_of_the_first_process(answers):
+    (said,) = answers[0]["no rule for Bilinear"]
+    assert "mix.weight: whole on each of these devices" in said
+    assert not answers[1]["no rule for Bilinear"]
