@@ -103,6 +103,8 @@ class Gathering:
         place = self._engine.topology.process_index - batch.process * self._sharing
         present = tuple([part * self._sharing + place for part in present])
         among = getattr(self._engine.collectives, "among", None)
+        if among is None and len(present) * self._sharing == self.num_processes:
+            return _OncePerShard(self._engine.collectives, self._sharing)
         if among is None:
             raise UnsupportedError(
                 f"gather_for_metrics: only processes {', '.join(map(str, present))} of {self.num_processes} hold samples of this batch",
@@ -226,6 +228,27 @@ class Gathering:
                 f"from_process={from_process} is no process of this job of {self.num_processes}",
                 "processes count from 0",
             )
+
+
+class _OncePerShard:
+    """Collectives of all processes, of which `sharing` neighbours have the same values: the first of each counts."""
+
+    def __init__(self, collectives: Any, sharing: int) -> None:
+        self._collectives = collectives
+        self._sharing = sharing
+
+    def all_gather(self, array: Any) -> Any:
+        """Of one process per data shard; an array that is whole already stays whole."""
+        size = array.shape[0] if len(array.shape) else 1
+        whole = self._collectives.all_gather(array)
+        if len(array.shape) and whole.shape[0] == size:
+            return whole
+        parts = whole.reshape(-1, self._sharing, size, *array.shape[1:])[:, 0]
+        return parts.reshape(-1, *array.shape[1:])
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Of one process per data shard."""
+        return self._collectives.all_gather_object(value)[:: self._sharing]  # type: ignore[no-any-return]
 
 
 def _copied(leaf: Any) -> Any:

@@ -524,6 +524,18 @@ class ProgramEngine(Engine, Protocol):
         """This process's part of an array as numpy; waits for the device."""
         ...
 
+    def state_to_host(self, array: Array, what: str) -> Any:
+        """The whole of a parameter, a gradient or of optimizer state as numpy; waits for the device.
+
+        Raises UnsupportedError, naming `what`, where pieces of it lie on other processes, but for reads inside `reading_whole()`.
+        """
+        ...
+
+    def reading_whole(self) -> AbstractContextManager[None]:
+        """Inside, what lies in pieces on several processes is gathered when it is read: every process must read the same, in the same
+        order."""
+        ...
+
     def local(self, array: Array) -> Array:
         """This process's part of an array as an array of its own: the same one in a job of one process."""
         ...

@@ -7,19 +7,25 @@ from typing import Any
 
 from polyaccel.checkpoint.array_values import take_arrays
 from polyaccel.errors import CheckpointError, PrepareError
-from polyaccel.protocols import Engine, Shard
+from polyaccel.protocols import Bridge, Engine, Shard
 
 
-def state_dict_of(engine: Engine, handle: Any, own: Any, gather: Callable[[Any], list[Any]]) -> Any:
-    """`own.state_dict()` of a user's model that has one, else numpy arrays by name. Every process must call it."""
-    if hasattr(own, "state_dict"):
-        whole = getattr(engine, "whole_state_dict", None)  # of an engine whose modules may hold pieces
+def state_dict_of(engine: Engine, bridge: Bridge | None, handle: Any, own: Any) -> Any:
+    """`own.state_dict()` of a user's model that has one, else numpy arrays by name. Every process must call it.
+
+    Where the processes hold pieces, one array at a time is on its way between them.
+    """
+    if hasattr(own, "state_dict"):  # of one whose modules may hold pieces:
+        whole = getattr(engine if bridge is None else bridge, "whole_state_dict", None)
         return own.state_dict() if whole is None else whole(own)
-    shards = engine.read_state(handle)
-    pieces: list[Any] = [(shard.name, shard.global_shape, shard.offset, shard.data) for shard in shards]
-    if engine.topology.num_processes > 1:
-        pieces = [tuple(piece) for part in gather(pieces) for piece in part]
-    return _assembled(pieces)
+    pieces: dict[str, list[Any]] = {}
+    for shard in engine.read_state(handle):
+        pieces.setdefault(shard.name, []).append((shard.global_shape, shard.offset, shard.data))
+    if engine.topology.num_processes == 1:
+        return {name: _assembled(parts) for name, parts in pieces.items()}
+    gather = engine.collectives.all_gather_object
+    names = dict.fromkeys(name for held in gather(list(pieces)) for name in held)
+    return {name: _assembled([one for part in gather(pieces.pop(name, [])) for one in part]) for name in names}
 
 
 def plain_state_dict(model: Any, offloaded: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
@@ -52,11 +58,10 @@ def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
         yield held[0]
 
 
-def _assembled(pieces: list[Any]) -> dict[str, Any]:
+def _assembled(pieces: list[Any]) -> Any:
     import numpy as np
 
-    whole: dict[str, Any] = {}
-    for name, shape, offset, data in pieces:
-        array = whole.setdefault(name, np.empty(tuple(shape), data.dtype))
-        array[tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))] = data
+    whole = np.empty(tuple(pieces[0][0]), pieces[0][2].dtype)
+    for _, offset, data in pieces:
+        whole[tuple(slice(start, start + size) for start, size in zip(offset, data.shape, strict=True))] = data
     return whole

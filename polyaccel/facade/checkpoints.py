@@ -168,7 +168,7 @@ class Checkpoints(Parts):
         bridge = self._prepared.bridge
         own = self._engine.unwrap(handle)
         own = own if bridge is None else bridge.unwrap(own)
-        return state_dict_of(self._engine, handle, own, self._engine.collectives.all_gather_object)
+        return state_dict_of(self._engine, bridge, handle, own)
 
     def skip_first_batches(self, dataloader: PreparedLoader, num_batches: int = 0) -> PreparedLoader:
         """The same loader without the first `num_batches` batches of its passes; after `load_state` they count from the start of the pass

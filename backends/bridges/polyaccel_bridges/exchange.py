@@ -47,6 +47,8 @@ class Fetches(Protocol):
 
     def to_host(self, array: Any) -> Any: ...
 
+    def state_to_host(self, array: Any, what: str) -> Any: ...
+
 
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a numpy dtype name (`bfloat16` included)."""
@@ -77,6 +79,14 @@ def to_tensor(array: NDArray[Any]) -> torch.Tensor:
 def fetch(engine: Fetches, array: Any) -> torch.Tensor:
     """This process's part of a device array as a CPU tensor with memory of its own; waits for the device."""
     return to_tensor(np.asarray(engine.to_host(array)))
+
+
+def fetch_state(engine: Fetches, array: Any, what: str) -> torch.Tensor:
+    """The whole of a parameter or gradient as a CPU tensor with memory of its own; waits for the device.
+
+    Raises UnsupportedError where other processes hold pieces of it; `what` names it.
+    """
+    return to_tensor(np.asarray(engine.state_to_host(array, what)))
 
 
 def placed_array(tensor: torch.Tensor) -> Any | None:

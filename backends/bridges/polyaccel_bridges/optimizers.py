@@ -215,8 +215,15 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's own layout, with CPU tensors."""
-        return self._source.rule.state_dict(self._source.handle.state)
+        """torch's own layout, with CPU tensors. Raises UnsupportedError where the processes of the job hold pieces of it."""
+        source = self._source
+        engine = source.handle.engine
+        what = f"the state of {type(self.optimizer).__name__}"
+        state = {
+            name: {slot: engine.state_to_host(value, f"{slot!r} in {what}") for slot, value in entries.items()}
+            for name, entries in source.handle.state.items()
+        }
+        return source.rule.state_dict(state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a state that `state_dict` of this or of torch's optimizer gave."""

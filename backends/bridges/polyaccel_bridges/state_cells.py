@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import jax
 import torch
 
-from .exchange import fetch, to_numpy
+from .exchange import fetch_state, to_numpy
 from .packing import Identity
 from .tensors import ArrayCell, DeviceParameter, DeviceTensor, HostCell, host_copy
 
@@ -50,11 +50,16 @@ class StateCell:
         if self._host is None or (self._array is not array and not self.is_written()):
             if array is None:
                 raise RuntimeError(f"the gradient of {self.name} was dropped by zero_grad")
-            self._host = fetch(model.handle.engine, array)
+            self._host = fetch_state(model.handle.engine, array, self._said)
             self._version = self._host._version
             self._array = array
         model.touched[id(self)] = self
         return self._host
+
+    @property
+    def _said(self) -> str:
+        name = f"{self.name!r} of {type(self._model.module).__name__}"
+        return f"the gradient of {name}" if self.is_gradient else f"the parameter {name}"
 
     def feed(self) -> tuple[Any, int | None]:
         """A copy for a program that takes the value as an input (gradients and buffers; parameters enter by name)."""
@@ -102,10 +107,7 @@ class StateCell:
         if self.kind == "grads":
             like = handle.params[self.name]
             with jax.enable_x64(True):
-                handle.grads = {
-                    **handle.grads,
-                    self.name: jax.device_put(to_numpy(host), like.sharding, may_alias=False),
-                }
+                handle.grads = {**handle.grads, self.name: _laid_like(to_numpy(host), like)}
         else:
             handle.assign({self.name: to_numpy(host)})
         self.note_clean()
@@ -142,7 +144,7 @@ class StateCell:
         if cell._host is not None and (array is None or cell.is_written()):
             tensor._cell = HostCell(cell._host)
         elif array is not None:
-            tensor._cell = ArrayCell(self._model.handle.engine, array, None)
+            tensor._cell = ArrayCell(_StateReader(self._model.handle.engine, held[0]._said), array, None)
 
     def set_grad(self, parameter: DeviceParameter, value: torch.Tensor | None) -> None:
         """`p.grad = value`."""
@@ -162,6 +164,25 @@ class StateCell:
     def slot_now(self) -> torch.Tensor | None:
         """The tensor that a running capture put into this parameter's or buffer's slot."""
         return self._model.slot(self.name)
+
+
+@final
+class _StateReader:
+    """Reads of a gradient that is no longer its parameter's."""
+
+    def __init__(self, engine: Any, what: str) -> None:
+        self._engine = engine
+        self._what = what
+
+    def to_host(self, array: Any) -> Any:
+        """The whole of it."""
+        return self._engine.state_to_host(array, self._what)
+
+
+def _laid_like(host: Any, like: Any) -> Any:
+    if like.is_fully_addressable:
+        return jax.device_put(host, like.sharding, may_alias=False)
+    return jax.make_array_from_callback(host.shape, like.sharding, lambda index: host[index].copy())
 
 
 Lookup = Callable[[Kind, str], StateCell]

@@ -69,9 +69,15 @@ class Recorder:
 
     @property
     def num_processes(self) -> int:
-        """Processes of the job."""
-        count: int = self.engine.topology.num_processes
+        """Processes that have rows of their own: neighbours that share a data shard, and have the same rows, are one."""
+        count: int = self.engine.topology.num_processes // self.engine.plan.num_processes_per_shard
         return count
+
+    @property
+    def process_index(self) -> int:
+        """The place of this process among them."""
+        place: int = self.engine.topology.process_index // self.engine.plan.num_processes_per_shard
+        return place
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

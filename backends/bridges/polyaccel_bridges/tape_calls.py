@@ -118,7 +118,7 @@ class TapeRecipe:
     def cell(self, array: Any, axis: int | None) -> ArrayCell:
         """An output as user code's value: its own process's, where each has another one."""
         recorder = self.recorder
-        row = recorder.engine.topology.process_index if axis is None and recorder.num_processes > 1 else None
+        row = recorder.process_index if axis is None and recorder.num_processes > 1 else None
         return ArrayCell(recorder.engine, array, axis, row)
 
     def spec(self, place: Place) -> Any:

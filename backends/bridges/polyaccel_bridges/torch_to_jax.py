@@ -92,6 +92,16 @@ class TorchToJax:
             for model, names in wanted.items()
         ]
 
+    def whole_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """`module.state_dict()` of a prepared module. In a job of several processes it holds values on the host, gathered one by one
+        where the processes have pieces: every process must call it."""
+        state = module.state_dict()
+        engine = self._recorder.engine
+        if engine.topology.num_processes == 1:
+            return state
+        with engine.reading_whole():
+            return {k: v.host().detach() if isinstance(v, DeviceTensor) else v for k, v in state.items()}
+
     def unwrap(self, value: Any) -> Any:
         """The user's own object behind what `engine.unwrap` gave."""
         if isinstance(value, ManagedModel):

@@ -61,8 +61,10 @@ class ModelAverage:
             self._assign(kept)
 
     def read(self) -> dict[str, Any]:
-        """On the host."""
-        return {name: np.array(self._engine.to_host(a)) for name, a in zip(self.shapes, self._averages, strict=True)}
+        """On the host, whole: every process must call it."""
+        with self._engine.reading_whole():
+            read = self._engine.state_to_host
+            return {name: np.array(read(a, name)) for name, a in zip(self.shapes, self._averages, strict=True)}
 
     def write(self, arrays: Mapping[str, Any]) -> None:
         """From the host."""

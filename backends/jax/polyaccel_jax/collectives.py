@@ -72,6 +72,13 @@ class JaxCollectives:
             whole = jnp.asarray(array)
             return whole.reshape(1) if whole.ndim == 0 else whole
 
+    def whole(self, array: jax.Array) -> Any:
+        """All of an array that is spread over the processes, as numpy. Every process must call it; one at a time is on the devices."""
+        if self._job is None or not _is_spread(array):
+            return np.asarray(array)
+        gather: Any = multihost_utils.process_allgather
+        return self._run("gathering of an array in pieces", array, lambda: gather(array, tiled=True))
+
     def all_reduce(self, array: Any, operation: Literal["sum", "mean", "max", "min"]) -> jax.Array:
         """Reduce elementwise over processes."""
 

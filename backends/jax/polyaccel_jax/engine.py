@@ -7,7 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +28,7 @@ from polyaccel.protocols import (
     StepSpec,
 )
 from polyaccel.topology import Topology
-from polyaccel_jax import dialect, job, looking, state
+from polyaccel_jax import dialect, job, looking, pieces, state
 from polyaccel_jax.averages import ModelAverage
 from polyaccel_jax.collectives import JaxCollectives
 from polyaccel_jax.compiles import CompileLog
@@ -98,6 +98,8 @@ class JaxEngine:
             self._in_flight = deque()
         collectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
         self.collectives: Collectives = collectives
+        self._own_collectives = collectives
+        self._reads_whole = False
         self.note_exchange = (
             collectives.note_exchange
         )  # called before a program that ends only if every process runs it
@@ -396,6 +398,27 @@ class JaxEngine:
     def to_host(self, array: jax.Array) -> np.ndarray[Any, Any]:
         """This process's part of an array as numpy; waits for the device."""
         return self.mesh.to_host(array)
+
+    def state_to_host(self, array: jax.Array, what: str) -> np.ndarray[Any, Any]:
+        """The whole of a parameter, a gradient or of optimizer state as numpy; waits for the device.
+
+        Raises UnsupportedError where pieces of it lie on other processes, but for reads inside `reading_whole()`.
+        """
+        if self.planner is not None or array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        if not self._reads_whole:
+            raise pieces.in_pieces(what)
+        return np.asarray(self._own_collectives.whole(array))
+
+    @contextmanager
+    def reading_whole(self) -> Iterator[None]:
+        """Inside, what lies in pieces on several processes is gathered when it is read: every process must read the same, in the same
+        order."""
+        before, self._reads_whole = self._reads_whole, True
+        try:
+            yield
+        finally:
+            self._reads_whole = before
 
     def local(self, array: jax.Array) -> jax.Array:
         """This process's part of an array as an array of its own."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import ModelSource, OptimizerSource
+from polyaccel_jax.agreed import agreed
 
 if TYPE_CHECKING:
     from polyaccel_jax.engine import JaxEngine
@@ -36,8 +37,8 @@ class JaxModel:
         with engine.dtypes(self.wants_64bit):
             engine.mesh.lay_out(name, source.specs()[0], source.hints())
             names = [self.full(key) for key in params]
-            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(params.values(), names))
-            arrays = engine.mesh.replicate(list(buffers.values()))  # few and small
+            self.leaves: tuple[jax.Array, ...] = tuple(engine.mesh.keep(self._alike(params.values()), names))
+            arrays = engine.mesh.replicate(list(self._alike(buffers.values())))  # few and small
         self.buffer_arrays: dict[str, jax.Array] = dict(zip(buffers, arrays, strict=True))
         self.gradients: dict[str, jax.Array] = {}
         self.gradients_are_shared = False
@@ -45,6 +46,10 @@ class JaxModel:
         self._params: dict[str, jax.Array] | None = None
         if planner is not None:
             planner.models.append(self)
+
+    def _alike(self, values: Iterable[Any]) -> Iterable[Any]:
+        several = self.engine.mesh.num_processes > 1
+        return agreed(self.engine.collectives, type(self.source.module).__name__, values) if several else values
 
     def full(self, name: str) -> str:
         """The name of one of its parameters in programs and on the mesh."""
@@ -110,25 +115,25 @@ class JaxModel:
                     f"{name} has shape {current[name].shape}, and the new value has shape {tuple(np.shape(value))}",
                     "give a value of the same shape",
                 )
+        self.take({name: self.placed(name, value) for name, value in values.items()})
+
+    def placed(self, name: str, value: Any) -> jax.Array:
+        """A copy of a new value for a parameter or buffer, where and in the dtype that it is kept; the model does not change."""
+        mesh = self.engine.mesh
         with self.engine.dtypes(self.wants_64bit):
-            placed: dict[str, jax.Array] = {}
-            for names, place in self._places(values):
-                cast = [_cast(values[name], current[name]) for name in names]
-                placed.update(zip(names, place(cast), strict=True))
+            if name in self.positions:
+                copies = mesh.keep([_cast(value, self.params[name])], [self.full(name)])
+            else:
+                copies = mesh.replicate([_cast(value, self.buffer_arrays[name])])
+        copy: jax.Array = copies[0]
+        return copy
+
+    def take(self, placed: Mapping[str, jax.Array]) -> None:
+        """Replace parameters and buffers by what `placed` gave."""
         self.set_leaves(
             tuple(placed.get(name, leaf) for name, leaf in zip(self.names, self.leaves, strict=True)),
             {name: value for name, value in placed.items() if name in self.buffer_arrays},
         )
-
-    def _places(self, names: Iterable[str]) -> list[tuple[list[str], Any]]:
-        kept = [name for name in names if name in self.positions]
-        others = [name for name in names if name not in self.positions]
-
-        def keep(values: Any) -> list[jax.Array]:
-            placed: list[jax.Array] = self.engine.mesh.keep(values, map(self.full, kept))
-            return placed
-
-        return [(kept, keep), (others, self.engine.mesh.replicate)]
 
     # -- what programs do ------------------------------------------------------------------------------------------------
 

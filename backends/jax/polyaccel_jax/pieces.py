@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from polyaccel.errors import UnsupportedError
+
 # -- in ----------------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +113,14 @@ def _box(array: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if math.prod(shape) != sum(map(math.prod, places.values())):
         raise ValueError(f"the pieces of an array of shape {array.shape} on this process do not fill a box")
     return starts, shape
+
+
+def in_pieces(what: str) -> UnsupportedError:
+    """What is said where user code reads a value that no process has whole."""
+    return UnsupportedError(
+        f"{what} lies in pieces on several processes, and none of them has all of it to read",
+        "on every process: accelerator.get_state_dict(model) and save_model gather parameters, save_state saves everything in its pieces",
+    )
 
 
 def _is_key(value: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from polyaccel.errors import CheckpointError
 from polyaccel.protocols import ArraySpec, Shard
-from polyaccel_jax.dialect.host_arrays import assemble, check_arrays, copied, spec_of, with_keys, words
+from polyaccel_jax.dialect.host_arrays import assemble, assembled, check_arrays, copied, spec_of, with_keys, words
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.precision import all_finite
 
@@ -34,14 +34,26 @@ def check(handle: JaxModel | JaxOptimizer, specs: Mapping[str, ArraySpec]) -> No
 
 def write(handle: JaxModel | JaxOptimizer, shards: Iterable[Shard]) -> None:
     """Replace a handle's arrays by the shards of any mesh. Raises CheckpointError for missing, unknown or misshapen values."""
+    if isinstance(handle, JaxModel):
+        _write_model(handle, shards)
+        return
     arrays = assemble(shards)
     check(handle, {name: spec_of(array) for name, array in arrays.items()})
-    if isinstance(handle, JaxModel):
-        handle.source.settle(for_writing=True)
-        current = _saved_of_model(handle)
-        handle.assign({name: with_keys(array, current[name]) for name, array in arrays.items()})
-    else:
-        handle.state = handle.source.restored(arrays, handle.state)
+    handle.state = handle.source.restored(arrays, handle.state)
+
+
+def _write_model(model: JaxModel, shards: Iterable[Shard]) -> None:
+    """One array at a time is whole in host memory; the model changes when all of them are there."""
+    model.source.settle(for_writing=True)
+    current = _saved_of_model(model)
+    specs: dict[str, ArraySpec] = {}
+    placed: dict[str, jax.Array] = {}
+    for name, array in assembled(shards):
+        specs[name] = spec_of(array)
+        if name in current and spec_of(current[name]) == specs[name]:  # of the others `check` speaks
+            placed[name] = model.placed(name, with_keys(array, current[name]))
+    check(model, specs)
+    model.take(placed)
 
 
 def read_gradients(model: JaxModel) -> Iterator[Shard]:

@@ -14,6 +14,7 @@ import numpy as np
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax import partition
+from polyaccel_jax.agreed import require_same_rows
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import Layout, specs_of
 from polyaccel_jax.precision import all_finite, next_scaler
@@ -63,6 +64,8 @@ class Work:
         found = self._programs.get(key)
         if found is None:
             axes, mesh = self.call.input_axes, self.engine.mesh
+            if mesh.num_feeds < mesh.num_processes:  # the first batch of a kind tells whether a script means it
+                require_same_rows(self.engine.collectives, inputs)
             layout = partition.layout_of(mesh, self.partitioning, specs_of(inputs), axes, with_grads=self.with_grads)
             program = self.engine.compiles.build(
                 lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)

@@ -44,7 +44,7 @@ class WeightedCall:
         self.models: Any = call.models
         self.wants_64bit = call.wants_64bit
         self.is_global = call.is_global
-        self._num_shards, self._num_processes = engine.mesh.num_shards, engine.mesh.num_processes
+        self._num_shards, self._num_feeds = engine.mesh.num_shards, engine.mesh.num_feeds
         self._given: list[Any] = []
         self.input_axes: Sequence[int | None] | None = call.input_axes
         self.draw: int | None = call.draw
@@ -90,7 +90,7 @@ class WeightedCall:
                 "detach() the input, or multiply the loss yourself",
             )
         is_one_program = self.is_global or num_shards == 1
-        num_losses = self._num_processes if self.is_global else 1
+        num_losses = self._num_feeds if self.is_global else 1
         return _WeightedProgram(
             program, self.call, self.name, self._num_shards if is_one_program else 1, num_losses=num_losses
         )

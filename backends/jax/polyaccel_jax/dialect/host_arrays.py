@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,14 @@ def copied(array: jax.Array) -> Any:
 
 def assemble(shards: Iterable[Shard]) -> dict[str, Any]:
     """Whole host arrays from pieces of any mesh, by name. Raises CheckpointError if elements are missing."""
+    return dict(assembled(shards))
+
+
+def assembled(shards: Iterable[Shard]) -> Iterator[tuple[str, Any]]:
+    """Each array as soon as its last piece has come; pieces of one array that follow each other are all that is held.
+
+    Raises CheckpointError, at the end, if elements are missing.
+    """
     whole: dict[str, Any] = {}
     filled: dict[str, int] = {}
     for shard in shards:
@@ -55,13 +63,15 @@ def assemble(shards: Iterable[Shard]) -> dict[str, Any]:
         array = whole.setdefault(shard.name, np.empty(shard.global_shape, dtype))
         array[tuple(slice(start, start + size) for start, size in zip(shard.offset, data.shape, strict=True))] = data
         filled[shard.name] = filled.get(shard.name, 0) + data.size
+        if filled[shard.name] == array.size:
+            yield shard.name, whole.pop(shard.name)
+        del array
     for name, array in whole.items():
         if filled[name] < array.size:
             raise CheckpointError(
                 f"the saved state lacks {array.size - filled[name]} elements of {name!r}",
                 "give every shard of the state",
             )
-    return whole
 
 
 def check_arrays(what: str, wanted: Mapping[str, ArraySpec], given: Mapping[str, ArraySpec]) -> None:
