@@ -14,7 +14,7 @@ from polyaccel.config.arguments import config_of_arguments, profile_settings
 from polyaccel.config.compiling import DynamoBackend, TorchDynamoPlugin
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
-from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
+from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig, TorchTensorParallelPlugin
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.dialects import of_script
 from polyaccel.errors import NotStartedError
@@ -65,6 +65,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         dynamo_backend, dynamo_plugin: Accelerate's names of these: the backend alone, or a TorchDynamoPlugin with all of it.
         parallelism_config: a ParallelismConfig: Accelerate's names of the mesh's axes.
         fsdp_plugin: a FullyShardedDataParallelPlugin: mesh={"fsdp": -1}.
+        torch_tp_plugin: a TorchTensorParallelPlugin: mesh={"data": -1, "tensor": tp_size}, with an fsdp_plugin {"fsdp": -1, ...}.
         compilation_cache: folder of the persistent compilation cache of compiling engines; "auto" or "off".
         preemption: "save": on SIGTERM or SIGUSR1 all processes save the same step and leave with exit code 75; "off" by default.
         log_with: trackers: a name ("wandb", "tensorboard", ...), a `GeneralTracker`, a list of these, or "all" that are installed. A run
@@ -73,7 +74,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         project_config: a ProjectConfiguration, for everything else about them.
         kwargs_handlers: at most one each of AutocastKwargs, GradScalerKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs, and
             ProfileKwargs (what `profile` records).
-        deepspeed_plugin, deepspeed_plugins, megatron_lm_plugin, torch_tp_plugin: refused; the error names what to use instead.
+        deepspeed_plugin, deepspeed_plugins, megatron_lm_plugin: refused; the error names what to use instead.
 
     A value left at None comes from its POLYACCEL_* environment variable, else from the configuration file, else it is the default.
     Must be created on every process of the job; it joins the processes. Raises ConfigError, PlanError, UnsupportedError,
@@ -109,7 +110,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         deepspeed_plugin: Any = None,
         deepspeed_plugins: Any = None,
         megatron_lm_plugin: Any = None,
-        torch_tp_plugin: Any = None,
+        torch_tp_plugin: TorchTensorParallelPlugin | None = None,
         compilation_cache: str | None = None,
         preemption: Literal["off", "save"] | None = None,
         log_with: Any = None,

@@ -14,7 +14,6 @@ __all__ = [
     "MSAMPRecipeKwargs",
     "MegatronLMPlugin",
     "TERecipeKwargs",
-    "TorchTensorParallelPlugin",
 ]
 
 _SHARD = "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stage 3, {'data': -1} for copies"
@@ -25,7 +24,6 @@ ARGUMENTS = {
     "deepspeed_plugin": _SHARD,
     "deepspeed_plugins": _SHARD,
     "megatron_lm_plugin": "use the mesh instead: Accelerator(mesh={'tensor': n, 'sequence': m, 'fsdp': k})",
-    "torch_tp_plugin": "use Accelerator(mesh={'tensor': n}), or ParallelismConfig(tp_size=n)",
 }
 
 
@@ -75,12 +73,6 @@ class MegatronLMPlugin(_Absent):
 
 class MegatronLMDummyScheduler(DummyScheduler):
     """A schedule that Megatron-LM's configuration stands for. Instead: the schedule itself."""
-
-
-class TorchTensorParallelPlugin(_Absent):
-    """Accelerate's earlier name of tensor parallelism. Instead: the mesh axis `tensor`."""
-
-    _instead = ARGUMENTS["torch_tp_plugin"]
 
 
 class FP8RecipeKwargs(_Absent):

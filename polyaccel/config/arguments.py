@@ -13,7 +13,7 @@ from polyaccel.config.exchange import DistributedDataParallelKwargs, InitProcess
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
-from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig
+from polyaccel.config.parallel import FullyShardedDataParallelPlugin, ParallelismConfig, TorchTensorParallelPlugin
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.resolve import resolve
 from polyaccel.config.schema import Config
@@ -28,6 +28,7 @@ _OBJECTS: Mapping[str, type[KwargsHandler]] = {
     "dynamo_plugin": TorchDynamoPlugin,
     "parallelism_config": ParallelismConfig,
     "fsdp_plugin": FullyShardedDataParallelPlugin,
+    "torch_tp_plugin": TorchTensorParallelPlugin,
 }
 _HANDLERS = (
     AutocastKwargs,
@@ -107,6 +108,13 @@ class _Taken:
             self.remarks.append(f"{argument}: {', '.join(left)}: no effect, the engine decides")
         if isinstance(settings, FullyShardedDataParallelPlugin) and MeshSpec.of(self.values.get("mesh")).fsdp != 1:
             return  # a mesh that shards says how; the plugin says only that
+        if isinstance(settings, TorchTensorParallelPlugin) and "mesh" in self.values:
+            mesh = MeshSpec.of(self.values["mesh"])
+            if mesh.tensor == settings.tp_size:
+                return
+            if self.origins.get("mesh") == "fsdp_plugin":  # which says -1: all devices that share no layer
+                self.values["mesh"] = replace(mesh, tensor=settings.tp_size)
+                return
         self.add(argument, named)
 
     def add(self, argument: str, named: Mapping[str, Any]) -> None:

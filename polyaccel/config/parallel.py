@@ -1,4 +1,5 @@
-"""Over which devices parameters and sequences are cut: Accelerate's ParallelismConfig and FullyShardedDataParallelPlugin, as a mesh."""
+"""Over which devices parameters and sequences are cut: Accelerate's ParallelismConfig and its plugins of FSDP and tensor parallelism, as a
+mesh."""
 
 from __future__ import annotations
 
@@ -59,6 +60,33 @@ class ParallelismConfig(KwargsHandler):
         if data * fsdp * tensor * sequence == 1:
             data = -1  # Accelerate too: no sizes at all are as many copies as there are processes
         return {"mesh": {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}}
+
+
+@dataclass
+class TorchTensorParallelPlugin(KwargsHandler):
+    """Accelerate's earlier name of tensor parallelism: `mesh={"data": -1, "tensor": tp_size}`, and `fsdp` in place of `data` beside a
+    FullyShardedDataParallelPlugin.
+
+    Args:
+        tp_size: devices that share single layers.
+        torch_device_mesh: refused with UnsupportedError: the mesh is the Accelerator's.
+    """
+
+    tp_size: int = 1
+    torch_device_mesh: Any = None
+
+    def settings(self) -> dict[str, Any]:
+        """The setting mesh. Raises ConfigError for a size that is none, UnsupportedError for a mesh of torch's."""
+        if self.torch_device_mesh is not None:
+            raise UnsupportedError(
+                "TorchTensorParallelPlugin: torch_device_mesh is not supported: the mesh is the Accelerator's",
+                "give the sizes alone, as Accelerator(mesh={'data': m, 'tensor': n})",
+            )
+        if isinstance(self.tp_size, bool) or not isinstance(self.tp_size, int) or self.tp_size < 1:
+            raise ConfigError(
+                f"TorchTensorParallelPlugin: tp_size={self.tp_size!r} is no number of devices", "give 1 or more"
+            )
+        return {"mesh": {"data": -1, "tensor": self.tp_size}} if self.tp_size > 1 else {}
 
 
 # Fields that say how torch's FSDP works inside: no number depends on them, and an engine that shards decides them itself.

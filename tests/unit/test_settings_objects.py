@@ -22,6 +22,7 @@ from polyaccel import (
 )
 from polyaccel.config import absent
 from polyaccel.config.arguments import config_of_arguments
+from polyaccel.config.parallel import TorchTensorParallelPlugin
 from polyaccel.config.resolve import environment_for, gather, resolve
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import ConfigError, UnsupportedError
@@ -224,6 +225,24 @@ def test_the_fsdp_plugin_is_a_mesh_and_what_it_leaves_to_the_engine_is_said(capl
     assert "use_orig_params: no effect" in caplog.text
 
 
+def test_the_plugin_of_tensor_parallelism_is_a_mesh_and_shares_it_with_that_of_fsdp():
+    layers = {"torch_tp_plugin": TorchTensorParallelPlugin(tp_size=2)}
+    assert config_of_arguments(layers).mesh == MeshSpec(data=-1, tensor=2)
+    both = {**layers, "fsdp_plugin": FullyShardedDataParallelPlugin()}
+    assert config_of_arguments(both).mesh == MeshSpec(data=1, fsdp=-1, tensor=2)
+    sizes = {"parallelism_config": ParallelismConfig(dp_shard_size=4, tp_size=2)}
+    assert config_of_arguments({**both, **sizes}).mesh == MeshSpec(data=1, fsdp=4, tensor=2)
+    assert config_of_arguments({"torch_tp_plugin": TorchTensorParallelPlugin()}).mesh == MeshSpec()
+    with pytest.raises(ConfigError, match="contradicts torch_tp_plugin"):
+        config_of_arguments({**layers, "mesh": {"data": 2, "tensor": 4}})
+    with pytest.raises(ConfigError, match="tp_size=0"):
+        config_of_arguments({"torch_tp_plugin": TorchTensorParallelPlugin(tp_size=0)})
+    with pytest.raises(UnsupportedError, match="torch_device_mesh"):
+        config_of_arguments({"torch_tp_plugin": TorchTensorParallelPlugin(2, torch_device_mesh=object())})
+    with pytest.raises(ConfigError, match="torch_tp_plugin is a object"):
+        config_of_arguments({"torch_tp_plugin": object()})
+
+
 @pytest.mark.parametrize(
     ("field", "value", "hint"),
     [
@@ -240,7 +259,7 @@ def test_what_sharding_here_cannot_do_is_refused_with_what_to_use(field, value, 
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("argument", ["deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin", "torch_tp_plugin"])
+@pytest.mark.parametrize("argument", ["deepspeed_plugin", "deepspeed_plugins", "megatron_lm_plugin"])
 def test_plugins_of_absent_engines_are_refused_and_the_mesh_is_named(argument):
     with pytest.raises(UnsupportedError, match=argument) as caught:
         Accelerator(backend="fake", **{argument: object()})

@@ -20,7 +20,6 @@ from polyaccel.config.absent import (
     MegatronLMPlugin,
     MSAMPRecipeKwargs,
     TERecipeKwargs,
-    TorchTensorParallelPlugin,
 )
 from polyaccel.config.accumulating import GradientAccumulationPlugin
 from polyaccel.config.compiling import DynamoBackend
@@ -28,7 +27,7 @@ from polyaccel.config.exchange import DDPCommunicationHookType, DistributedDataP
 from polyaccel.config.handler import KwargsHandler
 from polyaccel.config.loading import DataLoaderConfiguration
 from polyaccel.config.numerics import AutocastKwargs, GradScalerKwargs
-from polyaccel.config.parallel import FullyShardedDataParallelPlugin
+from polyaccel.config.parallel import FullyShardedDataParallelPlugin, TorchTensorParallelPlugin
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.errors import ConfigError
