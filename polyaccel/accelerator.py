@@ -44,8 +44,8 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         mesh: axis sizes such as {"data": 4}; -1 infers one axis from the devices of the job.
         sharding_rules: ShardingRules, which say by name how parameters are cut over `mesh.fsdp` and `mesh.tensor`; the first that matches
             counts, and what none matches follows from the model's own plan, from its layers' names and from its shapes.
-        remat: "full": a backward pass computes the inside of every block again instead of keeping it; "dots": all but products with weights;
-            "none" by default. Numbers stay the same, memory goes, time comes.
+        remat: "full": a backward pass computes the inside of every block again instead of keeping it; "dots": all but products with
+            weights; "none" by default. Numbers stay the same, memory goes, time comes.
         dataloader_config: a DataLoaderConfiguration, for everything about prepared loaders.
         split_batches: a loader's batch_size is the global batch and is cut over the data shards; by default it is the batch of
             one data shard.

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from polyaccel.errors import PrepareError
 
 from .attributes import Change, Constants, Watch
+from .recomputed_blocks import recomputed_blocks
 from .rehearsals import Trace
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ class CaptureScope:
             fakes = [parameter for parameter in prepared.module.parameters() if isinstance(parameter, FakeTensor)]
             self._param_storages |= {_storage(fake) for fake in fakes}
         self.trace.note(run_model, (args, kwargs))
-        outputs = run_model(prepared.module, args, kwargs, self.autocast)
+        with recomputed_blocks(prepared.module, prepared._model.recorder.engine.plan.remat):
+            outputs = run_model(prepared.module, args, kwargs, self.autocast)
         self.trace.note_outputs(outputs)
         return outputs
 

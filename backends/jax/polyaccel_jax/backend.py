@@ -40,6 +40,7 @@ class JaxBackend:
                 "flops",
                 "profile",
                 "sharding_rules",
+                "remat",
             }
         ),
         kinds={("polyaccel_jax", "Batches"): ("flax", "loader")},  # the loader of the shipped case

@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import jax
@@ -41,6 +41,10 @@ class FlaxSource(Protocol):
 
         Called, the module takes float arrays in `compute_dtype` and gives them in float32: a loss is never computed narrow.
         """
+        ...
+
+    def recomputing(self, module: Any, remat: str) -> AbstractContextManager[None]:
+        """Traced: inside, calls of the blocks of a module that `rebuild` gave keep what the setting `remat` says ("full", "dots")."""
         ...
 
     @property
@@ -219,6 +223,7 @@ class FlaxProgram:
         self._sources: list[Any] = [model.source for model in call.models]
         self._prefixes = [f"{model.name}." for model in call.models]
         self._compute_dtype = jnp.dtype(call.models[0].engine.plan.precision.compute_dtype)
+        self._remat: str = call.models[0].engine.plan.remat if with_grads else "none"
         self._specs = specs
         self._num_shards = num_shards
         self._batch_size = next((spec.shape[0] for spec in specs if spec.shape), None)
@@ -284,7 +289,10 @@ class FlaxProgram:
             collectors.append(collect)
         args, kwargs = call.arguments(modules, inputs)
         standing = {id(model): module for model, module in zip(call.models, modules, strict=True)}
-        with _standing_for(standing):
+        with ExitStack() as inside:
+            inside.enter_context(_standing_for(standing))
+            for source, module in zip(self._sources, modules, strict=True) if self._remat != "none" else ():
+                inside.enter_context(source.recomputing(module, self._remat))
             result = call.function(*args, **kwargs)
         loss, aux = _loss_and_aux(result, call.function) if call.is_loss else (None, result)
         outputs, structure = jax.tree.flatten(aux)

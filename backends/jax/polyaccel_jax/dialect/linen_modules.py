@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from flax import core, linen, traverse_util
 
 from polyaccel.errors import PrepareError
+from polyaccel.sharding.blocks import blocks_of_names
 from polyaccel.sharding.plan import ModelHints
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 from polyaccel_jax.dialect.partitioning import hints_of_boxes
+from polyaccel_jax.dialect.recomputed_blocks import LinenBlocks, policy_of, warn_uncalled
 
 _PARAMS = "params"
 
@@ -86,6 +89,15 @@ class LinenSource:
 
         return bound, changed
 
+    @contextmanager
+    def recomputing(self, module: BoundLinen, remat: str) -> Iterator[None]:
+        """Traced: inside, the blocks of what `rebuild` gave are computed again by backward passes."""
+        blocks = blocks_of_names(name for name, path in self._paths.items() if path[0] == _PARAMS)
+        module.interceptor = LinenBlocks(blocks, policy_of(remat))
+        yield
+        if not module.interceptor.is_called:
+            warn_uncalled(self.module)
+
     def variables(self, values: Named) -> dict[str, Any]:
         """Named values as linen's nested variables."""
         nested: dict[str, Any] = traverse_util.unflatten_dict(
@@ -150,13 +162,15 @@ class BoundLinen:
         self._source = source
         self._key = key
         self._num_calls = 0
+        self.interceptor: LinenBlocks | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`module.apply` with these variables; `method=` works as there."""
         key = jax.random.fold_in(self._key, self._num_calls)
         self._num_calls += 1
         args, kwargs = narrowed((args, kwargs), self._compute_dtype)
-        output, changed = self._source.apply(self.values, key, args, kwargs)
+        with linen.intercept_methods(self.interceptor) if self.interceptor else nullcontext():
+            output, changed = self._source.apply(self.values, key, args, kwargs)
         self.values = {**self.values, **changed}
         return widened(output) if self._compute_dtype != jnp.float32 else output
 

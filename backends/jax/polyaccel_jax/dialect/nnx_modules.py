@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from polyaccel.errors import PrepareError, UnsupportedError
+from polyaccel.sharding.blocks import blocks_of_names
 from polyaccel.sharding.plan import ModelHints
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 from polyaccel_jax.dialect.partitioning import hints_of_variables
+from polyaccel_jax.dialect.recomputed_blocks import policy_of, recomputed_nnx
 
 
 class NnxSource:
@@ -103,6 +106,12 @@ class NnxSource:
             if isinstance(part, nnx.BatchNorm) and part.dtype is None:
                 part.dtype = compute_dtype
         return MixedPrecision(module, compute_dtype), changed
+
+    def recomputing(self, module: Any, remat: str) -> AbstractContextManager[None]:
+        """Traced: inside, the blocks of a module that `rebuild` gave are computed again by backward passes."""
+        inner = module.inner if isinstance(module, MixedPrecision) else module
+        blocks = blocks_of_names(name for name, v in self._variables.items() if isinstance(v, nnx.Param))
+        return recomputed_nnx(inner, blocks, policy_of(remat))
 
     # -- optimizers ------------------------------------------------------------------------------------------------------
 
