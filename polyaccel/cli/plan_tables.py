@@ -49,8 +49,8 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
     return "\n".join([*lines, *(f"note: {remark}" for remark in plan.remarks)])
 
 
-def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
-    """One line for each plan."""
+def comparison(plans: Sequence[tuple[Chip | None, StepPlan]], failed: Sequence[tuple[str, str]] = ()) -> str:
+    """One line for each plan; `failed`: what could not be planned, and why."""
     rows: list[tuple[str, ...]] = [("topology", "mesh", "fits", "peak", "FLOP", "sent", "step", "MFU")]
     for chip, plan in plans:
         found = estimate(plan, chip)
@@ -70,6 +70,7 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
         )
     remarks = dict.fromkeys(remark for _, plan in plans for remark in plan.remarks)
     lines = [*_columns(rows), *(f"note: {remark}" for remark in remarks)]
+    lines += [f"not planned: {name}: {_last_line(why)}" for name, why in failed]
     answers = [fits(plan, chip) for chip, plan in plans]
     if False in answers:
         first = next((plan for (_, plan), answer in zip(plans, answers, strict=True) if answer), None)
@@ -77,6 +78,12 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]]) -> str:
             "none of them fits" if first is None else f"the first that fits: {first.topology} {_variant(first)}"
         )
     return "\n".join(lines)
+
+
+def _last_line(text: str) -> str:
+    """Of what a process said at its end, the line that says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("hint:")]
+    return lines[-1] if lines else "no reason"
 
 
 def mesh_text(mesh: Mapping[str, int]) -> str:

@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> int:
         planning = backend.planner().planning(topology_named(topology))
         with planning as session, without_runs(), _without_weights(Path(script)):
             _run(script)
-        plan = session.step_plan()
+        plan, chip = session.step_plan(), session.chip()
     except PolyaccelError as error:
         print(error, file=sys.stderr)
         return 1
-    Path(report).write_text(json.dumps(as_json(plan, topology_named(topology).chip)), "utf-8")
+    Path(report).write_text(json.dumps(as_json(plan, chip)), "utf-8")
     return 0
 
 

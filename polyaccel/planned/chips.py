@@ -14,25 +14,26 @@ class Chip:
 
     hbm_bytes: memory for programs and data; compilers keep a part of it for themselves. peak_flops: dense bf16 operations in a second.
     hbm_bytes_per_s, link_bytes_per_s: to its own memory, and to its neighbours, one direction of all links together.
-    num_dims: of the grid that a slice's topology is written in.
+    num_dims: of the grid that a slice's topology is written in. None: not known, as of a GPU that nobody has looked up.
     """
 
     name: str
     hbm_bytes: int
-    peak_flops: float
-    hbm_bytes_per_s: float
-    link_bytes_per_s: float
+    peak_flops: float | None
+    hbm_bytes_per_s: float | None
+    link_bytes_per_s: float | None
     num_dims: int
     source: str
 
 
-# Links: one direction. The pages call it "interchip interconnect BW" in Gbps (2400, 1600, 4800, 3200); newer ones give both directions.
+# The pages give the links of a chip in both directions together ("bidirectional ICI bandwidth"): here is one of them. For v4 the page gives
+# none: https://arxiv.org/abs/2304.01433 (table 4) says six links of 50 GB/s. Their GB of memory are GiB: XLA:TPU has 15.75 on v5e.
 CHIPS: Mapping[str, Chip] = {
     chip.name: chip
     for chip in (
-        Chip("v4", 32 * _GIB, 275e12, 1228e9, 300e9, 3, "https://cloud.google.com/tpu/docs/v4"),
-        Chip("v5e", 16 * _GIB, 197e12, 819e9, 200e9, 2, "https://cloud.google.com/tpu/docs/v5e"),
-        Chip("v5p", 95 * _GIB, 459e12, 2765e9, 600e9, 3, "https://cloud.google.com/tpu/docs/v5p"),
-        Chip("v6e", 32 * _GIB, 918e12, 1640e9, 400e9, 2, "https://cloud.google.com/tpu/docs/v6e"),
+        Chip("v4", 32 * _GIB, 275e12, 1200e9, 300e9, 3, "https://docs.cloud.google.com/tpu/docs/v4"),
+        Chip("v5e", 16 * _GIB, 197e12, 819e9, 200e9, 2, "https://docs.cloud.google.com/tpu/docs/v5e"),
+        Chip("v5p", 95 * _GIB, 459e12, 2765e9, 600e9, 3, "https://docs.cloud.google.com/tpu/docs/v5p-training"),
+        Chip("v6e", 32 * _GIB, 918e12, 1638e9, 400e9, 2, "https://docs.cloud.google.com/tpu/docs/v6e"),
     )
 }

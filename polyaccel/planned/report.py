@@ -141,7 +141,7 @@ def merged(collectives: Sequence[Collective]) -> tuple[Collective, ...]:
 
 
 def estimate(plan: StepPlan, chip: Chip | None) -> Estimate | None:
-    """The time of a step on this chip, None without a chip or where the step does not fit.
+    """The time of a step on this chip; None without a chip, where nothing is known of its speed, and where the step does not fit.
 
     The roofline is the longest of: operations at the peak, memory at its bandwidth, exchanges at that of the links. It is a bound from
     below: parts overlap at best.
@@ -149,20 +149,23 @@ def estimate(plan: StepPlan, chip: Chip | None) -> Estimate | None:
     if chip is None or plan.refusal is not None or not plan.programs:
         return None
     work = plan.matrix_flops if plan.matrix_flops is not None else plan.flops
-    bounds = {
-        "operations": max(plan.flops, work) / chip.peak_flops,
-        "memory": plan.accessed_bytes / chip.hbm_bytes_per_s,
-        "exchanges": sum(one.sent_bytes for one in plan.collectives) / chip.link_bytes_per_s,
+    parts = {
+        "operations": (max(plan.flops, work), chip.peak_flops),
+        "memory": (plan.accessed_bytes, chip.hbm_bytes_per_s),
+        "exchanges": (sum(one.sent_bytes for one in plan.collectives), chip.link_bytes_per_s),
     }
+    bounds = {name: amount / speed for name, (amount, speed) in parts.items() if speed is not None}
     said = [program.compiler_s * program.runs for program in plan.programs if program.compiler_s is not None]
-    seconds, source = max(bounds.values()), "roofline"
+    seconds, source = max(bounds.values(), default=0.0), "roofline"
     if len(said) == len(plan.programs):
         total = math.fsum(said)
-        is_sane = min(said) > 0 and math.isfinite(total) and total >= _FASTEST * bounds["operations"]
+        is_sane = min(said) > 0 and math.isfinite(total) and total >= _FASTEST * bounds.get("operations", 0.0)
         if is_sane:
             seconds, source = total, "compiler"
+    if not seconds:
+        return None
     mfu = None
-    if seconds > 0 and plan.matrix_flops is not None:
+    if chip.peak_flops is not None and plan.matrix_flops is not None:
         mfu = plan.matrix_flops / (seconds * chip.peak_flops)
     return Estimate(seconds, source, mfu, bounds)
 
@@ -192,6 +195,11 @@ def as_json(plan: StepPlan, chip: Chip | None) -> dict[str, Any]:
         "fits": fits(plan, chip),
         "estimate": None if found is None else asdict(found),
     }
+
+
+def chip_of(tree: Mapping[str, Any]) -> Chip | None:
+    """The chip in what `as_json` gave."""
+    return None if tree["chip"] is None else Chip(**tree["chip"])
 
 
 def step_plan_of(tree: Mapping[str, Any]) -> StepPlan:

@@ -1,4 +1,4 @@
-"""Names of machines that need not exist here: `v5e:4x4` is sixteen chips, `cpu:8` eight devices of the CPU."""
+"""Names of machines, which need not be here: `v5e:4x4` is sixteen chips, `cpu:8` eight devices of the CPU; `gpu:2` must be here."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from polyaccel.errors import ConfigError, nearest
 from polyaccel.planned.chips import CHIPS, Chip
 
 CPU = "cpu"
+GPU = "gpu"
 _SIZES = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
 
 
 @dataclass(frozen=True, slots=True)
 class TopologyName:
-    """A platform and the sizes of its grid. `chip` is None for the CPU, of which no maker says a peak."""
+    """A platform and the sizes of its grid.
 
-    platform: str  # "tpu" or "cpu"
+    `chip` is None for the CPU, of which no maker says a peak, and for a GPU, which is asked when it is opened.
+    """
+
+    platform: str  # "tpu", "cpu" or "gpu"
     text: str  # as the compiler takes it: "v5e:4x4"
     sizes: tuple[int, ...]
     chip: Chip | None
@@ -31,14 +35,14 @@ class TopologyName:
 def topology_named(text: str) -> TopologyName:
     """What `--topology` names. Raises ConfigError for unknown chips, and for sizes that are no grid of theirs."""
     kind, colon, grid = text.partition(":")
-    if kind not in (CPU, *CHIPS):
-        raise ConfigError(f"--topology {text} names no chip that is known", nearest(kind, [CPU, *CHIPS]))
+    if kind not in (CPU, GPU, *CHIPS):
+        raise ConfigError(f"--topology {text} names no chip that is known", nearest(kind, [CPU, GPU, *CHIPS]))
     if not colon or not _SIZES.fullmatch(grid):
-        example = "cpu:8" if kind == CPU else f"{kind}:{'x'.join(['4'] * CHIPS[kind].num_dims)}"
+        example = f"{kind}:8" if kind in (CPU, GPU) else f"{kind}:{'x'.join(['4'] * CHIPS[kind].num_dims)}"
         raise ConfigError(f"--topology {text} has no sizes", f"write it as in {example}")
     sizes = tuple(int(size) for size in grid.split("x"))
-    if kind == CPU:
-        return TopologyName(CPU, text, (math.prod(sizes),), None)
+    if kind in (CPU, GPU):
+        return TopologyName(kind, text, (math.prod(sizes),), None)
     chip = CHIPS[kind]
     if len(sizes) != chip.num_dims:
         raise ConfigError(
@@ -54,7 +58,7 @@ def with_devices(topology: TopologyName, num_devices: int) -> TopologyName:
     Raises ConfigError where the number is no power of two: slices of other sizes have shapes of their own, to be written out.
     """
     if topology.chip is None:
-        return topology_named(f"{CPU}:{num_devices}")
+        return topology_named(f"{topology.platform}:{num_devices}")
     if num_devices < 1 or num_devices & (num_devices - 1):
         raise ConfigError(
             f"--scale {num_devices}: slices of {topology.chip.name} are scaled in powers of two",

@@ -1,4 +1,4 @@
-"""The devices of a topology by name: those of a TPU slice come from its compiler and need not exist, CPU devices are this process's own."""
+"""The devices of a topology by name: those of a TPU slice come from its compiler and need not exist, others are this machine's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from polyaccel.errors import BackendUnavailableError, ConfigError, PlanError
 if TYPE_CHECKING:
     import jax
 
+    from polyaccel.planned.chips import Chip
     from polyaccel.planned.topologies import TopologyName
 
 
@@ -18,16 +19,27 @@ def environment(topology: TopologyName) -> dict[str, str]:
 
     Arrays of the script itself are on the CPU, libtpu does not look for a TPU machine's metadata, and several plans may run at once.
     """
+    if topology.platform == "gpu":
+        # Its compiler tries kernels on the device; what nobody runs needs no memory beside that.
+        return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if topology.platform == "cpu":
         variables["JAX_NUM_CPU_DEVICES"] = str(topology.num_devices)
     return variables
 
 
+def num_gpus() -> int:
+    """GPUs of this machine, counted without opening them."""
+    from polyaccel_jax import backend
+
+    return backend._count_gpus()
+
+
 def devices_of(topology: TopologyName) -> list[jax.Device]:
     """One device for each chip, in the compiler's order, in a process with the variables of `environment`.
 
-    Raises BackendUnavailableError without libtpu, ConfigError for a slice that it does not know, PlanError for too few CPU devices.
+    Raises BackendUnavailableError without libtpu, ConfigError for a slice that it does not know, PlanError for
+    too few CPU devices or GPUs.
     """
     import jax
 
@@ -39,6 +51,8 @@ def devices_of(topology: TopologyName) -> list[jax.Device]:
                 "start it with JAX_NUM_CPU_DEVICES, as polyaccel plan does",
             )
         return found[: topology.num_devices]
+    if topology.platform == "gpu":
+        return _gpus(topology)[: topology.num_devices]
     if importlib.util.find_spec("libtpu") is None:
         raise BackendUnavailableError(
             f"--topology {topology.text} needs the compiler for TPUs, and libtpu is not installed",
@@ -57,5 +71,46 @@ def devices_of(topology: TopologyName) -> list[jax.Device]:
         raise ConfigError(
             f"--topology {topology.text} has {topology.num_devices} chips, and libtpu makes {len(found)} devices of it",
             "choose a generation whose chips are one device each",
+        )
+    return found
+
+
+def chip_of(topology: TopologyName) -> Chip | None:
+    """The chip of a slice as its maker describes it; of a GPU what this process may take of its memory, and its peak where it is known."""
+    from polyaccel.looking.devices import peak_of
+    from polyaccel.planned.chips import Chip
+
+    if topology.platform != "gpu":
+        return topology.chip
+    device = _gpus(topology)[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    peak = peak_of(device.device_kind)
+    return Chip(
+        name=device.device_kind,
+        hbm_bytes=int(stats["bytes_limit"]),
+        peak_flops=None if peak is None else peak.flops,
+        hbm_bytes_per_s=None,
+        link_bytes_per_s=None,
+        num_dims=1,
+        source="this machine" if peak is None else peak.source,
+    )
+
+
+def _gpus(topology: TopologyName) -> list[jax.Device]:
+    import jax
+
+    try:
+        found = jax.devices("gpu")
+    except RuntimeError as error:
+        raise PlanError(
+            f"--topology {topology.text} needs a jax that knows GPUs: {str(error).splitlines()[0]}",
+            "pip install 'jax[cuda12]' on a machine with GPUs",
+        ) from error
+    if len(found) < topology.num_devices:
+        raise PlanError(
+            f"--topology {topology.text} needs {topology.num_devices} GPUs, and jax finds {len(found)}",
+            f"plan for those: --topology gpu:{len(found)}",
         )
     return found

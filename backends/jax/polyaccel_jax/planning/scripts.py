@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from polyaccel.errors import PlanError
-from polyaccel_jax.planning.devices import devices_of, environment
+from polyaccel_jax.planning.devices import chip_of, devices_of, environment, num_gpus
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
     from polyaccel.launch.rendezvous import Rendezvous
+    from polyaccel.planned.chips import Chip
     from polyaccel.planned.report import StepPlan
     from polyaccel.planned.topologies import TopologyName
     from polyaccel_jax.engine import JaxEngine
     from polyaccel_jax.planning.planner import Planner
 
-__all__ = ["Session", "active", "environment", "planning"]
+__all__ = ["Session", "active", "environment", "num_gpus", "planning"]
 
 
 @final
@@ -62,6 +63,10 @@ class Session:
                 "give it data for one step, and arguments with which it trains",
             )
         return self._planner.step_plan(self._engine.plan.mesh.sizes)
+
+    def chip(self) -> Chip | None:
+        """What its devices can do, as far as somebody says it."""
+        return chip_of(self.topology)
 
 
 _active: list[Session] = []
