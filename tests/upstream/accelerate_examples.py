@@ -49,6 +49,13 @@ EXAMPLES: dict[str, list[str]] = {
     ],
     "by_feature/fsdp_with_peak_mem_tracking": ["--model_name_or_path bert-base-cased --output_dir {out}"],
 }
+# What an example of theirs cannot do on a CPU, with Accelerate itself either: (text, what stands for it in both copies).
+MENDED = {
+    "by_feature/fsdp_with_peak_mem_tracking": (
+        "class TorchTracemalloc:\n",
+        "class TorchTracemalloc:\n    begin = end = peak = 0  # which it sets on an accelerator alone\n",
+    )
+}
 NO_CPU_FLAG = ("by_feature/deepspeed_with_config_support", "by_feature/megatron_lm_gpt_pretraining")
 
 REFERENCE = '''"""Runs a script with Accelerate, and records what `POLYACCEL_RECORD` records."""

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from accelerate_examples import EXAMPLES, REFERENCE, difference, run_example
+from accelerate_examples import EXAMPLES, MENDED, REFERENCE, difference, run_example
 from stand_ins import CLASSIFIER, make_stand_ins
 
 SUITE = (
@@ -71,6 +71,9 @@ def renamed(checkout: Path, work: Path) -> None:
         shutil.copytree(checkout / source, work / target, dirs_exist_ok=True)
     shutil.copytree(checkout / "examples", work / "reference", dirs_exist_ok=True)
     (work / "reference_run.py").write_text(REFERENCE)
+    for folder, (name, (text, instead)) in product(("examples", "reference"), MENDED.items()):
+        path = work / folder / f"{name}.py"
+        path.write_text(path.read_text().replace(text, instead))
     for path in [path for folder in ("test_utils", "tests", "examples") for path in (work / folder).rglob("*.py")]:
         text = path.read_text()
         text = re.sub(r"\b(from|import) accelerate\b", r"\1 polyaccel", text)
