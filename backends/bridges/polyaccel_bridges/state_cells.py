@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import jax
 import torch
 
-from .exchange import fetch_state, to_numpy
+from .exchange import fetch_state, to_numpy, torch_dtype
 from .packing import Identity
 from .tensors import ArrayCell, DeviceParameter, DeviceTensor, HostCell, host_copy
 
@@ -54,6 +54,17 @@ class StateCell:
             self._version = self._host._version
             self._array = array
         model.touched[id(self)] = self
+        return self._host
+
+    def to_overwrite(self) -> torch.Tensor:
+        """The host tensor for a write of all of it. It counts as the value once it was written to."""
+        array = self._current()
+        if array is None or array.is_fully_addressable or array.is_fully_replicated or self.is_written():
+            return self.host()
+        self._model.recorder.settle_effects(self._model, self.kind)
+        self._host = torch.empty(array.shape, dtype=torch_dtype(array.dtype.name))
+        self._version, self._array = self._host._version, None
+        self._model.touched[id(self)] = self
         return self._host
 
     @property
