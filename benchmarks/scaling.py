@@ -128,15 +128,19 @@ def arguments_of(part, dialect, mesh):
     return [*FORMS[dialect], "--global-batch", "8" if part == "strong" else str(2 * shards_of(mesh))]
 
 
-def measured(parts, results):
+def measured(parts, results, only):
     """Yields (part, name, row) of what is asked for and not in the results."""
+
+    def is_missing(part, name):
+        return name not in results[part] and (not only or any(text in name for text in only))
+
     for num_devices in DEVICES:
         missing = {
             (part, f"{dialect}, {name}"): (mesh, arguments_of(part, dialect, mesh))
             for part in ("weak", "strong")
             for dialect in FORMS
             for name, mesh in meshes(num_devices).items()
-            if part in parts and f"{dialect}, {name}" not in results[part]
+            if part in parts and is_missing(part, f"{dialect}, {name}")
         }
         if missing:
             for (part, name), row in on_jax(num_devices, missing).items():
@@ -145,18 +149,18 @@ def measured(parts, results):
         missing = {
             ("layers", f"{name}, {num_layers} layers"): ({"fsdp": 4}, [*form, "--layers", str(num_layers)])
             for name, form in IN_LAYERS.items()
-            if f"{name}, {num_layers} layers" not in results["layers"]
+            if is_missing("layers", f"{name}, {num_layers} layers")
         }
         for key, pair in missing.items():
             for (part, name), row in on_jax(4, {key: pair}).items():
                 yield part, name, row
     for dialect in FORMS if "plan" in parts else ():
         for name, mesh in meshes(4).items():
-            if f"{dialect}, {name}" not in results["plan"]:
+            if is_missing("plan", f"{dialect}, {name}"):
                 yield "plan", f"{dialect}, {name}", planned(mesh, arguments_of("weak", dialect, mesh))
     for num_devices in DEVICES if "gloo" in parts else ():
         for name, mesh in meshes(num_devices).items():
-            if name not in results["gloo"]:
+            if is_missing("gloo", name):
                 yield "gloo", name, on_gloo(mesh, arguments_of("weak", "torch", mesh))
 
 
@@ -202,6 +206,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     everything = ["weak", "strong", "plan", "layers", "gloo"]
     parser.add_argument("--parts", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--only", nargs="*", default=[], help="rows whose names have one of these texts in them")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")
     parser.add_argument("--table", action="store_true", help="print what is there, and measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -212,7 +217,7 @@ def main():
         results = {"machine": machine(), "versions": versions, **{part: results.get(part, {}) for part in everything}}
         if args.again:
             results |= {part: {} for part in args.parts}
-        for part, name, row in measured(args.parts, results):
+        for part, name, row in measured(args.parts, results, args.only):
             results[part][name] = row
             print(part, name, flush=True)
             args.output.parent.mkdir(parents=True, exist_ok=True)
