@@ -20,15 +20,15 @@ _CURE = "pip install 'polyaccel[xla]'"
 
 
 class XlaBackend:
-    """PyTorch/XLA: data parallel by SPMD partitioning, one process per host that drives all of the host's devices."""
+    """PyTorch/XLA: one program over the global batch, partitioned over all devices; one process per host drives all of its devices."""
 
     name = "xla"
     capabilities = Capabilities(
         dialect="torch",
-        mesh_axes=frozenset({"replica", "data"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
         mixed_precision=frozenset({"no", "bf16"}),
         accepts_bridges=False,
-        features=frozenset({"backward_value", "profile"}),
+        features=frozenset({"backward_value", "profile", "sharding_rules"}),
     )
 
     def probe(self) -> Probe:

@@ -154,9 +154,15 @@ class XlaEngine:
         return torch_xla.device()
 
     def bind(self, plan: Plan) -> None:
-        """Build the mesh."""
+        """Build the mesh. Raises UnsupportedError for a tensor axis over several hosts."""
+        if plan.num_processes_per_shard > 1:
+            raise UnsupportedError(
+                f"mesh.tensor={plan.mesh.tensor} lies over {plan.num_processes_per_shard} hosts, which would have to feed the same"
+                " batches, and backend 'xla' takes each host's own",
+                f"use a tensor axis of at most {self.topology.num_local_devices}, the devices of one host",
+            )
         self._plan = plan
-        self._placement = Placement(plan.mesh, self.topology.num_processes)
+        self._placement = Placement(plan.mesh, self.topology.num_processes, plan.sharding_rules)
 
     def seed(self, value: int) -> None:
         """Restart the stream of dropout and other random operations on the devices."""
@@ -200,7 +206,7 @@ class XlaEngine:
                 "the model was made by torch.compile, and backend 'xla' compiles every step already",
                 "prepare the module that was given to torch.compile",
             )
-        check_placeable(model, scales_loss=False)
+        check_placeable(model, scales_loss=False, takes_meta=True)
         self._placement.module(model)
         if self._plan.precision.compute_dtype == "bfloat16":
             add_autocast(model, bfloat16_autocast)
@@ -290,7 +296,7 @@ class XlaEngine:
         return nullcontext()
 
     def parameter_average(self, model: torch.nn.Module) -> ModuleAverage:
-        """Repeated on every device, and moved as part of the traced work."""
+        """Where the parameters are, and moved as part of the traced work."""
         with self._same_random_stream():
             self.synchronize()
         return ModuleAverage(model, upload=self._placement.upload, move=self._move)
@@ -311,6 +317,7 @@ class XlaEngine:
             is_retained = isinstance(loss, RetainedLoss)
             scaled(loss.value if is_retained else loss, scale).backward(retain_graph=is_retained)
             result = None
+        self._placement.lay_gradients()
         if not self._is_syncing():
             self.flush()
         return result
@@ -380,18 +387,17 @@ class XlaEngine:
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def read_state(self, handle: Any) -> Iterator[Shard]:
-        """Everything is repeated on every device, so process 0 gives all of it."""
+        """What is repeated on every device comes from process 0, of the rest each process gives the pieces of its devices."""
         with self._same_random_stream():
             self.synchronize()
-        if self.topology.is_main_process:
-            yield from state.read(handle, self._prepared_models())
+        yield from state.read(handle, self._prepared_models(), is_main=self.topology.is_main_process)
 
     def check_state(self, handle: Any, specs: Mapping[str, ArraySpec]) -> None:
         """Raises CheckpointError where `write_state` would."""
         state.check(handle, specs, self._prepared_models())
 
     def write_state(self, handle: Any, shards: Iterable[Shard]) -> None:
-        """Load shards of any mesh onto every device."""
+        """Load shards of any mesh."""
         state.write(handle, shards, self._prepared_models(), self._placement)
 
     def parameter_names(self, handle: Any) -> list[str]:
@@ -399,11 +405,11 @@ class XlaEngine:
         return state.parameter_names(handle, self._prepared_models())
 
     def read_gradients(self, handle: Any) -> Iterator[Shard]:
-        """Those of the global batch, given by process 0."""
+        """Those of the global batch, in the pieces in which the devices have them."""
         with self._same_random_stream():
+            self._placement.lay_gradients()
             self.synchronize()
-        if self.topology.is_main_process:
-            yield from state.read_gradients(handle)
+        yield from state.read_gradients(handle, is_main=self.topology.is_main_process)
 
     def write_gradients(self, handle: Any, shards: Iterable[Shard]) -> None:
         """Replace them on every device."""

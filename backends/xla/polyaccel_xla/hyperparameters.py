@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 Upload = Callable[[torch.Tensor], torch.Tensor]  # host tensor in, the same values as device data out
+UploadLike = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # the same, to where a second tensor's values are
 
 
 class _Slot:
@@ -37,7 +38,7 @@ class DeviceHyperparameters(TorchFunctionMode):
     optimizer state are uploaded too, so that the first step is the same graph as all later ones.
     """
 
-    def __init__(self, upload_scalar: Upload, upload: Upload) -> None:
+    def __init__(self, upload_scalar: Upload, upload: UploadLike) -> None:
         super().__init__()
         self._upload_scalar = upload_scalar
         self._upload = upload
@@ -151,8 +152,8 @@ class DeviceHyperparameters(TorchFunctionMode):
         dtype = kwargs.pop("dtype", None) or this.dtype
         kwargs.pop("memory_format", None)
         if func is torch.Tensor.new_zeros:
-            return self._upload(torch.zeros(*args, dtype=dtype))
-        return self._upload(func(torch.empty(this.shape, dtype=dtype), *args, **kwargs))
+            return self._upload(torch.zeros(*args, dtype=dtype), this)
+        return self._upload(func(torch.empty(this.shape, dtype=dtype), *args, **kwargs), this)
 
 
 def _is_on_device(args: Sequence[Any]) -> bool:

@@ -16,6 +16,7 @@ from polyaccel import trees
 from polyaccel.errors import PrepareError
 from polyaccel.protocols import LossCall, StepSpec
 from polyaccel_xla.hyperparameters import DeviceHyperparameters
+from polyaccel_xla.mesh import sharding_of
 from polyaccel_xla.spmd import Placement
 
 Flush = Callable[[], None]
@@ -51,6 +52,7 @@ class Update:
         self._placement = placement
         self._flush = flush
         self._hyperparameters = DeviceHyperparameters(placement.upload_scalar, placement.upload)
+        self._is_in_pieces = placement.mesh.cuts_parameters
         _choose_traceable(optimizer)
         self.place_state(optimizer)
         optimizer.register_load_state_dict_post_hook(self.place_state)
@@ -64,18 +66,37 @@ class Update:
         """The update as part of the pending graph."""
         hyperparameters = self._hyperparameters
         with hyperparameters:
-            return optimizer.step() if closure is None else optimizer.step(hyperparameters.outside(closure))
+            result = optimizer.step() if closure is None else optimizer.step(hyperparameters.outside(closure))
+        if self._is_in_pieces:
+            self._lay_new_state(optimizer)
+        return result
+
+    def lay_gradients(self) -> None:
+        """Say how the gradients of a backward pass have to lie."""
+        self._placement.lay_gradients()
 
     def place_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Move what the optimizer remembers to its parameters. Step counters stay on the host, where torch.optim reads them."""
+        """Move what the optimizer remembers to its parameters, and lay it out as they are.
+
+        Step counters stay on the host, where torch.optim reads them.
+        """
         capturable = {id(p) for group in optimizer.param_groups if group.get("capturable") for p in group["params"]}
         for parameter, state in optimizer.state.items():
             if not isinstance(state, dict):
                 continue
             for key, value in state.items():
                 if isinstance(value, torch.Tensor) and (key != "step" or id(parameter) in capturable):
-                    is_there = value.device.type == "xla"
-                    state[key] = self._placement.replicate(value) if is_there else self._placement.upload(value)
+                    if value.device.type == "xla":
+                        self._placement.lay(value, parameter)
+                    else:
+                        state[key] = self._placement.upload(value, parameter)
+
+    def _lay_new_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What this step has computed first, such as momentum from a gradient."""
+        for parameter, state in optimizer.state.items():
+            for value in state.values() if isinstance(state, dict) else ():
+                if isinstance(value, torch.Tensor) and value.device.type == "xla" and not sharding_of(value):
+                    self._placement.lay(value, parameter)
 
 
 def _choose_traceable(optimizer: torch.optim.Optimizer) -> None:
@@ -133,6 +154,7 @@ def fused_step(spec: StepSpec, update: Update, engine: Any) -> Callable[[Any, bo
             result = differentiate(call, spec.scale)
         else:
             result = engine.add_weighted(call, spec.weight)
+        update.lay_gradients()
         if sync:
             if spec.weight is not None:
                 engine.normalise_gradients()

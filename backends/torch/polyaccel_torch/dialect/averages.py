@@ -20,19 +20,23 @@ def _lerp(averages: list[torch.Tensor], values: list[torch.Tensor], weight: floa
 class ModuleAverage:
     """Averages of a module's floating-point and complex parameters.
 
-    `upload` brings a host tensor to the parameters' device, and `move(averages, values, weight)` moves averages towards values, in
-    place: what an engine has of its own for them.
+    `upload(host, parameter)` brings a host tensor to where a parameter's values are, and `move(averages, values, weight)` moves averages
+    towards values, in place: what an engine has of its own for them.
     """
 
     def __init__(
-        self, module: nn.Module, *, upload: Callable[[torch.Tensor], torch.Tensor] | None = None, move: Move = _lerp
+        self,
+        module: nn.Module,
+        *,
+        upload: Callable[[torch.Tensor, nn.Parameter], torch.Tensor] | None = None,
+        move: Move = _lerp,
     ) -> None:
         named = {name: p for name, p in module.named_parameters() if p.is_floating_point() or p.is_complex()}
         self.shapes = {name: tuple(parameter.shape) for name, parameter in named.items()}
         self._parameters = list(named.values())
         self._upload = upload
         self._move = move
-        self._averages = [self._start(parameter.detach()) for parameter in self._parameters]
+        self._averages = [self._start(parameter) for parameter in self._parameters]
 
     def update(self, weight: float) -> None:
         """One fused kernel or few, asynchronous; parameters of 16 bits are widened for it."""
@@ -63,13 +67,15 @@ class ModuleAverage:
         for position, name in enumerate(self.shapes):
             old = self._averages[position]
             host = torch.from_numpy(np.array(arrays[name])).to(old.dtype)
-            self._averages[position] = host.to(old.device) if self._upload is None else self._upload(host)
+            self._averages[position] = (
+                host.to(old.device) if self._upload is None else self._upload(host, self._parameters[position])
+            )
 
-    def _start(self, parameter: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
+    def _start(self, parameter: nn.Parameter) -> torch.Tensor:
+        value, dtype = parameter.detach(), torch.promote_types(parameter.dtype, torch.float32)
         if self._upload is None:
-            return parameter.to(dtype, copy=True)
-        return self._upload(parameter.cpu().to(dtype))
+            return value.to(dtype, copy=True)
+        return self._upload(value.cpu().to(dtype), parameter)
 
     def _assign(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
