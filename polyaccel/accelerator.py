@@ -46,6 +46,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
             counts, and what none matches follows from the model's own plan, from its layers' names and from its shapes.
         remat: "full": a backward pass computes the inside of every block again instead of keeping it; "dots": all but products with
             weights; "none" by default. Numbers stay the same, memory goes, time comes.
+        offload: "cpu": the parts of parameters, gradients and optimizer state that `mesh.fsdp` makes rest in host memory between uses.
         dataloader_config: a DataLoaderConfiguration, for everything about prepared loaders.
         split_batches: a loader's batch_size is the global batch and is cut over the data shards; by default it is the batch of
             one data shard.
@@ -91,6 +92,7 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
         mesh: MeshSpec | Mapping[str, int] | None = None,
         sharding_rules: Iterable[ShardingRule | str] | None = None,
         remat: Literal["none", "full", "dots"] | None = None,
+        offload: Literal["none", "cpu"] | None = None,
         dataloader_config: DataLoaderConfiguration | None = None,
         split_batches: bool | None = None,
         even_batches: bool | None = None,

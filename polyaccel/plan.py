@@ -30,6 +30,7 @@ _OF_SOME_BACKENDS: Mapping[str, tuple[str, str, bool]] = {
     "ddp_comm_state_option": ("ddp", _EXCHANGE, False),
     "sharding_rules": ("sharding_rules", "it cuts no parameter by its name", False),
     "remat": ("remat", "it keeps what a backward pass needs", False),
+    "offload": ("offload", "parameters and optimizer state stay on the devices", False),
     "process_group": ("process_group", "its processes do not meet through torch.distributed", True),
 }
 
@@ -59,6 +60,7 @@ class Plan:
     remarks: tuple[str, ...] = ()
     num_processes_per_shard: int = 1
     remat: str = "none"
+    offload: str = "none"
 
 
 def make_plan(
@@ -109,6 +111,7 @@ def make_plan(
         remarks=tuple(remarks),
         num_processes_per_shard=num_sharing,
         remat=config.remat,
+        offload=config.offload,
     )
 
 

@@ -52,6 +52,7 @@ Feature = Literal[
     "create_model",
     "sharding_rules",
     "remat",
+    "offload",
 ]
 # backward_value: a loss value can be differentiated after it was computed (form one of a step)
 # gradient_sync:  skipping the gradient exchange between processes (no_sync) saves communication, and each process then has parameters
@@ -59,6 +60,7 @@ Feature = Literal[
 #                 `engine.sync_in_backward(model)` gradients are exchanged even if the forward passes ran without an exchange
 # sharding_rules: `plan.sharding_rules` say by name how parameters are cut over fsdp and tensor
 # remat:          `plan.remat` says what a backward pass computes again instead of keeping it
+# offload:        `plan.offload` says where parts of parameters, gradients and optimizer state rest between uses
 # create_model:   `engine.create_model(make)` has parameters computed where they will be kept, never whole on one device
 # compile:        the engine compiles a prepared model when the configuration asks for it
 # multi_process:  more than one process can join a job here

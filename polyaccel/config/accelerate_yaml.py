@@ -74,6 +74,8 @@ def _fsdp(key: str, text: str) -> Answer:
                 " NO_SHARD is mesh.data, and SHARD_GRAD_OP has no counterpart"
             ]
         )
+    if key in _FSDP_SETTINGS:
+        return Answer({} if _off(text) else dict(_FSDP_SETTINGS[key]))
     if key in _FSDP_ENGINE:
         return Answer(notes=[f"fsdp_config.{key} is decided by the engine"])
     if _off(text) or key == "fsdp_sharding_strategy":
@@ -171,6 +173,10 @@ _REFUSED: Mapping[str, str] = {
     "fp8_config": "use mixed_precision: bf16",
     "mpirun_config": "start the script with mpirun itself: its processes are recognised",
 }
+_FSDP_SETTINGS: Mapping[str, Mapping[str, str]] = {
+    "fsdp_activation_checkpointing": {"remat": "full"},
+    "fsdp_offload_params": {"offload": "cpu"},
+}
 _FSDP_ENGINE = frozenset(
     {
         "fsdp_version",
@@ -184,5 +190,6 @@ _FSDP_ENGINE = frozenset(
         "fsdp_state_dict_type",
         "fsdp_reshard_after_forward",
         "fsdp_min_num_params",
+        "fsdp_cpu_ram_efficient_loading",
     }
 )

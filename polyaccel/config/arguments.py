@@ -107,7 +107,9 @@ class _Taken:
         if left := settings.left_to_the_engine:
             self.remarks.append(f"{argument}: {', '.join(left)}: no effect, the engine decides")
         if isinstance(settings, FullyShardedDataParallelPlugin) and MeshSpec.of(self.values.get("mesh")).fsdp != 1:
-            return  # a mesh that shards says how; the plugin says only that
+            named = {
+                name: value for name, value in named.items() if name != "mesh"
+            }  # says that, and the mesh given says how
         if isinstance(settings, TorchTensorParallelPlugin) and "mesh" in self.values:
             mesh = MeshSpec.of(self.values["mesh"])
             if mesh.tensor == settings.tp_size:

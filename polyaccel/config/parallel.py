@@ -107,10 +107,8 @@ _OF_THE_ENGINE = (
 )
 _INSTEAD = {
     "mixed_precision_policy": "use mixed_precision='bf16' or 'fp16'",
-    "cpu_offload": "leave it out, and shard over more devices (mesh.fsdp)",
     "ignored_modules": "leave it out: parameters that cannot be cut are repeated",
     "param_init_fn": "give the model its values before prepare",
-    "activation_checkpointing": "use torch.utils.checkpoint in the model's forward (flax: nnx.remat)",
 }
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
 
@@ -124,8 +122,10 @@ class FullyShardedDataParallelPlugin(KwargsHandler):
     Args:
         sharding_strategy, reshard_after_forward: FULL_SHARD (True) is mesh.fsdp, NO_SHARD is mesh.data; HYBRID_SHARD has to be
             written with its sizes, as `mesh={"data": hosts, "fsdp": devices_per_host}` or a ParallelismConfig.
-        mixed_precision_policy, cpu_offload, ignored_modules, param_init_fn, activation_checkpointing: refused with UnsupportedError,
-            which says what to do instead.
+        activation_checkpointing: True is the setting `remat="full"`.
+        cpu_offload: True, or torch's CPUOffload or CPUOffloadPolicy, is the setting `offload="cpu"`, with pinned memory for a
+            GPU.
+        mixed_precision_policy, ignored_modules, param_init_fn: refused with UnsupportedError, which says what to do instead.
         all others: what they say is decided by the engine, and a line of the log says so.
     """
 
@@ -156,16 +156,25 @@ class FullyShardedDataParallelPlugin(KwargsHandler):
         return [name for name, value in self.given().items() if name in _OF_THE_ENGINE and value is not None]
 
     def settings(self) -> dict[str, Any]:
-        """The setting mesh. Raises UnsupportedError for a field that would change something and has no counterpart."""
+        """The settings mesh, remat and offload. Raises UnsupportedError for a field that would change something and has no counterpart."""
         for name, instead in _INSTEAD.items():
             if getattr(self, name):
                 raise UnsupportedError(
                     f"FullyShardedDataParallelPlugin: {name}={getattr(self, name)!r} is not supported", instead
                 )
         strategies = {self._strategy(name) for name in ("sharding_strategy", "reshard_after_forward")} - {None}
-        if strategies == {"NO_SHARD"}:
-            return {"mesh": {"data": -1}}
-        return {"mesh": {"fsdp": -1}}
+        named: dict[str, Any] = {"mesh": {"data": -1} if strategies == {"NO_SHARD"} else {"fsdp": -1}}
+        if self.activation_checkpointing:
+            named["remat"] = "full"
+        if self._is_offloaded:
+            named["offload"] = "cpu"
+        return named
+
+    @property
+    def _is_offloaded(self) -> bool:
+        """True, CPUOffload(offload_params=True) of FSDP1, and any CPUOffloadPolicy of FSDP2, which are known by name: torch may be away."""
+        asked = getattr(self.cpu_offload, "offload_params", self.cpu_offload)
+        return asked is True or type(asked).__name__ == "CPUOffloadPolicy"
 
     def _strategy(self, name: str) -> str | None:
         value = getattr(self, name)

@@ -13,6 +13,7 @@ from polyaccel.sharding.rules import ShardingRule
 PARTITIONINGS = ("auto", "pmap", "sharding")
 TARGETS = ("local", "slurm", "tpu-pod", "kubernetes", "ray", "hosts")
 REMATS = ("none", "full", "dots")
+OFFLOADS = ("none", "cpu")
 PREEMPTIONS = ("off", "save")
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the exit code of a process that saved its state and wants to be continued
 COMM_HOOKS = ("no", "fp16", "bf16", "power_sgd", "batched_power_sgd")
@@ -68,6 +69,12 @@ class Config:
         "what a backward pass computes again instead of keeping it: none: nothing; full: the layers of every block; dots: all but products"
         " with weights",
         choices=REMATS,
+    )
+    offload: Literal["none", "cpu"] = _setting(
+        "none",
+        "where the parts of parameters, gradients and optimizer state that mesh.fsdp makes rest between uses: none: on their devices;"
+        " cpu: in host memory",
+        choices=OFFLOADS,
     )
     split_batches: bool = _setting(False, "a loader's batch_size is the global batch, cut over the data shards")
     even_batches: bool = _setting(
@@ -208,7 +215,9 @@ class LaunchSettings:
     machine_rank: int = _setting(0, "this machine, from 0")
     main_process_ip: str | None = _setting(None, "address of machine 0", kind="str")
     main_process_port: int | None = _setting(None, "free port on machine 0 (default: chosen)", kind="int", least=1)
-    max_restarts: int = _setting(0, "how often the whole job is started again after a process failed or a machine was lost")
+    max_restarts: int = _setting(
+        0, "how often the whole job is started again after a process failed or a machine was lost"
+    )
     min_machines: int | None = _setting(
         None,
         "machines that are enough to go on after one was lost (default: all); needs micro_batches_per_update",

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from small_gpt import accelerator
+from small_gpt import accelerator, gpt, loader, train
 from torch import nn
 
 from polyaccel import ShardingRule
 from polyaccel.errors import PolyaccelError
+from polyaccel.utils import FullyShardedDataParallelPlugin
 
 ALONE, FSDP, TENSOR = {"data": 1}, {"data": 1, "fsdp": 2}, {"data": 1, "tensor": 2}
 
@@ -136,6 +137,36 @@ def refused(mesh, rule):
     return said
 
 
+# -- what is kept, and where ---------------------------------------------------------------------------------------------------
+
+
+def kept_less(mesh, settings):
+    """Losses of the GPT with dropout, and how often a layer inside a block ran in the first update."""
+    run = accelerator(mesh=mesh, **settings)
+    model = gpt(0)
+    for block in model.blocks:
+        block.mlp.register_module("dropout", nn.Dropout(0.2))
+        block.mlp.fc2.register_forward_hook(lambda layer, args, output, drop=block.mlp.dropout: drop(output))
+    names = list(model.state_dict())
+    calls = []
+    model.blocks[0].attention.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    model, optimizer, batches = run.prepare(model, optimizer, loader())
+    torch.manual_seed(run.process_index)
+    losses, norms = train(run, model, optimizer, batches, 3)
+    assert list(run.unwrap_model(model).state_dict()) == names
+    return {"losses": losses, "norms": norms, "calls": len(calls) / 3}
+
+
+def offload_alone(mesh):
+    try:
+        accelerator(mesh=mesh, offload="cpu")
+    except PolyaccelError as error:
+        return error.message
+    return None
+
+
+AXES, REMATS = (("fsdp", FSDP), ("tensor", TENSOR)), ("none", "full", "dots")
 WHOLE = (ShardingRule("*.norm.*", None), ShardingRule("*.mix.weight", None))
 QUESTIONS = {
     "llama": (language_model, TENSOR, llama),
@@ -143,6 +174,9 @@ QUESTIONS = {
     "gpt2": (language_model, TENSOR, gpt2),
     "rules": (with_rules, TENSOR, OWN_NAMES),
     "rules, whole": (with_rules, FSDP, WHOLE),
+    **{f"{axis}, remat {remat}": (kept_less, mesh, {"remat": remat}) for axis, mesh in AXES for remat in REMATS},
+    "offload": (kept_less, FSDP, {"fsdp_plugin": FullyShardedDataParallelPlugin(cpu_offload=True)}),
+    "offload of tensor": (offload_alone, TENSOR),
     "a rule for Bilinear": (refused, TENSOR, ShardingRule("*.mix.weight", ("tensor", None, None))),
     "a rule that does not divide": (refused, TENSOR, ShardingRule("*.norm.weight", ("tensor", None))),
     "no rule for Bilinear": (refused, TENSOR, ShardingRule("*.nothing", None)),

@@ -61,6 +61,22 @@ def test_a_rule_keeps_parameters_whole_and_their_gradients_are_averaged(answers)
         assert whole == {"norm.weight", "norm.bias", "mix.weight"}
 
 
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_blocks_are_computed_again_with_the_same_numbers(answers, axis, remat):
+    for one in answers:
+        kept, again = one[f"{axis}, remat none"], one[f"{axis}, remat {remat}"]
+        assert (kept["calls"], again["calls"]) == (1, 2)
+        assert_close(again["losses"], kept["losses"], 1e-7)
+        assert_close(again["norms"], kept["norms"], 1e-6)
+
+
+def test_offloaded_parts_train_alike(answers):
+    for one in answers:
+        assert_close(one["offload"]["losses"], one["fsdp, remat none"]["losses"], 1e-7)
+    assert "offload='cpu'" in answers[0]["offload of tensor"]
+
+
 def test_a_rule_that_torch_cannot_follow_is_an_error_that_names_it_and_the_parameter(answers):
     (said,) = answers[0]["a rule for Bilinear"]
     assert "'*.mix.weight = tensor - -' cuts parameter mix.weight of Mlp over mesh.tensor=2" in said

@@ -49,11 +49,13 @@ def test_fsdp_becomes_a_mesh(tmp_path):
     found = read(
         tmp_path,
         "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nmixed_precision: bf16\nfsdp_config:\n"
-        "  fsdp_sharding_strategy: FULL_SHARD\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n",
+        "  fsdp_sharding_strategy: FULL_SHARD\n  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
+        "  fsdp_activation_checkpointing: true\n  fsdp_offload_params: true\n  fsdp_cpu_ram_efficient_loading: true\n",
     )
     assert found.problems == []
     config = config_of(Gathered(found.values, found.sources))
     assert (config.mesh.fsdp, config.mesh.data, config.mixed_precision) == (-1, 1, "bf16")
+    assert (config.remat, config.offload) == ("full", "cpu")
     assert any("decided by the engine" in note for note in found.notes)
 
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 from dataclasses import fields
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -225,6 +226,23 @@ def test_the_fsdp_plugin_is_a_mesh_and_what_it_leaves_to_the_engine_is_said(capl
     assert "use_orig_params: no effect" in caplog.text
 
 
+class CPUOffloadPolicy:
+    """As torch.distributed.fsdp has it: known by its name."""
+
+
+@pytest.mark.parametrize("offload", [True, SimpleNamespace(offload_params=True), CPUOffloadPolicy()])
+def test_checkpointed_activations_and_offload_of_the_fsdp_plugin_are_settings(offload):
+    plugin = FullyShardedDataParallelPlugin(activation_checkpointing=True, cpu_offload=offload)
+    config = config_of_arguments({"fsdp_plugin": plugin, "mesh": {"fsdp": 2, "tensor": 2}})
+    assert (config.remat, config.offload, config.mesh.fsdp) == ("full", "cpu", 2)
+    without = FullyShardedDataParallelPlugin(cpu_offload=SimpleNamespace(offload_params=False))
+    assert config_of_arguments({"fsdp_plugin": without}).offload == "none"
+    with pytest.raises(UnsupportedError, match="offload='cpu'"):
+        Accelerator(
+            backend="fake", fsdp_plugin=FullyShardedDataParallelPlugin(sharding_strategy=3, cpu_offload=offload)
+        )
+
+
 def test_the_plugin_of_tensor_parallelism_is_a_mesh_and_shares_it_with_that_of_fsdp():
     layers = {"torch_tp_plugin": TorchTensorParallelPlugin(tp_size=2)}
     assert config_of_arguments(layers).mesh == MeshSpec(data=-1, tensor=2)
@@ -248,8 +266,7 @@ def test_the_plugin_of_tensor_parallelism_is_a_mesh_and_shares_it_with_that_of_f
     [
         ("sharding_strategy", "HYBRID_SHARD", "mesh={'data': hosts"),
         ("reshard_after_forward", False, "mesh={'fsdp': -1}"),
-        ("cpu_offload", True, "mesh.fsdp"),
-        ("activation_checkpointing", True, "torch.utils.checkpoint"),
+        ("ignored_modules", ["head"], "repeated"),
         ("mixed_precision_policy", "bf16", "mixed_precision='bf16'"),
     ],
 )

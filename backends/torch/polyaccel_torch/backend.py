@@ -43,6 +43,8 @@ class TorchBackend:
                 "autocast_cache",
                 "process_group",
                 "sharding_rules",
+                "remat",
+                "offload",
             }
         ),
     )

@@ -15,7 +15,7 @@ from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, state
+from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, recomputing, state
 from polyaccel_torch.dialect import loaders, modules, optimizers, weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
@@ -71,6 +71,12 @@ class TorchEngine:
             from polyaccel_torch.sharded import Sharding
 
             self._sharding = Sharding(plan, self.config, self.device)
+        elif plan.offload != "none":
+            raise UnsupportedError(
+                f"offload={plan.offload!r} ({self.config.sources.get('offload', 'default')}) with mesh.fsdp=1: every process keeps and"
+                " updates whole parameters on its device",
+                "use mesh={'fsdp': -1} with it",
+            )
         self._autocast = autocast_of(plan.precision, self.device, cache=self.config.autocast_cache)
         scaling = plan.precision.loss_scaling
         self._scaler = None if scaling is None else LossScaler(scaling, self.device)
@@ -125,10 +131,12 @@ class TorchEngine:
             return model if handle is None else handle
         sharding = self._sharding
         modules.check_placeable(model, scales_loss=self._scaler is not None, takes_meta=sharding is not None)
+        recompute = recomputing.recompute_blocks(model, self._bound.remat)
         if sharding is not None:
             sharding.prepare_model(model, device_placement=device_placement)
         elif device_placement and not modules.is_on(model, self.device):
             model.to(self.device)  # moves the values; the Parameter objects, and with them optimizers, stay valid
+        recompute()
         modules.remove_autocast(model)
         handle = model
         is_trained = not evaluation_mode and any(parameter.requires_grad for parameter in model.parameters())

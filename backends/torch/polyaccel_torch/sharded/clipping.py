@@ -44,14 +44,13 @@ def total_norm(parameters: Iterable[torch.Tensor], norm_type: float, mesh: Shard
     """The p-norm of all gradients as one vector, on the device; inf is the largest absolute value. Every process must call it."""
     # By the parameters, not by their gradients: all processes must meet in the same exchanges.
     kinds: dict[tuple[str, ...], list[torch.Tensor]] = {}
-    device: torch.device | None = None
     for parameter in parameters:
-        device = device or parameter.device
         pieces = kinds.setdefault(axes_of(parameter), [])
         if parameter.grad is not None:
             pieces.append(local_of(_settled(parameter)))
     is_max = math.isinf(norm_type)
-    total = torch.zeros((), device=device, dtype=torch.float64)  # powers of norms would leave float32
+    # Powers of norms would leave float32. Exchanges take place on the device, gradients may rest in host memory.
+    total = torch.zeros((), device=mesh.device, dtype=torch.float64)
     for axes in sorted(kinds):
         norm = nn.utils.get_total_norm(kinds[axes], norm_type).to(total)
         part = norm if is_max else norm**norm_type

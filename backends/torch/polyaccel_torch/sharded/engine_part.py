@@ -115,6 +115,12 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
                 f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor} cut parameters over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
+    if plan.offload != "none" and plan.mesh.num_data_shards == 1:
+        raise UnsupportedError(
+            f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor} alone:"
+            " FSDP2 offloads what it cuts or repeats over data shards",
+            "use mesh.fsdp, alone or with mesh.tensor",
+        )
     if plan.mesh.tensor > 1 and plan.precision.loss_scaling is not None:
         raise UnsupportedError(
             f"mixed_precision='fp16' with mesh.tensor={plan.mesh.tensor}: torch's GradScaler cannot unscale gradients of several meshes",

@@ -27,6 +27,7 @@ class ShardedMesh:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         sizes = plan.mesh
+        self.device = device
         self.sizes = {"replicas": sizes.replica * sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
         self.devices: DeviceMesh = init_device_mesh(
             device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes)

@@ -37,6 +37,7 @@ class Placing:
         self._precision = plan.precision
         self._rules: tuple[ShardingRule, ...] = plan.sharding_rules
         self._device = device
+        self._is_offloaded = plan.offload == "cpu"
         self._moved: Any = WeakIdKeyDictionary()  # a parameter of before -> (its model, weakly, and its name there)
 
     def place(self, model: nn.Module) -> None:
@@ -150,7 +151,7 @@ class Placing:
             whole = {part.get_parameter(name) for name in own if self._stays_whole(prefix + name)}
             if part is model:
                 whole = {parameter for name, parameter in model.named_parameters() if self._stays_whole(name)}
-            fsdp.shard(part, self.mesh.data, self._precision, placement, whole)
+            fsdp.shard(part, self.mesh.data, self._precision, placement, whole, is_offloaded=self._is_offloaded)
             if part is model and whole:
                 groups = [self.mesh.group(axis) for axis in ("replicas", "fsdp") if self.mesh.sizes[axis] > 1]
                 repeated.of_model[model] = repeated.RepeatedGradients(list(whole), groups)

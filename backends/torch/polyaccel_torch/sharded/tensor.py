@@ -99,8 +99,9 @@ def split_layers(module: nn.Module, mesh: DeviceMesh, specs: Mapping[int, Spec])
                 cut_already[id(parameter)] = _distributed(parameter, mesh, placement)
             layer.register_parameter(key, cut_already[id(parameter)])
         feeds = cut == "outputs" and _stays_cut(module, name.rpartition(".")[0], cuts, mesh.size())
+        # Nearest to the layer, so that hooks of the script meet what they met before.
         layer.register_forward_pre_hook(partial(_enter, mesh, cut), with_kwargs=True)
-        layer.register_forward_hook(_stay_cut if feeds else _leave)
+        layer.register_forward_hook(_stay_cut if feeds else _leave, prepend=True)
 
 
 def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
