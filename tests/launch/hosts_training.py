@@ -26,7 +26,9 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 12, 0.9)
 x = torch.randn(64, 8)
 rows = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True))
-loader = torch.utils.data.DataLoader(rows, batch_size=4, shuffle=True)  # 16 batches: whole windows on 1, 2 or 4 data shards
+loader = torch.utils.data.DataLoader(
+    rows, batch_size=4, shuffle=True
+)  # 16 batches: whole windows on 1, 2 or 4 data shards
 model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
 if accelerator.has_checkpoint:

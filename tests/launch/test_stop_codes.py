@@ -14,7 +14,7 @@ from polyaccel.registry import load_backend
 from polyaccel.signals import Recipient
 
 ENGINES = [name for name in ("torch", "jax") if load_backend(name).probe().is_usable]
-# One process, several, and torch's elastic agent around them.
+# One process, and several that may be restarted.
 KINDS = [("torch", 1, 0), ("torch", 2, 1)] + [("jax", 2, 0)] * ("jax" in ENGINES)
 QUEUE_AGAIN = 75
 

@@ -155,7 +155,7 @@ def test_command_lines_keep_what_is_not_secret():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("restarts", [0, 1])  # 1: under torch's elastic agent, which keeps a copy of the output
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_launch_leaves_no_secret_in_any_file(tmp_path, restarts):
     pytest.importorskip("torch")
     script = tmp_path / "train.py"
