@@ -115,37 +115,29 @@ def main() -> None:
     parser.add_argument("--output", help="write the rows to this JSON file, beside those of other engines that it has")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from interleaved import save
+    from interleaved import machine
 
     path = Path(args.output) if args.output else None
     before = json.loads(path.read_text()) if path and path.exists() else {}
-    reference = (
-        before.get("losses") or trained("torch", {})["losses"]
-    )  # xla's environment has torch too, another version of it
-    rows = [
-        row
-        for row in before.get("rows", [])
-        if (row["engine"], row["form"]) not in itertools.product(args.engines, args.forms)
-    ]
-    print(
-        f"{'engine':7}{'mesh':28}{'form':10}{'difference':>11}{'parameters':>12}{'plan':>9}{'state':>9}   of {NUM_DEVICES} devices"
-    )
+    reference = before.get("losses") or trained("torch", {})["losses"]
+    rows = before.get("rows", [])
+    print(f"{'engine':7}{'mesh':28}{'form':10}{'difference':>11}{'parameters':>12}{'plan':>9}{'state':>9}")
     for engine, form in itertools.product(args.engines, args.forms):
         for mesh in meshes_of(declared_axes(engine)):
             if args.only and named(mesh) not in args.only:
                 continue
             row = row_of(engine, mesh, form, reference)
-            rows.append(row)
+            same = {"engine": engine, "mesh": mesh, "form": form}.items()
+            rows = [*(one for one in rows if not same <= one.items()), row]
             print(f"{engine:7}{named(mesh):28}{form:10}", end="")
             if "error" in row:
                 print(row["error"])
             else:
-                print(
-                    f"{row['difference']:11.1e}{row['parameters']:12,}{row['predicted']:9,}{row['state']:9,}",
-                    flush=True,
-                )
-    if path is not None:
-        save(path, {"steps": len(reference), "losses": reference, "rows": rows})
+                kept = f"{row['parameters']:12,}{row['predicted']:9,}{row['state']:9,}"
+                print(f"{row['difference']:11.1e}{kept}", flush=True)
+            if path is not None:  # row by row: all of them take a while
+                found = {"machine": machine(), "steps": len(reference), "losses": reference, "rows": rows}
+                path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mesh_training import train
 from polyaccel import Accelerator
 
 IS_XLA = importlib.util.find_spec("torch_xla") is not None
-HERE = [("xla", {"data": 4})] if IS_XLA else [("torch", {"fsdp": 2, "tensor": 2}), ("jax", {"fsdp": 2, "tensor": 2})]
+HERE = [(engine, {"fsdp": 2, "tensor": 2}) for engine in (("xla",) if IS_XLA else ("torch", "jax"))]
 
 
 @functools.cache
