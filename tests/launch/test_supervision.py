@@ -193,7 +193,7 @@ def test_two_machines_need_an_address_and_equal_parts(tmp_path, monkeypatch):
     done = launch(*placed, "--machine_rank", 1, "--num_processes", 4, "--main_process_port", 777, "--dry-run", script)
     first, second = (dict(w.split("=", 1) for w in line.split() if "=" in w) for line in done.stdout.splitlines())
     assert (first["RANK"], second["RANK"], first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"]) == ("2", "3", "4", "2")
-    assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("h", "777")
+    assert (first["MASTER_ADDR"], first["MASTER_PORT"]) == ("h", "778"), "the launchers meet at 777"
 
 
 @pytest.mark.skipif("jax" not in engines_installed(), reason="the xla environment has no jax; the main one runs it")
