@@ -16,14 +16,18 @@ __all__ = [
     "TERecipeKwargs",
 ]
 
-_SHARD = "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stage 3, {'data': -1} for copies"
+_SHARD = (
+    "shard with the mesh instead: Accelerator(mesh={'fsdp': -1}) for ZeRO's stages 1 to 3, {'data': -1} for stage 0;"
+    " its offloading is offload='cpu', on torch"
+)
 _NARROW = "use mixed_precision='bf16'"
 
 # Arguments of Accelerator.
 ARGUMENTS = {
     "deepspeed_plugin": _SHARD,
     "deepspeed_plugins": _SHARD,
-    "megatron_lm_plugin": "use the mesh instead: Accelerator(mesh={'tensor': n, 'sequence': m, 'fsdp': k})",
+    "megatron_lm_plugin": "use the mesh instead: Accelerator(mesh={'fsdp': -1, 'tensor': n}), and 'sequence' on an engine that has it;"
+    " no engine has pipelines",
 }
 
 
@@ -62,7 +66,7 @@ class DummyScheduler(_Absent):
 class DeepSpeedSequenceParallelConfig(_Absent):
     """Ulysses. Instead: the mesh axis `sequence`."""
 
-    _instead = "use Accelerator(mesh={'sequence': n}), or ParallelismConfig(sp_size=n)"
+    _instead = "use Accelerator(mesh={'sequence': n}), or ParallelismConfig(sp_size=n), on an engine that has the axis"
 
 
 class MegatronLMPlugin(_Absent):

@@ -168,8 +168,8 @@ _WHY: Mapping[str, str] = {
     "parallelism_config.parallelism_config_sp_size": "that is DeepSpeed's; use mesh.sequence",
 }
 _REFUSED: Mapping[str, str] = {
-    "deepspeed_config": "shard with the mesh instead (mesh.fsdp)",
-    "megatron_lm_config": "use the mesh instead (mesh.tensor, mesh.sequence, mesh.fsdp)",
+    "deepspeed_config": "shard with the mesh instead (mesh.fsdp: -1)",
+    "megatron_lm_config": "use the mesh instead (mesh.tensor, mesh.fsdp, and mesh.sequence on an engine that has it)",
     "fp8_config": "use mixed_precision: bf16",
     "mpirun_config": "start the script with mpirun itself: its processes are recognised",
 }
