@@ -142,7 +142,8 @@ class Accelerator(Settings, Preparing, Steps, Collectives, Tracking, Looking, Ch
             scales_tail=self.config.tail_window != "full",
         )
         self._engine.gradient_state = self.gradient_state
-        seeding.adopt(self._engine, self.config.seed)
+        index_of_shard = self._engine.topology.process_index // self.plan.num_processes_per_shard
+        seeding.adopt(self._engine, self.config.seed, draws_as=index_of_shard)
         self._prepared = Preparation(self._engine, capabilities, chosen.name, expected=expected)
         # What is handed out below must not hold this object: it would be freed by the garbage collector alone.
         engine, prepared, plan, features = self._engine, self._prepared, self.plan, capabilities.features

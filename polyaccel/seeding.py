@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import weakref
 
 from polyaccel import jobs
 from polyaccel.errors import ConfigError
@@ -11,6 +12,7 @@ from polyaccel.protocols import Engine
 from polyaccel.registry import backend_names, load_backend
 
 _last_seed: int | None = None
+_draws_as: weakref.WeakKeyDictionary[Engine, int] = weakref.WeakKeyDictionary()
 
 
 def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
@@ -18,7 +20,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
 
     Args:
         seed: from 0 to 2**32 - 1.
-        device_specific: add this process's index, so that processes draw different numbers.
+        device_specific: add this process's index, so that processes draw different numbers; those that compute one data shard together
+            (torch with mesh.tensor) add the same one, as what is whole on all of them has to stay the same.
         deterministic: ask the framework for deterministic kernels where it has a choice (torch.use_deterministic_algorithms).
 
     Call it on every process. An Accelerator created later starts from the same seed. Same name and meaning as
@@ -28,8 +31,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ConfigError(f"seed={seed!r} is not a seed", "use an integer from 0 to 2**32 - 1")
     engines = jobs.engines()
-    if device_specific:
-        seed += engines[0].topology.process_index if engines else 0
+    if device_specific and engines:
+        seed += _draws_as.get(engines[0], engines[0].topology.process_index)
     _last_seed = seed
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -48,7 +51,12 @@ def seed_if_unset(seed: int) -> None:
         set_seed(seed)
 
 
-def adopt(engine: Engine, default: int) -> None:
-    """Start an engine's stream from the last `set_seed`, or from `default`, and let later ones reach it."""
+def adopt(engine: Engine, default: int, *, draws_as: int | None = None) -> None:
+    """Start an engine's stream from the last `set_seed`, or from `default`, and let later ones reach it.
+
+    draws_as: what its device-specific seeds have added (default: the process's index).
+    """
     jobs.adopt(engine)
+    if draws_as is not None:
+        _draws_as[engine] = draws_as
     engine.seed(default if _last_seed is None else _last_seed)

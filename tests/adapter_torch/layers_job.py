@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from small_gpt import accelerator, gpt, loader, train
+from small_gpt import accelerator, gpt, loader, loss_fn, train
 from torch import nn
 
-from polyaccel import ShardingRule
+from polyaccel import EMA, ShardingRule
 from polyaccel.errors import PolyaccelError
-from polyaccel.utils import FullyShardedDataParallelPlugin
+from polyaccel.utils import FullyShardedDataParallelPlugin, GradScalerKwargs, InitProcessGroupKwargs
 
 ALONE, FSDP, TENSOR = {"data": 1}, {"data": 1, "fsdp": 2}, {"data": 1, "tensor": 2}
 
@@ -78,6 +80,7 @@ def language_model(mesh, make):
         "losses": losses,
         "norms": norms,
         "parts": {name: local_size(p) / p.numel() for name, p in model.named_parameters()},
+        "text": run.unwrap_model(model).generate(tokens[0, :2, :4], max_new_tokens=4, do_sample=False).tolist(),
     }
 
 
@@ -166,17 +169,98 @@ def offload_alone(mesh):
     return None
 
 
+# -- the rest of a training loop ----------------------------------------------------------------------------------------------
+
+
+def with_average(mesh, other):
+    """Losses of evaluations with averages of the parameters, which continue on another mesh from what was saved."""
+    found = []
+    folder = Path(sys.argv[1] if mesh is not ALONE else tempfile.mkdtemp()) / "average"
+    for axes, seed in ((mesh, 0), (other if mesh is not ALONE else ALONE, 1)):
+        run = accelerator(mesh=axes)
+        model = gpt(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        model, optimizer, batches = run.prepare(model, optimizer, loader())
+        ema = EMA(model, decay=0.5)
+        run.register_for_checkpointing(ema)
+        if found:
+            run.load_state(folder)
+        for _ in range(2):
+            train(run, model, optimizer, batches, 1)
+            ema.update()
+            before = float(loss_fn(model, next(iter(batches))).detach())
+            with ema.applied(), torch.no_grad():
+                found.append(float(run.gather(loss_fn(model, next(iter(batches)))).mean()))
+            assert float(loss_fn(model, next(iter(batches))).detach()) == before
+        run.save_state(folder, blocking=True)
+    return found
+
+
+def half(mesh, is_broken_on=None):
+    """Losses under fp16, whose third update meets a gradient that is not finite on one process; scales; which updates were skipped."""
+    scaling = GradScalerKwargs(init_scale=1024.0, growth_interval=2)
+    run = accelerator(mesh=mesh, mixed_precision="fp16", kwargs_handlers=[scaling])
+    model = gpt(0)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    model, optimizer, batches = run.prepare(model, optimizer, loader())
+    losses, scales, skipped = [], [], []
+    for number, batch in enumerate(batches):
+        losses.append(float(run.backward(loss_fn, model, batch)))
+        if number == 2 and is_broken_on in (None, run.process_index):
+            grad = model.blocks[0].mlp.fc1.weight.grad
+            (grad.to_local() if hasattr(grad, "to_local") else grad)[0, 0] = float("inf")
+        if number % 2:
+            run.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        skipped.append(run.optimizer_step_was_skipped)
+        optimizer.zero_grad()
+        scales.append(run.scaler.get_scale())
+        if number == 5:
+            break
+    return {"losses": losses, "scales": scales, "skipped": skipped}
+
+
+def dropped(mesh, how):
+    """The gradient's norm after a micro batch whose gradients were dropped before their exchange."""
+    run = accelerator(mesh=mesh)
+    model = gpt(0)
+    model, optimizer, batches = run.prepare(model, torch.optim.SGD(model.parameters(), 0.1), loader())
+    first, second, *_ = batches
+    if how is not None:
+        with run.no_sync(model):
+            run.backward(loss_fn, model, first)
+        (optimizer if how == "optimizer" else model).zero_grad()
+    run.backward(loss_fn, model, second)
+    return float(run.clip_grad_norm_(model.parameters(), 1e9))
+
+
+def timeouts(mesh):
+    """Seconds that exchanges wait, of each group of the mesh."""
+    waits = InitProcessGroupKwargs(timeout=timedelta(seconds=77))
+    axes = accelerator(mesh=mesh, kwargs_handlers=[waits])._engine._sharding.mesh
+    backends = [axes.group(axis)._get_backend(torch.device("cpu")) for axis in axes.sizes]
+    return [backend.options._timeout.total_seconds() for backend in backends]
+
+
 AXES, REMATS = (("fsdp", FSDP), ("tensor", TENSOR)), ("none", "full", "dots")
 WHOLE = (ShardingRule("*.norm.*", None), ShardingRule("*.mix.weight", None))
 QUESTIONS = {
     "llama": (language_model, TENSOR, llama),
     "tied llama": (language_model, TENSOR, tied_llama),
     "gpt2": (language_model, TENSOR, gpt2),
+    "gpt2 on fsdp": (language_model, FSDP, gpt2),
     "rules": (with_rules, TENSOR, OWN_NAMES),
     "rules, whole": (with_rules, FSDP, WHOLE),
     **{f"{axis}, remat {remat}": (kept_less, mesh, {"remat": remat}) for axis, mesh in AXES for remat in REMATS},
     "offload": (kept_less, FSDP, {"fsdp_plugin": FullyShardedDataParallelPlugin(cpu_offload=True)}),
     "offload of tensor": (offload_alone, TENSOR),
+    "average": (with_average, FSDP, TENSOR),
+    "fp16": (half, TENSOR, 1),
+    "fp16, fsdp": (half, FSDP, 0),
+    "nothing dropped": (dropped, FSDP, None),
+    "dropped by the optimizer": (dropped, FSDP, "optimizer"),
+    "dropped by the model": (dropped, FSDP, "model"),
+    "timeouts": (timeouts, TENSOR),
     "a rule for Bilinear": (refused, TENSOR, ShardingRule("*.mix.weight", ("tensor", None, None))),
     "a rule that does not divide": (refused, TENSOR, ShardingRule("*.norm.weight", ("tensor", None))),
     "no rule for Bilinear": (refused, TENSOR, ShardingRule("*.nothing", None)),

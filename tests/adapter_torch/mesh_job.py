@@ -13,7 +13,9 @@ import torch
 from small_gpt import SAMPLES, VOCABULARY, Gpt, accelerator, gpt, loader, loss_fn, train
 from torch import nn
 
+from polyaccel import set_seed
 from polyaccel.errors import CheckpointError, PolyaccelError
+from polyaccel.utils import DistributedDataParallelKwargs
 
 MESHES = {
     "fsdp 4": {"data": 1, "fsdp": 4},
@@ -136,11 +138,14 @@ class Noisy(nn.Module):
 
 
 def noise(mesh, folder):
-    """Which numbers dropout kept on each process, though each was seeded in its own way."""
+    """Which numbers dropout kept on each process, though each was seeded in its own way; and after a seed for each process."""
     run = accelerator(mesh=mesh)
     torch.manual_seed(run.process_index)
     model = run.prepare(Noisy())
-    return run.gather(model(torch.ones(4, 8))).ne(0).int().reshape(4, -1).tolist()
+    found = [run.gather(model(torch.ones(4, 8)))]
+    set_seed(7, device_specific=True)
+    found.append(run.gather(model(torch.ones(4, 8))))
+    return [kept.ne(0).int().reshape(4, -1).tolist() for kept in found]
 
 
 def metrics(mesh, folder):
@@ -152,7 +157,7 @@ def metrics(mesh, folder):
 
 def refused(mesh, folder):
     said = []
-    for settings in ({"mixed_precision": "fp16"}, {}):
+    for settings in ({"kwargs_handlers": [DistributedDataParallelKwargs(bucket_cap_mb=5)]}, {}):
         try:
             run = accelerator(mesh=mesh, **settings)
             run.prepare(nn.Sequential(nn.Linear(3, VOCABULARY)))

@@ -35,10 +35,15 @@ def test_models_of_transformers_are_split_by_their_own_plan_and_names(answers, m
     for one in answers:
         assert_close(one[model]["losses"], expected["losses"])
         assert_close(one[model]["norms"], expected["norms"])
+        assert one[model]["text"] == expected["text"]
         for name, part in one[model]["parts"].items():
             is_split = name.endswith(("_proj.weight", "c_attn.weight", "c_attn.bias", "c_fc.weight", "c_fc.bias"))
             is_split |= "embed_tokens" in name or "wte" in name or "lm_head" in name
             assert part == (0.5 if is_split else 1), name
+
+
+def test_text_is_generated_from_parameters_in_pieces(answers):
+    assert answers[0]["gpt2 on fsdp"]["text"] == answers[1]["gpt2 on fsdp"]["text"] == alone("gpt2")["text"]
 
 
 def test_rules_of_the_script_say_how_layers_are_split(answers):
@@ -75,6 +80,31 @@ def test_offloaded_parts_train_alike(answers):
     for one in answers:
         assert_close(one["offload"]["losses"], one["fsdp, remat none"]["losses"], 1e-7)
     assert "offload='cpu'" in answers[0]["offload of tensor"]
+
+
+@pytest.mark.parametrize("axis", ["fp16", "fp16, fsdp"])
+def test_a_gradient_that_is_not_finite_on_one_process_lets_all_skip_the_update(answers, axis):
+    expected = layers_job.half(ALONE)
+    assert expected["skipped"] == [False, False, True, False, False, False]
+    for one in answers:
+        assert one[axis]["skipped"] == expected["skipped"]
+        assert one[axis]["scales"] == expected["scales"]
+        assert_close(one[axis]["losses"], expected["losses"], 0.1)  # losses near 21; fp16 has three digits
+
+
+def test_averages_of_pieces_are_those_of_one_process_and_continue_on_another_mesh(answers):
+    expected = alone("average")
+    for one in answers:
+        assert_close(one["average"], expected)
+
+
+@pytest.mark.parametrize("who", ["optimizer", "model"])
+def test_gradients_that_wait_for_their_exchange_can_be_dropped(answers, who):
+    assert answers[0][f"dropped by the {who}"] == answers[0]["nothing dropped"]
+
+
+def test_exchanges_of_every_axis_wait_as_long_as_the_configuration_says(answers):
+    assert answers[0]["timeouts"] == [77, 77, 77]
 
 
 def test_a_rule_that_torch_cannot_follow_is_an_error_that_names_it_and_the_parameter(answers):

@@ -14,8 +14,8 @@ from torch import nn
 from polyaccel import trees
 from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError, UnsupportedError
-from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
-from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, recomputing, state
+from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, ParameterAverage, RetainedLoss, Shard, StepSpec
+from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, recomputing, state, tpu
 from polyaccel_torch.dialect import loaders, modules, optimizers, weights
 from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.modules import Autocast
@@ -79,7 +79,8 @@ class TorchEngine:
             )
         self._autocast = autocast_of(plan.precision, self.device, cache=self.config.autocast_cache)
         scaling = plan.precision.loss_scaling
-        self._scaler = None if scaling is None else LossScaler(scaling, self.device)
+        make = torch.amp.GradScaler if self._sharding is None else self._sharding.make_scaler
+        self._scaler = None if scaling is None else LossScaler(scaling, self.device, make)
 
     def seed(self, value: int) -> None:
         """Nothing: this engine draws from torch's own generators, which belong to the script (`set_seed` seeds them)."""
@@ -178,6 +179,7 @@ class TorchEngine:
             self.gradient_state,
             update=None if scaler is None else scaler.step,
             skipped=None if scaler is None else lambda: scaler.was_skipped(optimizer),
+            dropped=None if self._sharding is None else self._sharding.drop_gradients,
         )
         self._optimizers.add(prepared)
         return prepared
@@ -255,10 +257,10 @@ class TorchEngine:
         """The user's own module computes in its parameters' precision from now on."""
         modules.remove_autocast(model)
 
-    def parameter_average(self, model: nn.Module) -> ModuleAverage:
-        """On the device; every process has the same one, as it has the same parameters. Raises UnsupportedError where these are cut."""
-        self._refuse_sharded("an average of parameters (EMA)", "use a mesh of data and replica for it")
-        return ModuleAverage(self.unwrap(model))
+    def parameter_average(self, model: nn.Module) -> ParameterAverage:
+        """On the device; every process has the same one, as it has the same parameters, or that of its pieces."""
+        own = self.unwrap(model)
+        return ModuleAverage(own) if self._sharding is None else self._sharding.parameter_average(own)
 
     def average_parameters(self, model: nn.Module) -> None:
         """Replace the floating-point parameters by their mean over processes, in the memory that they are in.
@@ -529,13 +531,17 @@ class TorchEngine:
             self._scaler.write(state)
 
     def read_random(self) -> dict[str, Any]:
-        """The generator of this process's GPU; on the CPU the script's own is all there is."""
+        """The generator of this process's GPU or TPU; on the CPU the script's own is all there is."""
+        if self.device.type == "tpu":
+            return {"tpu": tpu.read_random()}
         if self.device.type != "cuda":
             return {}
         return {"cuda": torch.cuda.get_rng_state(self.device).numpy().tobytes()}
 
     def write_random(self, state: Mapping[str, Any]) -> None:
         """Continue with this generator."""
+        if self.device.type == "tpu":
+            tpu.write_random(state["tpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["cuda"]), dtype=torch.uint8), self.device)
 

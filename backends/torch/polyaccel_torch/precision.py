@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ _LARGEST = torch.finfo(torch.float32).max  # a scale that would overflow stays
 
 
 def autocast_of(policy: PrecisionPolicy, device: torch.device, *, cache: bool = True) -> Autocast | None:
-    """A factory of autocast contexts in the policy's narrow dtype, None for float32."""
+    """A factory of autocast contexts in the policy's narrow dtype, None for float32. Raises UnsupportedError for float16 on a TPU."""
     if policy.name == "no":
         return None
+    if device.type == "tpu" and policy.name == "fp16":
+        raise UnsupportedError("mixed_precision='fp16' on a TPU, which has no products in float16", "use 'bf16'")
     return functools.partial(
         torch.autocast, device.type, dtype=getattr(torch, policy.narrow_dtype), cache_enabled=cache
     )
@@ -29,11 +31,16 @@ class LossScaler:
     """torch.amp.GradScaler for any number of optimizers.
 
     The scale changes at the first backward after an update and never in between: gradients that several backward passes or
-    several optimizers add up were all scaled alike. Gradients of an optimizer are unscaled once per update.
+    several optimizers add up were all scaled alike. Gradients of an optimizer are unscaled once per update. `make` makes the GradScaler.
     """
 
-    def __init__(self, scaling: LossScaling, device: torch.device) -> None:
-        self.scaler = torch.amp.GradScaler(
+    def __init__(
+        self,
+        scaling: LossScaling,
+        device: torch.device,
+        make: Callable[..., torch.amp.GradScaler] = torch.amp.GradScaler,
+    ) -> None:
+        self.scaler = make(
             device.type,
             init_scale=scaling.init_scale,
             growth_factor=scaling.growth_factor,

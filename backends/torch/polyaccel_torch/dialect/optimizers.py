@@ -28,7 +28,7 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
 
     It shares `param_groups`, `state` and `defaults` with `optimizer`, the user's own, and shows its other attributes too.
     `update(optimizer, closure)` replaces `optimizer.step(closure)` where an engine has to do more; `skipped()` tells whether the
-    last real step was left out.
+    last real step was left out; `dropped(optimizer)` drops gradients that the parameters do not show.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
         *,
         update: Update | None = None,
         skipped: Callable[[], bool] | None = None,
+        dropped: Callable[[Optimizer], None] | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would make groups and state of its own.
         self.optimizer = optimizer
         self._window = window
         self._update = update
         self._skipped = skipped
+        self._dropped = dropped
         self._takes_set_to_none = "set_to_none" in inspect.signature(optimizer.zero_grad).parameters
 
     def step(self, closure: Any = None) -> Any:
@@ -69,6 +71,8 @@ class PreparedOptimizer(Optimizer, OptimizerHandle):
             self.optimizer.zero_grad(set_to_none)
         else:
             self.optimizer.zero_grad()
+        if self._dropped is not None:
+            self._dropped(self.optimizer)
 
     @property
     def step_was_skipped(self) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from polyaccel_torch.dialect import weights
-from polyaccel_torch.sharded.mesh import ShardedMesh, axes_of, local_of
+from polyaccel_torch.sharded.mesh import ShardedMesh, axes_of, local_of, settle
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def total_norm(parameters: Iterable[torch.Tensor], norm_type: float, mesh: Shard
     for parameter in parameters:
         pieces = kinds.setdefault(axes_of(parameter), [])
         if parameter.grad is not None:
-            pieces.append(local_of(_settled(parameter)))
+            pieces.append(local_of(settle(parameter)))
     is_max = math.isinf(norm_type)
     # Powers of norms would leave float32. Exchanges take place on the device, gradients may rest in host memory.
     total = torch.zeros((), device=mesh.device, dtype=torch.float64)
@@ -58,16 +58,6 @@ def total_norm(parameters: Iterable[torch.Tensor], norm_type: float, mesh: Shard
             dist.all_reduce(part, dist.ReduceOp.MAX if is_max else dist.ReduceOp.SUM, group=mesh.group(axis))
         total = torch.maximum(total, part) if is_max else total + part
     return (total if is_max else total ** (1.0 / norm_type)).float()
-
-
-def _settled(parameter: torch.Tensor) -> torch.Tensor:
-    """The gradient, laid out as its parameter is: backward may leave summands of it, or have cut it in another way."""
-    grad = parameter.grad
-    assert grad is not None
-    placements = getattr(parameter, "placements", None)
-    if placements is not None and grad.placements != placements:  # type: ignore[attr-defined]
-        grad = parameter.grad = grad.redistribute(placements=placements)  # type: ignore[attr-defined]
-    return grad
 
 
 def _pieces(parameters: list[torch.Tensor]) -> list[torch.Tensor]:

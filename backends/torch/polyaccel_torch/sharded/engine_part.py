@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,10 @@ from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import Shard
 from polyaccel_torch.sharded import clipping, fsdp, state
+from polyaccel_torch.sharded.averages import PieceAverage
 from polyaccel_torch.sharded.mesh import ShardedMesh
 from polyaccel_torch.sharded.placing import Placing
+from polyaccel_torch.sharded.scaling import ShardedGradScaler
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -29,7 +32,7 @@ class Sharding:
 
     def __init__(self, plan: Plan, config: Config, device: torch.device) -> None:
         _refuse_settings(plan, config)
-        self.mesh = ShardedMesh(plan, device)
+        self.mesh = ShardedMesh(plan, device, timedelta(seconds=config.timeout_s))
         self._placing = Placing(self.mesh, plan, device)
 
     # -- prepare -------------------------------------------------------------------------------------------------------
@@ -72,6 +75,18 @@ class Sharding:
         """Element by element."""
         clipping.clip_grad_value(parameters, clip_value)
 
+    def make_scaler(self, *options: Any, **settings: Any) -> ShardedGradScaler:
+        """What scales the loss under fp16."""
+        return ShardedGradScaler(*options, **settings)
+
+    def drop_gradients(self, optimizer: Optimizer) -> None:
+        """Beside `zero_grad`: what micro batches without an exchange have left, which no parameter of the optimizer shows."""
+        fsdp.drop_own_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+    def parameter_average(self, module: nn.Module) -> PieceAverage:
+        """Of the pieces."""
+        return PieceAverage(module)
+
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def read_model(self, module: nn.Module) -> Iterator[Shard]:
@@ -106,7 +121,7 @@ class Sharding:
 
 
 def _refuse_settings(plan: Plan, config: Config) -> None:
-    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, and for loss scaling over a tensor axis."""
+    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, and for offload where FSDP2 has none."""
     for name, setting in SETTINGS.items():
         value = getattr(config, name, None) if name.startswith("ddp_") else None
         if value is not None and value != setting.default:
@@ -120,9 +135,4 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
             f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor} alone:"
             " FSDP2 offloads what it cuts or repeats over data shards",
             "use mesh.fsdp, alone or with mesh.tensor",
-        )
-    if plan.mesh.tensor > 1 and plan.precision.loss_scaling is not None:
-        raise UnsupportedError(
-            f"mixed_precision='fp16' with mesh.tensor={plan.mesh.tensor}: torch's GradScaler cannot unscale gradients of several meshes",
-            "use mixed_precision='bf16', or mesh.fsdp alone",
         )

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard
 
 from polyaccel.precision import PrecisionPolicy
 from polyaccel.sharding.rules import Spec
 from polyaccel_torch.sharded import repeated
 
+_have_accumulated: weakref.WeakSet[Any] = (
+    weakref.WeakSet()
+)  # models that were inside `accumulating` since their gradients were dropped
 Placement = Callable[[nn.Parameter], Shard | None]
 
 
@@ -117,6 +130,7 @@ def averaging_part(handle: nn.Module) -> FSDPModule | None:
 def accumulating(part: FSDPModule) -> Iterator[None]:
     """Inside, a backward adds to this process's own gradients, which stay whole until the next one outside averages them."""
     _set_averaging(part, False)
+    _have_accumulated.add(part)
     try:
         yield
     finally:
@@ -136,16 +150,53 @@ def _set_averaging(part: FSDPModule, is_averaging: bool) -> None:
         others.is_averaging = is_averaging
 
 
+def _cut_parameters(part: FSDPModule) -> Iterator[Any]:
+    """FSDP2's record of every parameter that it cuts in a model."""
+    modules: list[nn.Module] = list(part.modules())  # type: ignore[attr-defined]
+    for state in (module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)):
+        for group in state._fsdp_param_groups:
+            yield from group.fsdp_params
+
+
+def drop_own_gradients(parameters: Iterable[torch.Tensor]) -> None:
+    """Forget what backward passes inside `accumulating` have left for these parameters; `zero_grad` does not reach it.
+
+    A torch without such a place is one that this version of polyaccel was not written for: it raises AttributeError.
+    """
+    parts = list(_have_accumulated)
+    if not parts:
+        return
+    dropped = {id(parameter) for parameter in parameters}
+    for part in parts:
+        for record in _cut_parameters(part):
+            if id(record.sharded_param) in dropped:
+                record.unsharded_accumulated_grad = None
+                if (whole := getattr(record, "_unsharded_param", None)) is not None:
+                    whole.grad = None
+        if not has_own_gradients(part):
+            _have_accumulated.discard(part)
+
+
+def _zero_grad(model: weakref.ref[Any], set_to_none: bool = True) -> None:
+    part = model()
+    type(part).zero_grad(part, set_to_none)
+    drop_own_gradients(part.parameters())
+
+
+def complete(model: nn.Module) -> None:
+    """Let methods of a whole model that is cut do what they say: `zero_grad`, and `generate` of transformers, which is a forward."""
+    model.zero_grad = functools.partial(_zero_grad, weakref.ref(model))  # type: ignore[method-assign]
+    if callable(getattr(model, "generate", None)):
+        register_fsdp_forward_method(model, "generate")
+
+
 def has_own_gradients(part: FSDPModule) -> bool:
     """Whether a backward inside `accumulating` has left gradients that no exchange has averaged yet."""
     others = repeated.of_model.get(part)  # type: ignore[call-overload]
     if others is not None and others.has_own:
         return True
-    modules: list[nn.Module] = list(part.modules())  # type: ignore[attr-defined]
-    states = [module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)]
-    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
     return any(
-        p.unsharded_accumulated_grad is not None
-        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
-        for p in parameters
+        record.unsharded_accumulated_grad is not None
+        or getattr(getattr(record, "_unsharded_param", None), "grad", None) is not None
+        for record in _cut_parameters(part)
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from polyaccel.errors import PrepareError
@@ -22,16 +24,18 @@ def is_sharded(plan: Plan) -> bool:
 class ShardedMesh:
     """All processes of a job, one device each, along `replicas` (replica x data, which repeat), `fsdp` and `tensor`, outermost first.
 
-    Every process must make it, and makes the process groups of its axes with it.
+    Every process must make it, and makes the process groups of its axes with it, in which exchanges wait for `timeout`.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, plan: Plan, device: torch.device, timeout: timedelta) -> None:
         sizes = plan.mesh
         self.device = device
         self.sizes = {"replicas": sizes.replica * sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
         self.devices: DeviceMesh = init_device_mesh(
             device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes)
         )
+        for axis in self.sizes:  # torch makes them with a timeout of its own
+            _set_pg_timeout(timeout, self.group(axis))
         self.coordinate: dict[str, int] = dict(zip(self.sizes, self._own_coordinate(), strict=True))
 
     def _own_coordinate(self) -> list[int]:
@@ -93,3 +97,12 @@ def with_layout_of(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This process's piece, in the same memory; the tensor itself where it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def settle(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of a parameter, laid out as that is from now on: backward may leave summands of it, or have cut it in another way."""
+    grad: Any = parameter.grad
+    placements = getattr(parameter, "placements", None)
+    if placements is not None and grad.placements != placements:
+        grad = parameter.grad = grad.redistribute(placements=placements)
+    return grad  # type: ignore[no-any-return]

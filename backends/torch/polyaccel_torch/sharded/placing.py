@@ -70,6 +70,8 @@ class Placing:
         saved = model.state_dict(keep_vars=True)
         if kept := tuple(name for name, _ in model.named_buffers() if name in saved):
             model.register_forward_pre_hook(functools.partial(_follow_first, kept))
+        if self.mesh.data is not None:
+            fsdp.complete(model)
         if self.mesh.tensor is not None:
             self._share_generators()
 

@@ -21,14 +21,20 @@ class RepeatedGradients:
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
         self.is_averaging = True
-        self.has_own = False  # whether a backward has left gradients that differ between processes
         self._groups = groups
+        self._parameters = tuple(parameters)
+        self._is_averaged = True
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._average)
 
+    @property
+    def has_own(self) -> bool:
+        """Whether a backward has left gradients that differ between processes."""
+        return not self._is_averaged and any(parameter.grad is not None for parameter in self._parameters)
+
     @torch.no_grad()
     def _average(self, parameter: torch.Tensor) -> None:
-        self.has_own = not self.is_averaging
+        self._is_averaged = self.is_averaging
         grad = parameter.grad
         if not self.is_averaging or grad is None:
             return
