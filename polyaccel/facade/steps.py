@@ -195,17 +195,14 @@ class Steps(Parts):
         buffer_seq_dims: list[int] | None = None,
         no_restore_buffers: set[Any] | None = None,
     ) -> Iterator[None]:
-        """A block in which sequences are cut over the mesh axis `sequence`: without one, nothing is cut, which the log says once.
+        """A block in which Accelerate cuts the buffers of a script over devices. Here they stay whole, which the log says once.
 
-        Raises UnsupportedError where the axis is longer than 1: no engine cuts the buffers of a script.
+        An engine with the mesh axis `sequence` cuts sequences inside its programs, and a loss is that of whole ones.
         """
-        if self.plan.mesh.sequence > 1:
-            raise UnsupportedError(
-                f"maybe_context_parallel cannot cut buffers over mesh.sequence={self.plan.mesh.sequence}",
-                "leave mesh.sequence at 1",
-            )
         if buffers:
-            _log.warning_once("maybe_context_parallel cuts nothing: mesh.sequence is 1")
+            is_cut = self.plan.mesh.sequence > 1
+            why = "the engine cuts sequences inside its programs" if is_cut else "mesh.sequence is 1"
+            _log.warning_once("maybe_context_parallel cuts nothing: %s", why)
         yield
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
