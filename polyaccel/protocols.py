@@ -105,6 +105,7 @@ class Probe:
     reason: str | None = None
     cure: str | None = None
     is_loaded: bool = False  # its framework is already imported: the user's script speaks it
+    device: str | None = None  # the accelerator that it would compute on ("tpu"), where that can be told without importing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,6 +402,11 @@ class ShardCall(Protocol):
     the way out the mean over shards ("mean") or their sum ("sum") as `out_axes` says. The function's first argument is its
     shard index, for per-replica random keys.
     """
+
+    @property
+    def num_sequence_parts(self) -> int:
+        """In how many equal parts, one after the other, devices hold the sequences of a global program."""
+        ...
 
     def __call__(
         self,

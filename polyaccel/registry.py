@@ -61,6 +61,11 @@ def choose_backend(name: str) -> Backend:
         if not probe.is_usable:
             raise BackendUnavailableError(f"backend={name!r} cannot be used here: {probe.reason}", probe.cure)
         return backend
+    return automatic_choice()[0]
+
+
+def automatic_choice() -> tuple[Backend, str]:
+    """The backend that "auto" stands for here, and why, in words that follow its name. Raises BackendUnavailableError."""
     candidates = [load_backend(known) for known in _in_order(_PREFERENCE)]
     probes = [(backend, backend.probe()) for backend in candidates]
     usable = [(backend, probe) for backend, probe in probes if probe.is_usable]
@@ -70,8 +75,19 @@ def choose_backend(name: str) -> Backend:
             f"no backend can be used here ({reasons})",
             next((p.cure for _, p in probes if p.cure), "pip install 'polyaccel[torch]'"),
         )
-    loaded = {backend.name: backend for backend, probe in usable if probe.is_loaded}
-    return next((loaded[known] for known in _in_order(_PREFERENCE_LOADED) if known in loaded), usable[0][0])
+    found = {backend.name: (backend, probe) for backend, probe in usable}
+    loaded = [known for known in _in_order(_PREFERENCE_LOADED) if known in found and found[known][1].is_loaded]
+    chosen, probe = found[loaded[0]] if loaded else usable[0]
+    why = "its framework is loaded" if loaded else f"the first of {', '.join(found)}, the installed ones"
+    if probe.device is not None:
+        return chosen, f"{why}, and it computes on the {probe.device.upper()} of this machine"
+    for other, seen in usable:
+        if seen.device is not None and other.capabilities.dialect == chosen.capabilities.dialect:
+            return (
+                other,
+                f"it speaks the same language as {chosen.name!r}, and it alone finds the {seen.device.upper()} of this machine",
+            )
+    return chosen, why
 
 
 def _in_order(preference: tuple[str, ...]) -> list[str]:

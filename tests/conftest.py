@@ -77,10 +77,12 @@ def pytest_configure(config: pytest.Config) -> None:
         OMP_NUM_THREADS="1",  # two xdist workers with two threads each are slower than with one
     )
     if config.getoption("--device") == "cpu":
+        # Tests of torch_xla compile for minutes and run for seconds; without LLVM's optimizations that is half.
+        quick = " --xla_backend_optimization_level=0" if config.getoption("--engine") == "xla" else ""
         os.environ.update(
             CUDA_VISIBLE_DEVICES="",
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={_VIRTUAL_DEVICES}",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={_VIRTUAL_DEVICES}{quick}",
             PJRT_DEVICE="CPU",
             CPU_NUM_DEVICES=str(_VIRTUAL_DEVICES),
         )

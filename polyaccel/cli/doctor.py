@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 STAGES = {"open": "join the job", "devices": "find devices", "step": "train a step", "collective": "sum over processes"}
 
+_TPU_ENGINES = "jax with libtpu, torch with torch_tpu, xla with torch_xla[tpu]; each wants its own libtpu, and so its own environment"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `doctor`."""
@@ -25,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check every engine; returns 0 if each one that is installed is healthy."""
     from polyaccel.cli.findings import show
-    from polyaccel.registry import backend_names, load_backend
+    from polyaccel.errors import PolyaccelError
+    from polyaccel.registry import automatic_choice, backend_names, load_backend
+    from polyaccel.tpus import num_local_chips
 
     names = options.backend or backend_names()
     healthy = True
@@ -39,6 +43,14 @@ def run(options: argparse.Namespace) -> int:
         for finding in check(name, options.deadline_s, cpu=options.cpu, num_processes=options.num_processes):
             show(finding)
             healthy = healthy and finding.is_good
+    num_chips = num_local_chips()
+    if num_chips:
+        print(f"this machine has {num_chips} TPU chip{'' if num_chips == 1 else 's'}: {_TPU_ENGINES}")
+    try:
+        backend, why = automatic_choice()
+        print(f'backend "auto": {backend.name} ({why})')
+    except PolyaccelError as error:
+        print(f'backend "auto": none ({error.message})')
     return 0 if healthy else 1
 
 

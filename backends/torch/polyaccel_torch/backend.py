@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
 from polyaccel.protocols import Capabilities, Case, Probe, WorkerSlot
+from polyaccel_torch import tpu
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TorchBackend:
-    """PyTorch on CPU, CUDA and (one process) MPS; data parallel over processes, or with parameters in pieces on them."""
+    """PyTorch on CPU, CUDA, TPUs (torch_tpu) and (one process) MPS; data parallel over processes, or with parameters in pieces on them."""
 
     name = "torch"
     capabilities = Capabilities(
@@ -57,14 +58,19 @@ class TorchBackend:
             version: str | None = importlib.metadata.version("torch")
         except importlib.metadata.PackageNotFoundError:
             version = None  # built from source, without metadata
-        return Probe(is_usable=True, version=version, is_loaded="torch" in sys.modules)
+        return Probe(
+            is_usable=True,
+            version=version,
+            is_loaded="torch" in sys.modules,
+            device="tpu" if tpu.is_installed() else None,
+        )
 
     def worker_slots(
         self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None
     ) -> tuple[WorkerSlot, ...]:
-        """One process per GPU; on CPU as many as asked for, one by default. LOCAL_RANK chooses the GPU.
+        """One process per GPU or TPU device; on CPU as many as asked for, one by default. LOCAL_RANK chooses the device.
 
-        Raises LaunchError for more processes than GPUs.
+        Raises LaunchError for more processes than GPUs, and for a part of a machine's TPU devices.
         """
         num_gpus = 0 if use_cpu else _num_gpus()
         if gpus is not None:
@@ -74,7 +80,15 @@ class TorchBackend:
                 f"--num-processes {num_processes} needs as many GPUs, and this machine shows {num_gpus}",
                 f"use --num-processes {num_gpus}, or --cpu",
             )
-        return (WorkerSlot(),) * (num_processes or num_gpus or 1)
+        num_tpus = 0 if use_cpu or num_gpus else tpu.num_devices()
+        if num_tpus and num_processes not in (None, 1, num_tpus):
+            raise LaunchError(
+                f"--num-processes {num_processes} on this machine, which has {num_tpus} TPU devices: torch_tpu starts one process for"
+                " each of them, or one alone",
+                f"use --num-processes {num_tpus}, or --cpu",
+            )
+        count = num_processes or num_gpus or num_tpus or 1
+        return (WorkerSlot(tpu.launch_environment() if num_tpus and count > 1 else {}),) * count
 
     def case(self) -> Case:
         """The smallest training of the torch dialect."""
@@ -90,6 +104,8 @@ class TorchBackend:
 
         if torch.cuda.is_initialized():
             return "CUDA is in use here already"
+        if tpu.is_in_use():
+            return "the TPU is in use here already"
         is_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
         return "torch.distributed is initialized here already" if is_joined else None
 

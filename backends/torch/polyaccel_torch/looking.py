@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, supported
 
 from polyaccel.config.profile import ProfileKwargs
 from polyaccel.errors import UnsupportedError, nearest
+from polyaccel_torch import tpu
 
 
 class TorchTracer:
@@ -70,6 +71,8 @@ def _activity(name: str) -> ProfilerActivity:
 
 def device_name(device: torch.device) -> str:
     """What the driver calls the device."""
+    if device.type == "tpu":
+        return tpu.device_name(device)
     return str(torch.cuda.get_device_name(device)) if device.type == "cuda" else device.type
 
 

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from polyaccel.collective_calls import CollectiveCalls
 from polyaccel.errors import LaunchError, PlanError
 from polyaccel.topology import Topology
+from polyaccel_torch import tpu
 from polyaccel_torch.collectives import ProcessCollectives, SingleCollectives
 from polyaccel_torch.dialect.host_exchange import HostExchange
 from polyaccel_torch.dialect.stores import GroupStore
@@ -53,7 +54,7 @@ class Job:
 
 
 def choose_device(place: Rendezvous, *, use_cpu: bool) -> torch.device:
-    """The device of this process: the GPU of its local index, else the CPU. Raises PlanError for more processes than GPUs."""
+    """The device of this process: the GPU of its local index, its TPU, else the CPU. Raises PlanError for more processes than these."""
     if not use_cpu and torch.cuda.is_available():
         num_gpus = torch.cuda.device_count()
         if place.num_local_processes > num_gpus:
@@ -62,6 +63,14 @@ def choose_device(place: Rendezvous, *, use_cpu: bool) -> torch.device:
                 f"start {num_gpus} here, make more GPUs visible to each process, or use cpu=True",
             )
         return torch.device("cuda", place.local_process_index)
+    num_tpus = 0 if use_cpu else tpu.num_devices()
+    if num_tpus:
+        if place.num_local_processes > num_tpus:
+            raise PlanError(
+                f"{place.num_local_processes} processes on this machine need as many TPU devices, and torch sees {num_tpus}",
+                f"start {num_tpus} here, or use cpu=True",
+            )
+        return torch.device("tpu")  # its index is known when the processes have met
     if not use_cpu and place.num_processes == 1 and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -89,7 +98,7 @@ def join(
             "leave process_group out, or use 'gloo'",
         )
     if process_group == "auto":
-        process_group = "nccl" if device.type == "cuda" else "gloo"
+        process_group = {"cuda": "nccl", "tpu": tpu.PROCESS_GROUP}.get(device.type, "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif place.num_local_processes > 1:
@@ -103,7 +112,7 @@ def join(
         device_kind=device.type,
     )
     if place.num_processes == 1:
-        return Job(topology, device, SingleCollectives())
+        return Job(topology, tpu.current_device() if device.type == "tpu" else device, SingleCollectives())
     if dist.is_initialized() and dist.get_world_size() != place.num_processes:
         raise LaunchError(
             f"torch.distributed is initialized with {dist.get_world_size()} processes, but WORLD_SIZE is {place.num_processes}",
@@ -113,6 +122,8 @@ def join(
     if owns_group:
         _connect(place, device, process_group, timeout, exchange_timeout)
         atexit.register(_leave_at_exit)
+    if device.type == "tpu":
+        device = tpu.current_device()
     collectives = ProcessCollectives(place.num_processes, _host_exchange(topology, exchange_timeout))
     return Job(topology, device, collectives, owns_group)
 

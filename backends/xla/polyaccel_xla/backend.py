@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from polyaccel.errors import LaunchError
 from polyaccel.protocols import Capabilities, Case, Probe, WorkerSlot
+from polyaccel.tpus import num_local_chips
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -45,7 +46,13 @@ class XlaBackend:
                 f" and torch {versions['torch']} is installed",
                 cure=f"{_CURE} in an environment of its own",
             )
-        return Probe(is_usable=True, version=versions["torch_xla"], is_loaded="torch_xla" in sys.modules)
+        has_tpu = num_local_chips() > 0 and importlib.util.find_spec("libtpu") is not None
+        return Probe(
+            is_usable=True,
+            version=versions["torch_xla"],
+            is_loaded="torch_xla" in sys.modules,
+            device="tpu" if has_tpu else None,
+        )
 
     def worker_slots(
         self, num_processes: int | None, *, use_cpu: bool, gpus: Sequence[str] | None = None

@@ -103,7 +103,8 @@ def _own_shards(name: str, tensor: torch.Tensor, *, is_main: bool) -> Iterator[S
         return
     for piece in pieces:
         if piece.replica_id == 0:
-            part = shard_of(name, piece.unpadded_data)
+            own = tuple(slice(0, where.stop - where.start) for where in piece.indices)  # the rest is padding
+            part = shard_of(name, piece.data[own])
             offset = tuple(int(where.start) for where in piece.indices)
             yield Shard(name, tuple(tensor.shape), offset, part.dtype, part.data)
 
