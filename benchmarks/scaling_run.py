@@ -42,7 +42,7 @@ def flax_model(layers, width, remat):
             self.embed_positions = nnx.Embed(CONTEXT, width, rngs=rngs)
             self.scan = scan
             if scan:
-                self.blocks = nnx.vmap(Block, in_axes=0, out_axes=0)(rngs.fork(split=layers))
+                self.blocks = nnx.vmap(Block, in_axes=0, out_axes=0)(rngs.split(layers))
             else:
                 self.blocks = nnx.List([Block(rngs) for _ in range(layers)])
             self.norm = nnx.LayerNorm(width, rngs=rngs)
