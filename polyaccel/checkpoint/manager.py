@@ -23,7 +23,7 @@ from polyaccel.checkpoint.restore import check, restore
 from polyaccel.checkpoint.run import Run, check_registrable
 from polyaccel.checkpoint.storage import is_url, open_folder
 from polyaccel.checkpoint.sweep import enforce_limit, sweep
-from polyaccel.checkpoint.write import abandon, begin_checkpoint, work_folder, write_checkpoint
+from polyaccel.checkpoint.write import abandon, begin_checkpoint, require_shared, work_folder, write_checkpoint
 from polyaccel.config.project import ProjectConfiguration
 from polyaccel.errors import CheckpointError, PolyaccelError
 
@@ -78,6 +78,7 @@ class Manager:
         self._num_processes = num_processes
         self._writer = Writer()
         self._lock: Lock | None = None
+        self._seen: set[str] = set()  # folders in which every process has seen what the main process has made
         self._save_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._load_hooks: OrderedDict[int, Hook] = OrderedDict()
         self._num_hooks = 0
@@ -113,6 +114,8 @@ class Manager:
         iteration = self._project.iteration + is_automatic
 
         def read() -> Any:
+            if os.path.dirname(target) not in self._seen:  # a thread that finds it out later can tell nobody: they would meet in that very folder
+                require_shared(target, attempt)
             left_out = self._run_save_hooks(run, work_folder(target, attempt))
             return collect(run, iteration=iteration, left_out=left_out)
 
@@ -122,6 +125,7 @@ class Manager:
             if self._is_main:
                 abandon(target, attempt)
             raise
+        self._seen.add(os.path.dirname(target))
         facts = dict(self._job.facts())
 
         def write() -> None:

@@ -80,6 +80,13 @@ def work_folder(folder_url: Location, attempt: str) -> str:
     return _workplace(open_folder(folder_url), attempt).url
 
 
+def require_shared(folder_url: Location, attempt: str) -> None:
+    """Return once the place that the main process has claimed is seen from here. Raises CheckpointError where it does not appear."""
+    target = open_folder(folder_url)
+    with explained(f"{target.url} was not written"):
+        _await_work(_workplace(target, attempt))
+
+
 def write_checkpoint(
     folder_url: Location,
     contents: Contents,
@@ -103,7 +110,7 @@ def write_checkpoint(
     is_main = process_index == 0
     try:
         with explained(f"{target.url} was not written"):
-            _wait_for(lambda: work.exists() or not work.can_rename, _GRACE_S, f"{work.url} does not appear", _SHARED)
+            _await_work(work)
             said = _said(facts) if is_main else {}  # before gigabytes are written, as all that can be refused
             part = _write_part(work, contents, attempt, process_index, num_processes)
             if not is_main:
@@ -121,6 +128,10 @@ def write_checkpoint(
     if is_main:
         release_target(target)
     return target.url
+
+
+def _await_work(work: Folder) -> None:
+    _wait_for(lambda: work.exists() or not work.can_rename, _GRACE_S, f"{work.url} does not appear", _SHARED)
 
 
 def _said(facts: Mapping[str, Any]) -> dict[str, Any]:
