@@ -121,7 +121,7 @@ def main() -> None:
     before = json.loads(path.read_text()) if path and path.exists() else {}
     reference = before.get("losses") or trained("torch", {})["losses"]
     rows = before.get("rows", [])
-    print(f"{'engine':7}{'mesh':28}{'form':10}{'difference':>11}{'parameters':>12}{'plan':>9}{'state':>9}")
+    print(f"{'engine':7}{'mesh':28}{'form':10}{'difference':>11}{'parameters':>12}{'plan':>11}{'state':>12}")
     for engine, form in itertools.product(args.engines, args.forms):
         for mesh in meshes_of(declared_axes(engine)):
             if args.only and named(mesh) not in args.only:
@@ -133,7 +133,7 @@ def main() -> None:
             if "error" in row:
                 print(row["error"])
             else:
-                kept = f"{row['parameters']:12,}{row['predicted']:9,}{row['state']:9,}"
+                kept = f"{row['parameters']:12,}{row['predicted']:11,}{row['state']:12,}"
                 print(f"{row['difference']:11.1e}{kept}", flush=True)
             if path is not None:  # row by row: all of them take a while
                 found = {"machine": machine(), "steps": len(reference), "losses": reference, "rows": rows}
