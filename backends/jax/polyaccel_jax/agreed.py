@@ -71,4 +71,4 @@ def _differing(collectives: Any, arrays: Sequence[jax.Array]) -> tuple[int, int]
 
 
 def _sum_of(host: Any) -> int:
-    return crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8))
+    return crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)

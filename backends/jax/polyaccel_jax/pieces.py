@@ -53,7 +53,7 @@ def from_rows(rows: Any, sharding: Sharding, axis: int, feed: int, num_feeds: in
     whole = tuple(length * num_feeds if dim == axis else length for dim, length in enumerate(host.shape))
     start = feed * size
 
-    def piece(index: tuple[slice, ...]) -> Any:
+    def piece(index: Any) -> Any:
         first, last, _ = index[axis].indices(whole[axis])
         return host[(*index[:axis], slice(first - start, last - start), *index[axis + 1 :])]
 
