@@ -55,7 +55,7 @@ def expected():
 
 def local_bytes(tensors):
     """Bytes on the first device."""
-    return sum(xs.wrap_if_sharded(tensor.detach()).local_shards[0].data.nbytes for tensor in tensors)
+    return sum(xs.wrap_if_sharded(tensor).local_shards[0].data.nbytes for tensor in tensors)
 
 
 def predicted_bytes(model, sizes):

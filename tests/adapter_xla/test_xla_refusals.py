@@ -18,8 +18,8 @@ from polyaccel_xla.backend import XlaBackend
     ("arguments", "named"),
     [
         ({"mixed_precision": "fp16"}, "mixed_precision='fp16'.*bf16"),
-        ({"mesh": {"tensor": 2}}, "mesh.tensor=2"),
-        ({"mesh": {"fsdp": -1}}, "mesh.fsdp=-1"),
+        ({"mesh": {"sequence": 2}}, "mesh.sequence=2"),
+        ({"mesh": {"fsdp": 3}}, "fsdp=3"),
         ({"compile": True}, "compile=True.*every step already"),
         ({"mesh": {"data": 3}}, "data=3 needs 3 devices.*has 4"),
     ],

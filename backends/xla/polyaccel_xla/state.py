@@ -95,7 +95,7 @@ def write_gradients(module: torch.nn.Module, shards: Iterable[Shard], placement:
 
 def _own_shards(name: str, tensor: torch.Tensor, *, is_main: bool) -> Iterator[Shard]:
     """The pieces that this process's devices are the first to hold; nothing is gathered."""
-    held = spmd.wrap_if_sharded(tensor.detach())
+    held = spmd.wrap_if_sharded(tensor)  # an alias of a tensor that was written to has forgotten how it lies
     pieces = held.local_shards if isinstance(held, XLAShardedTensor) else []
     if not any(isinstance(piece.indices, list) for piece in pieces):
         if is_main:
