@@ -280,7 +280,7 @@ def _copy_into(target: torch.Tensor, source: Any, *rest: Any, **kwargs: Any) -> 
         return recorded
     if torch.is_grad_enabled() and target._requires_grad:
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-    target.to_overwrite().copy_(value, *rest, **kwargs)
+    getattr(target._cell, "to_overwrite", target.host)().copy_(value, *rest, **kwargs)
     return target
 
 

@@ -303,13 +303,6 @@ class DeviceTensor(torch.Tensor):
         value: torch.Tensor = self._cell.host()
         return value
 
-    def to_overwrite(self) -> torch.Tensor:
-        """As `host`, for a write of all of it: what is in pieces on several processes is not asked for."""
-        if not getattr(self._cell, "is_state", False):
-            return self.host()
-        value: torch.Tensor = self._cell.to_overwrite()
-        return value
-
     def start_fetch(self, *, compute: bool = False) -> Callable[[], NDArray[Any]] | None:
         """A function that gives the present value as numpy; it may wait, on any thread, and later writes do not change what it gives.
         None: the value is still to be computed, which `compute=True` starts without waiting for it."""
@@ -387,7 +380,7 @@ class DeviceTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         with torch.no_grad():
-            self.to_overwrite().copy_(value)
+            getattr(self._cell, "to_overwrite", self.host)().copy_(value)
 
     def cpu(self, memory_format: Any = torch.preserve_format) -> torch.Tensor:
         """Itself: user code sees every tensor on the CPU device."""
