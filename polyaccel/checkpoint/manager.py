@@ -114,7 +114,8 @@ class Manager:
         iteration = self._project.iteration + is_automatic
 
         def read() -> Any:
-            if os.path.dirname(target) not in self._seen:  # a thread that finds it out later can tell nobody: they would meet in that very folder
+            # A thread of one process that finds it out later can tell nobody: they would meet in that very folder.
+            if os.path.dirname(target) not in self._seen:
                 require_shared(target, attempt)
             left_out = self._run_save_hooks(run, work_folder(target, attempt))
             return collect(run, iteration=iteration, left_out=left_out)
