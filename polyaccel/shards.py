@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,15 @@ class ArraySpec:
 
     shape: tuple[int, ...]
     dtype: str
+
+
+@runtime_checkable
+class HoldsPieces(Protocol):
+    """An engine or bridge whose torch modules may hold pieces of their parameters: their own `state_dict` would give these."""
+
+    def whole_state_dict(self, module: Any) -> dict[str, Any]:
+        """`module.state_dict()` of a user's own module, with whole values. Every process must call it."""
+        ...
 
 
 class StatefulEngine(Protocol):

@@ -8,6 +8,7 @@ from typing import Any
 from polyaccel.checkpoint.array_values import take_arrays
 from polyaccel.errors import CheckpointError, PrepareError
 from polyaccel.protocols import Bridge, Engine, Shard
+from polyaccel.shards import HoldsPieces
 
 
 def state_dict_of(engine: Engine, bridge: Bridge | None, handle: Any, own: Any) -> Any:
@@ -15,9 +16,9 @@ def state_dict_of(engine: Engine, bridge: Bridge | None, handle: Any, own: Any) 
 
     Where the processes hold pieces, one array at a time is on its way between them.
     """
-    if hasattr(own, "state_dict"):  # of one whose modules may hold pieces:
-        whole = getattr(engine if bridge is None else bridge, "whole_state_dict", None)
-        return own.state_dict() if whole is None else whole(own)
+    if hasattr(own, "state_dict"):
+        holder = engine if bridge is None else bridge
+        return holder.whole_state_dict(own) if isinstance(holder, HoldsPieces) else own.state_dict()
     pieces: dict[str, list[Any]] = {}
     for shard in engine.read_state(handle):
         pieces.setdefault(shard.name, []).append((shard.global_shape, shard.offset, shard.data))
