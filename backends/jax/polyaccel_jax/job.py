@@ -13,8 +13,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import jax
+from jax._src import config, xla_bridge
 from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
-from jax._src import xla_bridge
 from jax._src.lib import _jax
 
 from polyaccel.collective_calls import LOOK_S, CollectiveCalls
@@ -112,7 +112,7 @@ def exchange_over(interface: str) -> None:
 
     jax takes the address that this host's name has on the host itself, which is 127.0.1.1 on many, and has no setting for it.
     """
-    if jax.config.jax_cpu_collectives_implementation != "gloo":
+    if config.cpu_collectives_implementation.value != "gloo":
         return
     gloo = _jax.make_gloo_tcp_collectives(distributed_client=distributed.global_state.client, interface=interface)
     client = functools.partial(xla_bridge.make_cpu_client, collectives=gloo)
