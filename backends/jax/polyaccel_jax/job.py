@@ -13,8 +13,11 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import jax
-from jax._src import config, xla_bridge
-from jax._src import distributed  # the job's key-value store has no public name; orbax takes it from here, too
+from jax._src import (
+    config,
+    distributed,  # the job's key-value store has no public name; orbax takes it from here, too
+    xla_bridge,
+)
 from jax._src.lib import _jax
 
 from polyaccel.collective_calls import LOOK_S, CollectiveCalls
