@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,9 +20,18 @@ COMM_HOOKS = ("no", "fp16", "bf16", "power_sgd", "batched_power_sgd")
 RNG_TYPES = ("python", "numpy", "generator", "torch", "cuda", "xla", "jax")
 
 
-def _setting(default: Any, help: str, *, kind: str | None = None, choices: tuple[str, ...] = (), least: int = 0) -> Any:
-    """A field that is a setting. `kind` is needed where the default is None; `choices` and `least` bound the value."""
-    metadata = {"help": help, "kind": kind, "choices": choices, "least": least}
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    kind: str | None = None,
+    choices: tuple[str, ...] = (),
+    least: int = 0,
+    reads: Callable[[str], Any] | None = None,
+) -> Any:
+    """A field that is a setting. `kind` is needed where the default is None; `choices` and `least` bound the value, and `reads` raises
+    ConfigError for an item of a list that means nothing."""
+    metadata = {"help": help, "kind": kind, "choices": choices, "least": least, "reads": reads}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), hash=False, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -63,6 +72,7 @@ class Config:
     sharding_rules: tuple[str, ...] = _setting(
         (),
         "how parameters are cut, by name: '*.q_proj.weight=tensor -', one axis or - per dim, or whole; the first match counts",
+        reads=ShardingRule.of,
     )
     remat: Literal["none", "full", "dots"] = _setting(
         "none",

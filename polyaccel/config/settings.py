@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
 
 from polyaccel.config.schema import MESH_HELP, SECTIONS, Config
-from polyaccel.errors import nearest
+from polyaccel.errors import ConfigError, nearest
 from polyaccel.mesh import MeshSpec
 
 PREFIX = "POLYACCEL_"
@@ -36,6 +36,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     least: int | None = None
+    reads: Callable[[str], Any] | None = None
 
     @property
     def variable(self) -> str:
@@ -94,6 +95,12 @@ class Setting:
             for name in value:
                 if name not in self.choices:
                     raise ValueError(f"names {name!r}: {nearest(str(name), self.choices)}")
+        elif self.reads is not None:
+            for item in value:
+                try:
+                    self.reads(item)
+                except ConfigError as error:
+                    raise ValueError(f"has a mistake: {error.message}; {error.hint}") from None
         elif self.choices and value not in self.choices:
             raise ValueError(f"is unknown: {nearest(value, self.choices)}")
         return value
@@ -121,7 +128,8 @@ def _flatten() -> Iterator[Setting]:
                 default = f.default if f.default_factory is MISSING else f.default_factory()
                 kind = f.metadata["kind"] or _KINDS[type(default)]
                 least = f.metadata["least"] if kind in ("int", "float") else None
-                yield Setting(section + f.name, kind, default, f.metadata["help"], f.metadata["choices"], least)
+                choices, reads = f.metadata["choices"], f.metadata["reads"]
+                yield Setting(section + f.name, kind, default, f.metadata["help"], choices, least, reads)
 
 
 SETTINGS: Mapping[str, Setting] = {setting.name: setting for setting in _flatten()}

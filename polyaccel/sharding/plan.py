@@ -107,6 +107,19 @@ def plan_shardings(
     return ShardingPlan(specs, tuple(unmatched), indivisible, uneven)
 
 
+def unused_rules(rules: Sequence[ShardingRule], names: Collection[str]) -> tuple[ShardingRule, ...]:
+    """The rules that match none of these parameters, which are those of all models of a script."""
+    return tuple(rule for rule in rules if not any(rule.matches(name) for name in names))
+
+
+def say_unused_rules(rules: Sequence[ShardingRule], names: Collection[str]) -> None:
+    """Log the rules that say nothing about any of these parameters. Called when all models are there: at the first step."""
+    for rule in unused_rules(rules, names):
+        log.warning(
+            "sharding rule %r matches no parameter. There are %s", str(rule), _listed(tuple(names)) if names else "none"
+        )
+
+
 def with_fsdp(shape: Sequence[int], spec: Spec, size: int) -> Spec:
     """The spec, with the largest dim that is free and divides cut over `fsdp`; as it is where none does, or one is cut already."""
     if size == 1 or "fsdp" in spec:

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polyaccel import ShardingRule
+from polyaccel.cli.main import main
 from polyaccel.config.arguments import config_of_arguments
 from polyaccel.errors import ConfigError, PlanError, UnsupportedError
 from polyaccel.plan import make_plan
 from polyaccel.sharding.logical import axes_of_names
-from polyaccel.sharding.plan import ModelHints, local_shape, num_shards, plan_shardings, with_fsdp
+from polyaccel.sharding.plan import ModelHints, local_shape, num_shards, plan_shardings, say_unused_rules, with_fsdp
 from polyaccel.topology import Topology
 
 TENSOR2 = {"fsdp": 1, "tensor": 2}
@@ -124,6 +125,23 @@ def test_rules_are_a_setting_as_objects_and_as_texts():
     assert config.parameter_rules == (rule, ShardingRule("*.router.weight", None))
     with pytest.raises(ConfigError, match="is no list"):
         config_of_arguments({"sharding_rules": rule})
+
+
+def test_a_file_with_a_rule_that_means_nothing_is_refused_with_its_line(tmp_path, capsys):
+    path = tmp_path / "polyaccel.toml"
+    path.write_text('seed = 1\nsharding_rules = ["*.q_proj.weight = tensr -"]\n')
+    assert main(["config", "check", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "polyaccel.toml:2" in said
+    assert "names the mesh axis 'tensr', which is unknown" in said
+
+
+def test_rules_that_match_no_parameter_of_any_model_are_named(caplog):
+    rules = [ShardingRule("*.q_proj.weight", ("tensor",)), ShardingRule("head.*", None)]
+    with caplog.at_level("WARNING", "polyaccel.sharding"):
+        say_unused_rules(rules, ["layers.0.q_proj.weight"])
+    (said,) = caplog.messages
+    assert said == "sharding rule 'head.* = whole' matches no parameter. There are layers.0.q_proj.weight"
 
 
 def test_an_engine_that_cuts_nothing_by_name_refuses_rules():

@@ -116,7 +116,7 @@ class TrainingProgram:
         values = as_dtypes(inputs, self._dtypes)
         if self._is_scaled:
             values.append(jnp.ones((), jnp.float32) if loss_scale is None else loss_scale.astype(jnp.float32))
-        with shared_by(self._shard_call.sum_over_shards):
+        with shared_by(self._shard_call):
             result = run_training(self._graph, params, buffers, values, key)
         loss, *outputs = result.aux
         for gradient, axis in zip(result.input_grads, self.output_axes[len(outputs) :], strict=True):
@@ -149,7 +149,7 @@ class ForwardProgram:
         self, params: dict[str, Any], buffers: dict[str, Any], key: Any, inputs: Sequence[Any], loss_scale: Any
     ) -> ProgramResult:
         """Traceable."""
-        with shared_by(self._shard_call.sum_over_shards):
+        with shared_by(self._shard_call):
             outputs, written = run_forward(self._graph, params, buffers, as_dtypes(inputs, self._dtypes), key)
         return ProgramResult(None, outputs, {}, written)
 

@@ -252,6 +252,8 @@ def float_argument(scale: torch.Tensor) -> Any:
 class _NoReplicas:
     """The ShardCall of a program of one data shard, which asks for nothing."""
 
+    num_sequence_parts = 1
+
     def __call__(self, function: Any, in_axes: Any, out_axes: Any) -> Any:
         raise AssertionError("a flax program of one data shard has no replica parts")
 

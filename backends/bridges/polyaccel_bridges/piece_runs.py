@@ -167,7 +167,7 @@ class ShardedPiece:
             own = dict(zip(param_names, arrays, strict=False))
             held = dict(zip(buffer_names, arrays[len(param_names) :], strict=False))
             values = list(arrays[len(param_names) + len(buffer_names) :])
-            with shared_by(self._shard_call.sum_over_shards):
+            with shared_by(self._shard_call):
                 outputs, written, residuals = run_vjp_forward(graph, own, held, values, self._key(key_data, key, index))
             shown = [
                 value if axis is not None else value[None] for value, axis in zip(outputs, self.out_axes, strict=True)
@@ -215,7 +215,7 @@ class ShardedPiece:
             for position, value in zip(given, rest, strict=True):
                 seeds[position] = value if self.out_axes[position] is not None else value[0]
             residuals = piece.residuals(own, inputs, kept, self._key(key_data, saved.key, index))
-            with shared_by(self._shard_call.sum_over_shards):
+            with shared_by(self._shard_call):
                 grads, input_grads = run_vjp_backward(graph, residuals, seeds)
             return (*[grads[name] for name in graph.grad_names], *[input_grads[position] for position in wanted])
 

@@ -1,4 +1,4 @@
-"""Values that the data shards of one program share: `polyaccel::sum_over_shards`, and who computes it while a program is traced.
+"""What one program learns of the mesh while it is traced: sums over data shards (`polyaccel::sum_over_shards`), parts of sequences.
 
 A replica program runs once per data shard. What crosses the shards is asked of the engine (`ShardCall.sum_over_shards`); where a
 program sees the whole batch nothing crosses, and the sum over shards is the value itself.
@@ -7,17 +7,17 @@ program sees the whole batch nothing crosses, and the sum over shards is the val
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-Sum = Callable[[Any], Any]
+from polyaccel.protocols import ShardCall
 
 _library = torch.library.Library("polyaccel", "FRAGMENT")
 _library.define("sum_over_shards(Tensor values) -> Tensor")
-_sum: ContextVar[Sum | None] = ContextVar("sum_over_shards", default=None)
+_call: ContextVar[ShardCall | None] = ContextVar("shard_call", default=None)
 
 
 @torch.library.register_fake("polyaccel::sum_over_shards", lib=_library)
@@ -40,16 +40,22 @@ class SumOverShards(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def shared_by(sum_over_shards: Sum | None) -> Iterator[None]:
-    """While traced inside, values are summed over the shards by this function; None: there is one shard."""
-    token = _sum.set(sum_over_shards)
+def shared_by(shard_call: ShardCall | None) -> Iterator[None]:
+    """While traced inside, values are summed over the shards by this engine's function; None: there is one shard."""
+    token = _call.set(shard_call)
     try:
         yield
     finally:
-        _sum.reset(token)
+        _call.reset(token)
 
 
 def sum_now(value: Any) -> Any:
     """The sum of a jax value over the shards of the program that is being traced."""
-    function = _sum.get()
-    return value if function is None else function(value)
+    call = _call.get()
+    return value if call is None else call.sum_over_shards(value)
+
+
+def num_sequence_parts() -> int:
+    """In how many parts, one after the other, the sequences of the program that is being traced lie on devices."""
+    call = _call.get()
+    return 1 if call is None else call.num_sequence_parts

@@ -27,7 +27,7 @@ class JaxBackend:
     name = "jax"
     capabilities = Capabilities(
         dialect="flax",
-        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor", "sequence"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(
@@ -94,6 +94,12 @@ class JaxBackend:
         from polyaccel_jax.dialect.case import FlaxCase
 
         return FlaxCase(self.name)
+
+    def multiply_exactly(self) -> None:
+        """No TF32; several products in bfloat16 on TPUs."""
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
 
     def holds_devices(self) -> str | None:
         """A jax that has opened its devices runs threads, which a fork does not copy."""

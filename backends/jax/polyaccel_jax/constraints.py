@@ -16,6 +16,7 @@ from jax import lax
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
+from polyaccel_jax.jaxprs import CALLS, RECOMPUTED, bind
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh
 
 Tag = tuple[str | None, ...] | None  # of a value that is (a view of) a parameter: per dim the axis that cuts it
@@ -25,13 +26,6 @@ _SAME_SHAPE = frozenset(
     {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "neg", "sharding_constraint"}
 )
 _BY_SCALAR = frozenset({"mul", "div", "add", "sub"})
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-}
 _UNSAID = PartitionSpec.UNCONSTRAINED
 
 
@@ -67,7 +61,7 @@ class Constrainer:
                 if any(tag is not None for tag in in_tags):
                     outs, out_tags = self._apply(eqn, inputs, in_tags)
                 else:
-                    outs, out_tags = _bind(eqn, inputs), [None] * len(eqn.outvars)
+                    outs, out_tags = bind(eqn, inputs), [None] * len(eqn.outvars)
             for var, out, tag in zip(eqn.outvars, outs, out_tags, strict=True):
                 values[var] = out
                 if tag is not None:
@@ -76,17 +70,17 @@ class Constrainer:
 
     def _apply(self, eqn: Any, inputs: list[Any], tags: list[Tag]) -> tuple[list[Any], Sequence[Tag]]:
         name = eqn.primitive.name
-        if name in _CALLS and _CALLS[name] in eqn.params:
-            inner = eqn.params[_CALLS[name]]
+        if name in CALLS and CALLS[name] in eqn.params:
+            inner = eqn.params[CALLS[name]]
             return self._evaluate(inner.jaxpr, inner.consts, inputs, tags)
-        if name in ("remat2", "checkpoint", "remat"):
+        if name in RECOMPUTED:
             inner = eqn.params["jaxpr"]
             again = jax.make_jaxpr(lambda *args: self._evaluate(inner, (), args, tags)[0])(*inputs)
             if not again.consts:
                 return eqn.primitive.bind(*inputs, **{**eqn.params, "jaxpr": again.jaxpr}), [None] * len(eqn.outvars)
         if name == "scan":
             return self._scan(eqn, inputs, tags), [None] * len(eqn.outvars)
-        outs = _bind(eqn, inputs)
+        outs = bind(eqn, inputs)
         if name == "dot_general":
             spec = self._of_product(eqn, tags, outs[0].shape)
         elif name == "gather":
@@ -151,13 +145,6 @@ class Constrainer:
         ):
             return DATA_AXES
         return _UNSAID
-
-
-def _bind(eqn: Any, inputs: list[Any]) -> list[Any]:
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # some releases of jax give a pair
-    outs = eqn.primitive.bind(*functions, *inputs, **params)
-    return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
 def _viewed(eqn: Any, tags: list[Tag], sizes: Mapping[str, int]) -> Tag:

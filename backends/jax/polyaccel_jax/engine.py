@@ -126,6 +126,11 @@ class JaxEngine:
                 f"mesh.tensor={plan.mesh.tensor} cuts single layers, and partitioning='pmap' runs whole layers on every device",
                 "leave partitioning out, or use partitioning='sharding'",
             )
+        if self.mesh.cuts_sequences and plan.partitioning == "pmap":
+            raise UnsupportedError(
+                f"mesh.sequence={plan.mesh.sequence} cuts sequences, and partitioning='pmap' runs whole ones on every device",
+                "leave partitioning out, or use partitioning='sharding'",
+            )
         self.steps = Steps(self)
         scaling = plan.precision.loss_scaling
         if scaling is not None:
@@ -141,7 +146,8 @@ class JaxEngine:
         """How programs of a model of this engine's dialect, or of another, are partitioned."""
         if self.plan.partitioning != "auto":
             return self.plan.partitioning
-        return "sharding" if is_native or self.mesh.cuts_layers else "pmap"
+        is_global = is_native or self.mesh.cuts_layers or self.mesh.cuts_sequences
+        return "sharding" if is_global else "pmap"
 
     @property
     def num_compiles(self) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from polyaccel.errors import PlanError, PrepareError
-from polyaccel.sharding.plan import ModelHints, ShardingPlan, plan_shardings, with_fsdp
+from polyaccel.sharding.plan import ModelHints, ShardingPlan, plan_shardings, say_unused_rules, with_fsdp
 from polyaccel.sharding.rules import Spec
 from polyaccel_jax import pieces
 
@@ -53,7 +53,10 @@ class DeviceMesh:
         self.sizes = sizes
         self.num_parts = sizes["fsdp"] * sizes["tensor"]  # of what is kept: parameters, gradients and optimizer state
         self.cuts_layers = sizes["tensor"] > 1
+        self.cuts_sequences = sizes["sequence"] > 1
         self._rules = plan.sharding_rules
+        self._names: dict[str, tuple[str, ...]] = {}  # of the parameters of all models
+        self._has_said_rules = False
         self._specs: dict[str, Spec] = {}  # of the parameters of all models, by `<model>.<name>`
         self._uneven: dict[str, Spec] = {}  # of those that cannot be kept in equal parts
         self.is_single_device = len(devices) == 1
@@ -87,12 +90,19 @@ class DeviceMesh:
 
     def lay_out(self, model: str, specs: Mapping[str, Any], hints: ModelHints | None = None) -> None:
         """Fix how the parameters of a model lie, and all that is named after them: gradients, optimizer state, averages."""
+        self._names[model] = tuple(specs)
         if self.num_parts == 1:
             return
         plan = self.plan_parameters({name: tuple(spec.shape) for name, spec in specs.items()}, hints)
         plan.say(model, self.sizes)
         self._specs.update({f"{model}.{name}": spec for name, spec in plan.specs.items()})
         self._uneven.update({f"{model}.{name}": spec for name, spec in plan.uneven.items()})
+
+    def say_unused_rules(self) -> None:
+        """Log, once, the script's rules that match no parameter of any model."""
+        if not self._has_said_rules:
+            self._has_said_rules = True
+            say_unused_rules(self._rules, [name for names in self._names.values() for name in names])
 
     def spec_of(self, shape: Sequence[int], name: str | None = None) -> Spec:
         """Per dim the axis that cuts an array that is kept: that of its parameter `<model>.<name>`, where it has its dims.
@@ -267,6 +277,14 @@ class DeviceMesh:
             raise PlanError(
                 f"a batch of {batch_size} samples cannot be cut over {num_shards} data shards in equal parts",
                 "use drop_last=True or even_batches=True in the loader, or a batch_size that divides by the data shards",
+            )
+
+    def check_length(self, length: int) -> None:
+        """Raises PlanError when sequences cannot be cut into equal parts."""
+        if length % self.sizes["sequence"]:
+            raise PlanError(
+                f"sequences of {length} cannot be cut over mesh.sequence={self.sizes['sequence']} in equal parts",
+                "pad them to a multiple, or choose another mesh",
             )
 
     # -- out -----------------------------------------------------------------------------------------------------------

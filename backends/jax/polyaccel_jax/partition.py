@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding
 
+from polyaccel.errors import PlanError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax.constraints import Constrainer
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
+from polyaccel_jax.sequences import Sequences, labels_of_inputs
+from polyaccel_jax.splits import LENGTH, Labels, Split
 
 Specs = tuple[ArraySpec, ...]
 
@@ -30,6 +34,9 @@ class Layout:
     specs: Specs  # global
     num_replicas: int
     axes: tuple[int | None, ...]  # per input: the dim that is cut over the data shards
+    labels: tuple[Labels, ...] | None = (
+        None  # per input: the dims that follow batch and sequence, where `sequence` cuts
+    )
 
     @property
     def replica_specs(self) -> Specs:
@@ -45,15 +52,24 @@ class Layout:
 
 
 def layout_of(
-    mesh: DeviceMesh, partitioning: str, specs: Specs, axes: Sequence[int | None] | None, *, with_grads: bool
+    mesh: DeviceMesh,
+    partitioning: str,
+    specs: Specs,
+    axes: Sequence[int | None] | None,
+    *,
+    with_grads: bool,
+    is_piece: bool = False,
 ) -> Layout:
     """The layout of inputs with these global specs, cut along `axes` (None: as `axes_of` says).
 
-    Raises PlanError for a training batch that does not divide over the data shards; without gradients such a batch is
-    computed as a whole on every device.
+    Raises PlanError for a training batch that does not divide over the data shards, and for sequences that do not divide over
+    `sequence`; without gradients such a batch is computed as a whole on every device, and so is a piece of a step (`is_piece`), whose
+    inputs are what other pieces gave.
     """
+    if with_grads:  # all models of the script are there
+        mesh.say_unused_rules()
     whole = Layout(specs, 1, (None,) * len(specs))
-    if mesh.num_shards == 1:
+    if mesh.num_shards == 1 and not mesh.cuts_sequences:
         return whole
     axes = axes_of([spec.shape for spec in specs]) if axes is None else axes
     sizes = [spec.shape[axis] for spec, axis in zip(specs, axes, strict=True) if axis is not None]
@@ -62,7 +78,29 @@ def layout_of(
             mesh.check_divides(size, mesh.num_shards)
         elif size % mesh.num_shards:
             return whole
-    return Layout(specs, mesh.num_shards if partitioning == "pmap" and sizes else 1, tuple(axes))
+    labels = _labels_of(mesh, specs, axes, is_strict=with_grads and not is_piece) if mesh.cuts_sequences else None
+    return Layout(specs, mesh.num_shards if partitioning == "pmap" and sizes else 1, tuple(axes), labels)
+
+
+def _labels_of(
+    mesh: DeviceMesh, specs: Specs, axes: Sequence[int | None], *, is_strict: bool
+) -> tuple[Labels, ...] | None:
+    """Where the inputs have batch and sequences; None where a program that may be computed whole gets some that do not divide."""
+    is_integer = [jnp.issubdtype(jnp.dtype(spec.dtype), jnp.integer) for spec in specs]
+    labels = labels_of_inputs([spec.shape for spec in specs], axes, is_integer)
+    lengths = {spec.shape[1] for spec, found in zip(specs, labels, strict=True) if LENGTH in found}
+    if is_strict and not lengths:
+        raise PlanError(
+            f"mesh.sequence={mesh.sizes['sequence']} finds no sequences among the inputs, of shapes"
+            f" {', '.join(str(spec.shape) for spec in specs)}",
+            "give the step inputs of (batch, length, ...), or use another axis of the mesh",
+        )
+    for length in lengths:
+        if is_strict:
+            mesh.check_length(length)
+        elif length % mesh.sizes["sequence"]:
+            return None
+    return tuple(labels)
 
 
 def build(mesh: DeviceMesh, layout: Layout, call: ProgramCall, *, with_grads: bool) -> Program:
@@ -87,17 +125,17 @@ def run(
     """Run a program on global arrays inside a trace; gradients and buffers come out equal on all devices."""
     if layout.num_replicas > 1 and not is_global:
         return _run_replicas(mesh, layout, program, params, buffers, key, inputs, loss_scale)
-    inputs = [
-        _lay(mesh, value, axis) if not mesh.is_single_device else value
-        for value, axis in zip(inputs, layout.axes, strict=True)
-    ]
+    if layout.labels is not None:
+        inputs = [Sequences(mesh).constrained(Split(*one)).value for one in zip(inputs, layout.labels, strict=True)]
+    elif not mesh.is_single_device:
+        inputs = [_lay(mesh, value, axis) for value, axis in zip(inputs, layout.axes, strict=True)]
     if mesh.num_parts > 1:
         # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
         params = {
             name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
             for name, value in params.items()
         }
-    if mesh.cuts_layers:
+    if mesh.cuts_layers or layout.labels is not None:
         result = _run_constrained(mesh, layout, program, params, buffers, key, inputs, loss_scale)
     else:
         result = program(params, buffers, key, inputs, loss_scale)
@@ -123,15 +161,24 @@ def _run_constrained(
     inputs: Sequence[jax.Array],
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
-    """The program, with constraints on its products with weights that `tensor` cuts."""
+    """The program, with constraints on its products with weights that `tensor` cuts, and on what follows sequences."""
     sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
 
-    def run(*args: Any) -> tuple[Any, ...]:
+    def results(*args: Any) -> tuple[Any, ...]:
         result = program(*args)
         return result.loss, result.outputs, result.grads, result.buffers
 
+    run: Callable[..., Any] = results
+
     args = (params, buffers, key, list(inputs), loss_scale)
     leaves = jax.tree.leaves(params)
+    if layout.labels is not None:
+        known: list[Labels] = [()] * len(jax.tree.leaves(args))
+        first = len(jax.tree.leaves((params, buffers, key)))
+        known[first : first + len(layout.labels)] = layout.labels
+        run = functools.partial(Sequences(mesh).run, run, known)
+    if not mesh.cuts_layers:
+        return ProgramResult(*run(*args))
     tags: list[Any] = [mesh.used_spec(value.shape, name) for name, value in sorted(params.items())]
     tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
     return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
@@ -229,6 +276,11 @@ class ReplicaCall:
 
     mesh: DeviceMesh
     num_replicas: int
+
+    @property
+    def num_sequence_parts(self) -> int:
+        """Of the mesh."""
+        return self.mesh.sizes["sequence"]
 
     def __call__(
         self,

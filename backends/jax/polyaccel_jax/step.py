@@ -66,7 +66,14 @@ class Work:
             axes, mesh = self.call.input_axes, self.engine.mesh
             if mesh.num_feeds < mesh.num_processes:  # the first batch of a kind tells whether a script means it
                 require_same_rows(self.engine.collectives, inputs)
-            layout = partition.layout_of(mesh, self.partitioning, specs_of(inputs), axes, with_grads=self.with_grads)
+            layout = partition.layout_of(
+                mesh,
+                self.partitioning,
+                specs_of(inputs),
+                axes,
+                with_grads=self.with_grads,
+                is_piece=self.is_global,
+            )
             program = self.engine.compiles.build(
                 lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)
             )

@@ -6,6 +6,7 @@ FlashAttention (https://arxiv.org/abs/2205.14135): probabilities come back from 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from jax import lax
 
+from ..shards import num_sequence_parts
 from . import library_attention
 from .matmul import precision_of
 from .table import lowers
@@ -32,14 +34,17 @@ def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _scores(
-    query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool, scale: float, offset: jax.Array | int
+    query: jax.Array, key: jax.Array, mask: jax.Array | None, is_causal: bool, scale: float, rows: jax.Array | None
 ) -> jax.Array:
     scores = _einsum("bhqd,bhkd->bhqk", query, key)
     scores = scores * jnp.asarray(scale, scores.dtype)
     if mask is not None:
         scores = scores + mask.astype(scores.dtype)
     if is_causal:
-        rows = lax.broadcasted_iota(np.int32, scores.shape[-2:], 0) + offset
+        if rows is None:
+            rows = lax.broadcasted_iota(np.int32, scores.shape[-2:], 0)
+        else:  # of a block of queries
+            rows = lax.broadcast_in_dim(rows, scores.shape[-2:], (0,))
         columns = lax.broadcasted_iota(np.int32, scores.shape[-2:], 1)
         scores = jnp.where(rows >= columns, scores, -jnp.inf)
     return scores
@@ -52,9 +57,9 @@ def _attend(
     mask: jax.Array | None,
     is_causal: bool,
     scale: float,
-    offset: jax.Array | int,
+    rows: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    scores = _scores(query, key, mask, is_causal, scale, offset)
+    scores = _scores(query, key, mask, is_causal, scale, rows)
     top = lax.stop_gradient(scores.max(-1, keepdims=True))
     top = jnp.where(jnp.isneginf(top), jnp.zeros_like(top), top)  # a row without any key: weights 0, not NaN
     weights = jnp.exp(scores - top)
@@ -73,23 +78,48 @@ def _block_size(length: int, keys: int) -> int:
     return best if best >= min(wanted, 16) else length
 
 
-def _blocks(x: jax.Array, size: int) -> jax.Array:
-    """(b, h, q, ...) -> (q / size, b, h, size, ...)"""
-    return jnp.moveaxis(x.reshape(*x.shape[:2], x.shape[2] // size, size, *x.shape[3:]), 2, 0)
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Queries in blocks of `size` rows from each of `parts` equal parts of the sequence, so that all devices have work in every block."""
 
+    length: int
+    size: int
+    parts: int
 
-def _unblocked(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
+    @classmethod
+    def of(cls, length: int, keys: int) -> _Blocks:
+        """The blocks of this many queries against this many keys."""
+        parts = num_sequence_parts()
+        parts = parts if length % parts == 0 else 1
+        return cls(length, _block_size(length // parts, keys), parts)
 
+    @property
+    def is_one(self) -> bool:
+        return self.size * self.parts == self.length
 
-def _mask_blocks(mask: jax.Array | None, length: int, size: int) -> jax.Array | None:
-    if mask is None:
-        return None
-    mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    if mask.shape[2] == 1:
-        return jnp.broadcast_to(mask, (length // size, *mask.shape))
-    return _blocks(mask, size)
+    def rows(self) -> jax.Array:
+        """(blocks, rows of a block): the places of the queries in the sequence."""
+        places = np.arange(self.length, dtype=np.int32).reshape(self.parts, -1, self.size)
+        return jnp.asarray(places.swapaxes(0, 1).reshape(-1, self.parts * self.size))
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """(b, h, q, ...) -> (blocks, b, h, rows of a block, ...)"""
+        x = jnp.moveaxis(x.reshape(*x.shape[:2], self.parts, -1, self.size, *x.shape[3:]), 3, 0)
+        return x.reshape(*x.shape[:3], self.parts * self.size, *x.shape[5:])
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """The inverse of `cut`."""
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], self.parts, self.size, *x.shape[4:]), 0, 3)
+        return x.reshape(*x.shape[:2], self.length, *x.shape[5:])
+
+    def cut_mask(self, mask: jax.Array | None) -> jax.Array | None:
+        """A mask that may be the same for all queries."""
+        if mask is None:
+            return None
+        mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        if mask.shape[2] == 1:
+            return jnp.broadcast_to(mask, (self.length // (self.size * self.parts), *mask.shape))
+        return self.cut(mask)
 
 
 def _default_scale(query: jax.Array, scale: float | None) -> float:
@@ -139,18 +169,16 @@ def flash_attention(
         # The log-sum-exp is for the backward, and the library's keeps its own.
         return out, jnp.zeros(query.shape[:3], np.float32)
     key, value = _repeated(key, query), _repeated(value, query)
-    length = query.shape[2]
-    size = _block_size(length, key.shape[2])
-    if size == length:
-        return _attend(query, key, value, attn_mask, is_causal, factor, 0)
+    blocks = _Blocks.of(query.shape[2], key.shape[2])
+    if blocks.is_one:
+        return _attend(query, key, value, attn_mask, is_causal, factor, None)
 
     def step(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-        start, queries, mask = block
-        return _attend(queries, key, value, mask, is_causal, factor, start)
+        rows, queries, mask = block
+        return _attend(queries, key, value, mask, is_causal, factor, rows)
 
-    starts = jnp.arange(0, length, size, dtype=np.int32)
-    out, lse = lax.map(step, (starts, _blocks(query, size), _mask_blocks(attn_mask, length, size)))
-    return _unblocked(out), _unblocked(lse)
+    out, lse = lax.map(step, (blocks.rows(), blocks.cut(query), blocks.cut_mask(attn_mask)))
+    return blocks.joined(out), blocks.joined(lse)
 
 
 @lowers(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
@@ -174,8 +202,7 @@ def flash_attention_backward(
         )
     kv_heads = key.shape[1]
     key, value = _repeated(key, query), _repeated(value, query)
-    length = query.shape[2]
-    size = _block_size(length, key.shape[2])
+    blocks = _Blocks.of(query.shape[2], key.shape[2])
     wide = jnp.promote_types(query.dtype, np.float32)
     delta = (grad_out.astype(wide) * out.astype(wide)).sum(-1, keepdims=True)
     # A row without any key has log-sum-exp -inf; at +inf its probabilities are 0.
@@ -187,9 +214,9 @@ def flash_attention_backward(
         lse: jax.Array,
         delta: jax.Array,
         mask: jax.Array | None,
-        offset: jax.Array | int,
+        rows: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights = jnp.exp(_scores(queries, key, mask, is_causal, factor, offset) - lse)
+        weights = jnp.exp(_scores(queries, key, mask, is_causal, factor, rows) - lse)
         inner = (_einsum("bhqd,bhkd->bhqk", grads, value) - delta) * weights * jnp.asarray(factor, wide)
         inner = inner.astype(query.dtype)
         return (
@@ -198,26 +225,25 @@ def flash_attention_backward(
             _einsum("bhqk,bhqd->bhkd", weights.astype(grads.dtype), grads),
         )
 
-    if size == length:
+    if blocks.is_one:
         # Without a barrier XLA finds the scores of the forward pass in these, and keeps them: (batch, heads, length, length) in
         # float32 from every layer, 0.2 GB each for 4 x 1,024 tokens and 12 heads.
         query, key, grad_out = lax.optimization_barrier((query, key, grad_out))
-        grad_query, grad_key, grad_value = gradients(query, grad_out, lse, delta, attn_mask, 0)
+        grad_query, grad_key, grad_value = gradients(query, grad_out, lse, delta, attn_mask, None)
     else:
 
         def step(sums: tuple[jax.Array, jax.Array], block: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-            offset, queries, grads, lse, delta, mask = block
-            one, two, three = gradients(queries, grads, lse, delta, mask, offset)
+            rows, queries, grads, lse, delta, mask = block
+            one, two, three = gradients(queries, grads, lse, delta, mask, rows)
             return (sums[0] + two, sums[1] + three), one
 
-        starts = jnp.arange(0, length, size, dtype=np.int32)
         parts = (
-            starts,
-            *(_blocks(x, size) for x in (query, grad_out, lse, delta)),
-            _mask_blocks(attn_mask, length, size),
+            blocks.rows(),
+            *(blocks.cut(x) for x in (query, grad_out, lse, delta)),
+            blocks.cut_mask(attn_mask),
         )
         zeros = (jnp.zeros(key.shape, wide), jnp.zeros(value.shape, wide))
         (grad_key, grad_value), grad_blocks = lax.scan(step, zeros, parts)
-        grad_query = _unblocked(grad_blocks)
+        grad_query = blocks.joined(grad_blocks)
     grad_key, grad_value = _summed(grad_key, kv_heads), _summed(grad_value, kv_heads)
     return grad_query.astype(query.dtype), grad_key.astype(key.dtype), grad_value.astype(value.dtype)

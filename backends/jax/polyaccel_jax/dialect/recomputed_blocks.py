@@ -59,12 +59,12 @@ def recomputed_nnx(module: nnx.Module, blocks: Collection[str], policy: Policy) 
 
     try:
         for kind, original in originals.items():
-            kind.__call__ = wrapped(original)  # type: ignore[method-assign]
+            kind.__call__ = wrapped(original)
         yield
     finally:
         for kind, is_own in classes.items():
             if is_own:
-                kind.__call__ = originals[kind]  # type: ignore[method-assign]
+                kind.__call__ = originals[kind]
             else:
                 del kind.__call__
     if not called:
