@@ -1,6 +1,8 @@
 """The examples of docs/meshes.md run on four devices and print what the page says; its commands are ones that polyaccel takes."""
 
 import ast
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -65,3 +67,27 @@ def test_the_commands_of_the_page_and_of_its_example_are_known():
         parser(words[1]).parse_args(words[1:])  # SystemExit: an unknown flag
         for word in words:
             assert not word.startswith("examples/") or (ROOT / word).is_file(), word
+
+
+def test_the_example_learns_on_a_mesh_of_the_environment_and_continues_without_one(tmp_path):
+    def losses(name, *arguments, **variables):
+        curve = tmp_path / f"{name}.json"
+        command = [sys.executable, str(ROOT / "examples" / "mesh_gpt.py"), "--layers", "1", "--width", "32", *arguments]
+        done = subprocess.run(
+            [*command, "--curve", str(curve)],
+            cwd=tmp_path,
+            env={**os.environ, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(curve.read_text())["losses"]
+
+    whole = losses("whole", "--steps", "12", "--backend", "torch")
+    assert whole[-1] < whole[0] - 0.1
+    saved = ("--project", str(tmp_path / "project"))
+    mesh = {"POLYACCEL_MESH__FSDP": "2", "POLYACCEL_MESH__TENSOR": "2"}
+    first = losses("first", "--steps", "6", "--backend", "jax", *saved, "--save-every", "6", **mesh)
+    rest = losses("rest", "--steps", "6", "--backend", "torch", *saved, "--resume")
+    assert first + rest == pytest.approx(whole, abs=1e-5)  # float32 sums in another order
