@@ -105,7 +105,9 @@ class Probe:
     reason: str | None = None
     cure: str | None = None
     is_loaded: bool = False  # its framework is already imported: the user's script speaks it
-    device: str | None = None  # the accelerator that it would compute on ("tpu"), where that can be told without importing it
+    device: str | None = (
+        None  # the accelerator that it would compute on ("tpu"), where that can be told without importing it
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,11 @@ class Backend(Protocol):
     def case(self) -> Case:
         """The smallest training in the backend's own dialect, to see whether an engine computes what it should. Imports the
         framework."""
+        ...
+
+    def multiply_exactly(self) -> None:
+        """From now on products of float32 keep float32's precision, also on devices that shorten them otherwise (TF32, bfloat16).
+        Imports the framework."""
         ...
 
     def holds_devices(self) -> str | None:

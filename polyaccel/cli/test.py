@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-processes", "--num_processes", metavar="N", help="as for launch")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where an accelerator is present")
     parser.add_argument(
-        "--conformance", action="store_true", help="run every engine's conformance suite, too: on the CPU, by pytest"
+        "--conformance",
+        nargs="?",
+        const="cpu",
+        choices=("cpu", "device"),
+        help="run every engine's conformance suite, too, by pytest: on the CPU, or on the device that is here",
     )
     parser.add_argument(
         "--deadline-s", type=float, default=300.0, metavar="S", help="time of one engine (default: 300)"
@@ -112,10 +116,11 @@ def _findings(backend: str, options: argparse.Namespace, path: Path | None, gath
     module = "polyaccel.testing.trial"
     yield from launched(module, flags, STAGES, options.deadline_s, cure=_DEADLINE, arguments=dialect)
     if options.conformance:
-        yield from _conformance(backend, dialect, options.deadline_s)
+        where = "cpu" if options.cpu else options.conformance
+        yield from _conformance(backend, dialect, options.deadline_s, where)
 
 
-def _conformance(backend: str, dialect: list[str], deadline_s: float) -> Iterator[Finding]:
+def _conformance(backend: str, dialect: list[str], deadline_s: float, where: str) -> Iterator[Finding]:
     """The suite asks for settings itself: none of this configuration reaches it."""
     import sys
 
@@ -124,8 +129,15 @@ def _conformance(backend: str, dialect: list[str], deadline_s: float) -> Iterato
     from polyaccel.registry import load_backend
 
     environment = environment_without_settings()
-    environment |= load_backend(backend).worker_slots(1, use_cpu=True)[0].environment
-    command = [sys.executable, "-m", "polyaccel.testing.suite", backend, *dialect]
+    environment |= load_backend(backend).worker_slots(1, use_cpu=where == "cpu")[0].environment
+    command = [
+        sys.executable,
+        "-m",
+        "polyaccel.testing.suite",
+        *(["--device"] if where == "device" else []),
+        backend,
+        *dialect,
+    ]
     stages = {"conformance": "run the conformance suite"}
     yield from reported(
         command, stages, deadline_s, cure="give --deadline-s more", by_hand=command, environment=environment

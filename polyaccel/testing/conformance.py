@@ -39,6 +39,7 @@ class Conformance(Remembering, Averaging, Weighting):
     asserts the refusal instead."""
 
     case: Case
+    cpu = True  # False: on the device that the backend finds; its `multiply_exactly` was called before
 
     # -- material ------------------------------------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ class Conformance(Remembering, Averaging, Weighting):
 
     def accelerator(self, **arguments: Any) -> Accelerator:
         """An Accelerator on the case's backend."""
-        accelerator = Accelerator(backend=self.case.backend, cpu=True, **arguments)
+        accelerator = Accelerator(backend=self.case.backend, cpu=self.cpu, **arguments)
         self._open.append(accelerator)
         return accelerator
 

@@ -560,6 +560,9 @@ class FakeBackend:
     def case(self) -> FakeCase:
         return FakeCase()
 
+    def multiply_exactly(self) -> None:
+        """numpy does."""
+
     def holds_devices(self) -> str | None:
         return None
 

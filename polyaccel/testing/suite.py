@@ -1,6 +1,8 @@
 """Runs the conformance suite on one backend with pytest, and reports: what `polyaccel test --conformance` starts.
 
-python -m polyaccel.testing.suite BACKEND [DIALECT] REPORT
+python -m polyaccel.testing.suite [--device] BACKEND [DIALECT] REPORT
+
+It computes on the CPU; with --device on the accelerator that the engine finds, with products of float32 in float32.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from polyaccel.registry import load_backend
 from polyaccel.testing import suite
 from polyaccel.testing.cases import case_for
 from polyaccel.testing.conformance import Conformance
@@ -42,11 +45,15 @@ class Outcomes:
 
 def main() -> int:
     """Run the suite; the exit code says whether every test passed."""
-    backend, *dialect, path = sys.argv[1:]
+    on_device = sys.argv[1] == "--device"
+    backend, *dialect, path = sys.argv[2 if on_device else 1 :]
     report = writer(path)
+    if on_device:
+        load_backend(backend).multiply_exactly()
 
     class TestHere(Conformance):
         case = case_for(backend, *dialect)
+        cpu = not on_device
 
     # pytest finds tests in modules: this one, by the name that it imports it under.
     suite.TestHere = TestHere  # type: ignore[attr-defined]
@@ -67,7 +74,8 @@ def main() -> int:
         )
         return 1
     skipped = f", {len(outcomes.skipped)} do not apply" if outcomes.skipped else ""
-    report({"stage": STAGE, "is_good": True, "words": f"{len(outcomes.passed)} tests pass on the CPU{skipped}"})
+    where = "on the device" if on_device else "on the CPU"
+    report({"stage": STAGE, "is_good": True, "words": f"{len(outcomes.passed)} tests pass {where}{skipped}"})
     return 0
 
 

@@ -122,17 +122,17 @@ def test_mistakes_of_the_file_are_shown_before_anything_starts(capsys, tmp_path,
 def test_the_suite_reports_how_many_tests_pass_and_which_do_not(tmp_path):
     script = (
         "import sys\nfrom polyaccel.registry import register_backend\nfrom polyaccel.testing import fake, suite\n"
-        "register_backend(fake.FakeBackend())\n{}\nsys.argv[1:] = ['fake', sys.argv[1]]\nsys.exit(suite.main())\n"
+        "register_backend(fake.FakeBackend())\n{}\nsys.argv[1:] = [{}'fake', sys.argv[1]]\nsys.exit(suite.main())\n"
     )
     breaks = "fake.FakeEngine.clip_grad_value = lambda *args: None"
-    for name, addition, code in (("good", "", 0), ("broken", breaks, 1)):
+    for name, addition, where, code in (("good", "", "'--device', ", 0), ("broken", breaks, "", 1)):
         report = tmp_path / name
         done = subprocess.run(
-            [sys.executable, "-c", script.format(addition), str(report)],
+            [sys.executable, "-c", script.format(addition, where), str(report)],
             cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
-    assert "tests pass on the CPU" in (tmp_path / "good").read_text()
+    assert "tests pass on the device" in (tmp_path / "good").read_text()
     (line,) = (tmp_path / "broken").read_text().splitlines()
     assert "test_clipping_by_value_bounds_every_element: " in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "good"]  # pytest has left nothing

@@ -96,6 +96,13 @@ class TorchBackend:
 
         return TorchCase(self.name)
 
+    def multiply_exactly(self) -> None:
+        """No TF32; on TPUs, torch_tpu takes several products in bfloat16."""
+        import torch
+
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+
     def holds_devices(self) -> str | None:
         """CUDA, once it was used, and a process group do not survive a fork."""
         if "torch" not in sys.modules:

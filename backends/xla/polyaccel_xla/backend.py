@@ -72,6 +72,12 @@ class XlaBackend:
 
         return TorchCase(self.name)
 
+    def multiply_exactly(self) -> None:
+        """Several products in bfloat16 on TPUs."""
+        from torch_xla import backends
+
+        backends.set_mat_mul_precision("highest")
+
     def holds_devices(self) -> str | None:
         """Never asked for: xla runs one process per machine, and that one is not forked."""
         return None
