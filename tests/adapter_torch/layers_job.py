@@ -5,6 +5,7 @@ Nothing is judged here. Every function is called on both processes, in this orde
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import logging
 import sys
@@ -60,7 +61,13 @@ def gpt2():
     )
 
 
-def language_model(mesh, make):
+def in_thread(function, *arguments):
+    """Autograd differentiates on a thread of its own where there is a GPU; on the CPU on the one that asks."""
+    with concurrent.futures.ThreadPoolExecutor(1) as fresh:
+        fresh.submit(function, *arguments).result()
+
+
+def language_model(mesh, make, call=lambda function, *arguments: function(*arguments)):
     """(losses, sizes of this process's pieces by parameter), and what greedy decoding says afterwards."""
     torch.manual_seed(0)
     run = accelerator(mesh=mesh)
@@ -71,7 +78,7 @@ def language_model(mesh, make):
     losses, norms = [], []
     for batch in tokens:
         loss = model(input_ids=batch, labels=batch).loss
-        run.backward(loss)
+        call(run.backward, loss)
         norms.append(float(run.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         optimizer.zero_grad()
@@ -246,6 +253,7 @@ AXES, REMATS = (("fsdp", FSDP), ("tensor", TENSOR)), ("none", "full", "dots")
 WHOLE = (ShardingRule("*.norm.*", None), ShardingRule("*.mix.weight", None))
 QUESTIONS = {
     "llama": (language_model, TENSOR, llama),
+    "llama in threads": (language_model, TENSOR, llama, in_thread),
     "tied llama": (language_model, TENSOR, tied_llama),
     "gpt2": (language_model, TENSOR, gpt2),
     "gpt2 on fsdp": (language_model, FSDP, gpt2),

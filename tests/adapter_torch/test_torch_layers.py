@@ -42,6 +42,11 @@ def test_models_of_transformers_are_split_by_their_own_plan_and_names(answers, m
             assert part == (0.5 if is_split else 1), name
 
 
+def test_backward_on_another_thread_takes_plain_tensors_for_whole_too(answers):
+    for one in answers:
+        assert one["llama in threads"] == one["llama"]
+
+
 def test_text_is_generated_from_parameters_in_pieces(answers):
     assert answers[0]["gpt2 on fsdp"]["text"] == answers[1]["gpt2 on fsdp"]["text"] == alone("gpt2")["text"]
 

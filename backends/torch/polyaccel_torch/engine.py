@@ -291,6 +291,8 @@ class TorchEngine:
             loss = loss * scale
         if self._scaler is not None:
             loss = self._scaler.scale(loss)
+        if self._sharding is not None:
+            self._sharding.before_backward()
         loss.backward(retain_graph=retain_graph)
 
     def _backward_weighted(self, loss: Any, weight: Any) -> Any:

@@ -62,7 +62,7 @@ def _of_mask(mask: Any, place: Any) -> Any:
 def _joined(tensors: Any, dim: int = 0) -> Any:
     """torch's own rule takes the dims of the first tensor for those of all, which is wrong where that is a legacy empty one."""
     num_dims = max(len(tensor.shape) for tensor in tensors)
-    rules = [([Replicate()], [Replicate()] * len(tensors))]
+    rules: list[Any] = [([Replicate()], [Replicate()] * len(tensors))]
     for free in range(num_dims):
         if free != dim % num_dims:
             place = Shard(free)

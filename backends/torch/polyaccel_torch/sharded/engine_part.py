@@ -19,6 +19,7 @@ from polyaccel_torch.sharded.averages import PieceAverage
 from polyaccel_torch.sharded.mesh import ShardedMesh
 from polyaccel_torch.sharded.placing import Placing
 from polyaccel_torch.sharded.scaling import ShardedGradScaler
+from polyaccel_torch.sharded.tensor import let_plain_tensors_be_whole
 
 if TYPE_CHECKING:
     from polyaccel.config import Config
@@ -54,6 +55,11 @@ class Sharding:
     def adopt(self, optimizer: Optimizer) -> None:
         """Let an optimizer that was made before its model was cut update the pieces."""
         self._placing.adopt(optimizer)
+
+    def before_backward(self) -> None:
+        """In the thread that is about to differentiate, which need not be the one of the forward pass."""
+        if self.mesh.tensor is not None:
+            let_plain_tensors_be_whole()
 
     # -- the step ------------------------------------------------------------------------------------------------------
 

@@ -177,8 +177,8 @@ def drop_own_gradients(parameters: Iterable[torch.Tensor]) -> None:
             _have_accumulated.discard(part)
 
 
-def _zero_grad(model: weakref.ref[Any], set_to_none: bool = True) -> None:
-    part = model()
+def _zero_grad(model: Callable[[], Any], set_to_none: bool = True) -> None:
+    part: Any = model()
     type(part).zero_grad(part, set_to_none)
     drop_own_gradients(part.parameters())
 

@@ -105,4 +105,4 @@ def settle(parameter: torch.Tensor) -> torch.Tensor:
     placements = getattr(parameter, "placements", None)
     if placements is not None and grad.placements != placements:
         grad = parameter.grad = grad.redistribute(placements=placements)
-    return grad  # type: ignore[no-any-return]
+    return grad

@@ -161,7 +161,7 @@ def _enter(
     mesh: DeviceMesh, cut: Cut, layer: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """A plain input is whole; it, and one that arrives in pieces, is laid out as the layer needs it."""
-    _let_plain_tensors_be_whole()
+    let_plain_tensors_be_whole()
     given = args[0] if args else kwargs["input"]
     if not isinstance(given, DTensor):
         given = DTensor.from_local(given, mesh, [Replicate()], run_check=False)
@@ -184,18 +184,18 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pieces: Any) -> torch.Tensor:
         ctx.mesh, (ctx.placement,) = pieces.device_mesh, pieces.placements
-        return pieces.redistribute(placements=[Replicate()]).to_local()  # type: ignore[no-any-return]
+        return pieces.redistribute(placements=[Replicate()]).to_local()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        _let_plain_tensors_be_whole()  # from here on backward meets DTensors, on a GPU in a thread of autograd's own
         placement = ctx.placement if isinstance(ctx.placement, Shard) else Replicate()
         return DTensor.from_local(grad, ctx.mesh, [Replicate()], run_check=False).redistribute(placements=[placement])
 
 
-def _let_plain_tensors_be_whole() -> None:
+def let_plain_tensors_be_whole() -> None:
     """From now on, in this thread, a plain tensor beside a DTensor counts as whole: masks, rotary tables, scalars.
 
-    torch keeps the flag by thread, and `implicit_replication` takes it back at its end: it is set wherever such a region is entered.
+    torch keeps the flag by thread, and `implicit_replication` takes it back at its end: it is set wherever such a region is entered, and
+    before a backward pass, all of whose threads take it over from the one that begins it.
     """
     DTensor._op_dispatcher._allow_implicit_replication = True
