@@ -23,11 +23,13 @@ class ModelHints:
     axes: per parameter the mesh axes of its dims (Flax partitioning metadata).
     plan: per layer or parameter, as a glob, the name of a style of transformers' `_tp_plan`.
     input_first: weights stored as (in, out); None: by their names and shapes.
+    heads: layer -> how many heads its output has, where `tensor` may cut between heads alone: keys and values that several heads share.
     """
 
     axes: Mapping[str, Spec] = field(default_factory=dict)
     plan: Mapping[str, str] = field(default_factory=dict)
     input_first: Collection[str] | None = None
+    heads: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,8 @@ def plan_shardings(
                 if found is None:
                     if len(shape) > 1 and not is_bias(name):
                         unmatched.append(name)
+                elif (num_heads := hints.heads.get(name.rpartition(".")[0], 0)) % sizes["tensor"]:
+                    indivisible[name] = f"its {num_heads} heads do not divide by mesh.tensor={sizes['tensor']}"
                 else:
                     spec, why = _lenient(shape, found, sizes)
                     if why:

@@ -185,9 +185,10 @@ def constraints_in(jaxpr):
         if eqn.primitive.name == "sharding_constraint":
             yield tuple(eqn.params["sharding"].spec)
         for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from constraints_in(inner)
+            for one in value if isinstance(value, tuple) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    yield from constraints_in(inner)
 
 
 def turn(x, weights):
@@ -195,8 +196,8 @@ def turn(x, weights):
     return jnp.tanh(x @ column) @ row, None
 
 
-@pytest.mark.parametrize("form", ["plain", "jit", "remat", "scan"])
-def test_products_with_cut_weights_are_constrained_in_calls_loops_and_recomputed_parts(form):
+@pytest.mark.parametrize("form", ["plain", "jit", "remat", "scan", "while", "cond"])
+def test_products_with_cut_weights_are_constrained_in_calls_loops_branches_and_recomputed_parts(form):
     mesh = open_engine(4, mesh={"data": 2, "tensor": 2}).mesh
     rng = np.random.default_rng(0)
     column, row, x = (rng.normal(size=size).astype(np.float32) for size in ((2, 6, 8), (2, 8, 6), (4, 3, 6)))
@@ -204,12 +205,17 @@ def test_products_with_cut_weights_are_constrained_in_calls_loops_and_recomputed
     def loss(weights, x):
         if form == "scan":
             return jax.lax.scan(turn, x, weights)[0].sum()
+        first = jax.tree.map(lambda stacked: stacked[0], weights)
+        if form == "while":
+            return jax.lax.while_loop(lambda x: x.sum() > 1e6, lambda x: turn(x, first)[0], x).sum()
+        if form == "cond":
+            return jax.lax.cond(x.sum() > 1e6, lambda x: 2 * x, lambda x: turn(x, first)[0], x).sum()
         body = {"plain": turn, "jit": jax.jit(turn), "remat": jax.checkpoint(turn)}[form]
         for index in range(2):
             x, _ = body(x, jax.tree.map(lambda stacked, index=index: stacked[index], weights))
         return x.sum()
 
-    both = jax.value_and_grad(loss) if form != "scan" else loss
+    both = jax.value_and_grad(loss) if form not in ("scan", "while") else loss
     tags = [(None, None, "tensor"), (None, "tensor", None), None]
 
     def constrained(weights, x):

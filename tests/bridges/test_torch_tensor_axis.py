@@ -101,5 +101,6 @@ def test_the_plan_of_a_transformers_model_and_its_transposed_layers_are_read_as_
     found = hints_of(nn.ModuleDict({"inner": llama()}))
     assert found.plan["inner.model.layers.*.self_attn.q_proj"] == "colwise"
     assert found.input_first == frozenset()
+    assert found.heads["inner.model.layers.0.self_attn.k_proj"] == 2
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8, n_positions=8))
     assert "transformer.h.0.attn.c_proj.weight" in (hints_of(gpt2).input_first or ())

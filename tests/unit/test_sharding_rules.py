@@ -136,6 +136,16 @@ def test_a_file_with_a_rule_that_means_nothing_is_refused_with_its_line(tmp_path
     assert "names the mesh axis 'tensr', which is unknown" in said
 
 
+def test_keys_and_values_that_heads_share_are_not_cut_inside_a_head():
+    shapes = {"attn.q_proj.weight": (32, 32), "attn.k_proj.weight": (16, 32)}
+    hints = ModelHints(heads={"attn.k_proj": 2})
+    plan = plan_shardings(shapes, {"fsdp": 1, "tensor": 4}, (), hints)
+    assert plan.specs == {"attn.q_proj.weight": ("tensor", None), "attn.k_proj.weight": (None, None)}
+    assert plan.indivisible == {"attn.k_proj.weight": "its 2 heads do not divide by mesh.tensor=4"}
+    assert plan.uneven == {}
+    assert plan_shardings(shapes, TENSOR2, (), hints).specs["attn.k_proj.weight"] == ("tensor", None)
+
+
 def test_rules_that_match_no_parameter_of_any_model_are_named(caplog):
     rules = [ShardingRule("*.q_proj.weight", ("tensor",)), ShardingRule("head.*", None)]
     with caplog.at_level("WARNING", "polyaccel.sharding"):

@@ -80,6 +80,10 @@ class Constrainer:
                 return eqn.primitive.bind(*inputs, **{**eqn.params, "jaxpr": again.jaxpr}), [None] * len(eqn.outvars)
         if name == "scan":
             return self._scan(eqn, inputs, tags), [None] * len(eqn.outvars)
+        if name == "while":
+            return self._while(eqn, inputs, tags), [None] * len(eqn.outvars)
+        if name == "cond":
+            return self._cond(eqn, inputs, tags), [None] * len(eqn.outvars)
         outs = bind(eqn, inputs)
         if name == "dot_general":
             spec = self._of_product(eqn, tags, outs[0].shape)
@@ -98,9 +102,27 @@ class Constrainer:
         num_consts, num_carry, body = eqn.params["num_consts"], eqn.params["num_carry"], eqn.params["jaxpr"]
         inner: list[Tag] = list(tags[:num_consts]) + [None] * num_carry
         inner += [None if tag is None or tag[0] is not None else tag[1:] for tag in tags[num_consts + num_carry :]]
-        again = jax.make_jaxpr(lambda *args: self._evaluate(body.jaxpr, body.consts, args, inner)[0])(*body.in_avals)
-        outs: list[Any] = eqn.primitive.bind(*inputs, **{**eqn.params, "jaxpr": again})
+        outs: list[Any] = eqn.primitive.bind(*inputs, **{**eqn.params, "jaxpr": self._inside(body, inner)})
         return outs
+
+    def _while(self, eqn: Any, inputs: list[Any], tags: list[Tag]) -> list[Any]:
+        """A loop whose body uses weights from outside; what a turn hands to the next is no weight."""
+        start, num_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        inner = [*tags[start : start + num_consts], *[None] * (len(tags) - start - num_consts)]
+        again = self._inside(eqn.params["body_jaxpr"], inner)
+        outs: list[Any] = eqn.primitive.bind(*inputs, **{**eqn.params, "body_jaxpr": again})
+        return outs
+
+    def _cond(self, eqn: Any, inputs: list[Any], tags: list[Tag]) -> list[Any]:
+        branches = tuple(self._inside(branch, tags[1:]) for branch in eqn.params["branches"])
+        outs: list[Any] = eqn.primitive.bind(*inputs, **{**eqn.params, "branches": branches})
+        return outs
+
+    def _inside(self, closed: Any, tags: Tags) -> Any:
+        """The jaxpr of a loop or a branch, with constraints."""
+        return jax.make_jaxpr(lambda *args: self._evaluate(closed.jaxpr, closed.consts, args, tags)[0])(
+            *closed.in_avals
+        )
 
     def _of_product(self, eqn: Any, tags: list[Tag], shape: tuple[int, ...]) -> list[Any] | None:
         """Per dim of a product of an activation with a weight: how the weight cuts it, and the batch over the data axes."""
