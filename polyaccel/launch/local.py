@@ -12,7 +12,6 @@ from pathlib import Path
 from polyaccel.config.resolve import Gathered, environment_for, inherited_environment
 from polyaccel.config.schema import PREEMPTED, LaunchSettings
 from polyaccel.errors import LaunchError
-from polyaccel.launch import several
 from polyaccel.launch.leading import pause_before
 from polyaccel.launch.rendezvous import Rendezvous, free_port, machines_from_environment, visible_gpus
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
@@ -48,10 +47,9 @@ def launch(
             f"script {command[0]!r} does not exist", "give the path of a Python file, or -m and a module name"
         )
     settings = _placed(settings)
+    _require_global_batch(settings, gathered)
     chosen = choose_backend(gathered.values.get("backend", "auto"))
     shared, slots = _shared(chosen, gathered, settings)
-    if settings.num_machines > 1:
-        several.require_sense(settings, gathered)
 
     def workers_at(place: Rendezvous, interface: str | None = None) -> list[Worker]:
         found = {} if interface is None or "GLOO_SOCKET_IFNAME" in shared else {"GLOO_SOCKET_IFNAME": interface}
@@ -63,6 +61,8 @@ def launch(
         return 0
     with StopRequest(ends_process=ends_process) as stop:
         if settings.num_machines > 1:
+            from polyaccel.launch import several
+
             return several.run(
                 workers_at, len(slots), backend=chosen.name, port=port or _PORT, settings=settings, stop=stop
             )
@@ -114,6 +114,25 @@ def _placed(settings: LaunchSettings) -> LaunchSettings:
             f"use a multiple of {settings.num_machines}: it counts the processes of all machines, as in Accelerate",
         )
     return settings
+
+
+def _require_global_batch(settings: LaunchSettings, gathered: Gathered) -> None:
+    """Raises LaunchError for a job that may go on with fewer machines, and would then train with another global batch."""
+    fewest = settings.min_machines
+    if fewest is None or fewest == settings.num_machines:
+        return
+    if fewest > settings.num_machines:
+        raise LaunchError(
+            f"--min-machines {fewest} is more than --num-machines {settings.num_machines}",
+            "leave it out, or name the fewest machines that the job may go on with",
+        )
+    if "micro_batches_per_update" not in gathered.values and not gathered.values.get("split_batches"):
+        raise LaunchError(
+            f"--min-machines {fewest} of {settings.num_machines} without --micro-batches-per-update: with fewer machines the global"
+            " batch would be smaller",
+            "say how many batches of the loader all data shards together take per update: gradient_accumulation_steps x data shards"
+            " of all machines",
+        )
 
 
 def _shared(

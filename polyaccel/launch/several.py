@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from polyaccel.config.resolve import Gathered
 from polyaccel.config.schema import LaunchSettings
-from polyaccel.errors import LaunchError
 from polyaccel.launch.interfaces import interface_of
 from polyaccel.launch.leading import Rules
 from polyaccel.launch.meeting import Meeting
@@ -74,22 +72,3 @@ def _take_part(
             if code and not membership.has_failed:
                 membership.failed(str(first), code)  # stopped before they were started
             membership.ended()
-
-
-def require_sense(settings: LaunchSettings, gathered: Gathered) -> None:
-    """Raises LaunchError for a job that may go on with fewer machines, and would then train with another global batch."""
-    fewest = settings.min_machines
-    if fewest is None or fewest == settings.num_machines:
-        return
-    if fewest > settings.num_machines:
-        raise LaunchError(
-            f"--min-machines {fewest} is more than --num-machines {settings.num_machines}",
-            "leave it out, or name the fewest machines that the job may go on with",
-        )
-    if "micro_batches_per_update" not in gathered.values and not gathered.values.get("split_batches"):
-        raise LaunchError(
-            f"--min-machines {fewest} of {settings.num_machines} without --micro-batches-per-update: with fewer machines the global"
-            " batch would be smaller",
-            "say how many batches of the loader all data shards together take per update: gradient_accumulation_steps x data shards"
-            " of all machines",
-        )

@@ -190,6 +190,7 @@ def test_two_machines_need_an_address_and_equal_parts(tmp_path, monkeypatch):
     placed = ["--num_machines", 2, "--main_process_ip", "h"]
     assert "cannot be spread over 2 machines" in launch(*placed, "--num_processes", 3, script).stderr
     assert "--machine-rank 2 is outside" in launch(*placed, "--machine_rank", 2, script).stderr
+    assert "--min-machines 2 is more than --num-machines 1" in launch("--min-machines", 2, script).stderr
     done = launch(*placed, "--machine_rank", 1, "--num_processes", 4, "--main_process_port", 777, "--dry-run", script)
     first, second = (dict(w.split("=", 1) for w in line.split() if "=" in w) for line in done.stdout.splitlines())
     assert (first["RANK"], second["RANK"], first["WORLD_SIZE"], first["LOCAL_WORLD_SIZE"]) == ("2", "3", "4", "2")
