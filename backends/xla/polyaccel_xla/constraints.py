@@ -53,7 +53,7 @@ class LayerConstraints:
             return None
         middle = [None] * (outputs.dim() - 2)
         spec = (self._mesh.rows, *middle, self._features) if outputs.dim() > 1 else (self._mesh.rows,)
-        return _Constrained.apply(outputs, self._mesh, spec)  # type: ignore[no-untyped-call]
+        return _Constrained.apply(outputs, self._mesh, spec)
 
 
 class _Constrained(torch.autograd.Function):
@@ -84,9 +84,9 @@ def constrain(module: torch.nn.Module, mesh: DeviceMesh, specs: Mapping[str, Spe
                     layer._forward_hooks_always_called.pop(key, None)
         own = {name: by_parameter[id(p)] for name, p in layer.named_parameters(recurse=False)}
         if own and mesh.cuts_parameters:
-            hook = LayerConstraints(mesh, own, _features(layer, mesh, own))
-            layer.register_forward_pre_hook(hook.enter)
-            layer.register_forward_hook(hook.leave, always_call=True)
+            constraints = LayerConstraints(mesh, own, _features(layer, mesh, own))
+            layer.register_forward_pre_hook(constraints.enter)
+            layer.register_forward_hook(constraints.leave, always_call=True)
 
 
 def _features(layer: torch.nn.Module, mesh: DeviceMesh, own: Mapping[str, Spec]) -> Part | bool:
