@@ -85,7 +85,7 @@ def block(x, p, size):
     attended = attend(*split).transpose(0, 2, 1, 3).reshape(batch, length, width)
     x = x + linear(attended, p["attn_out.w"], p["attn_out.b"])
     hidden = linear(norm(x, p["ln_2.scale"], p["ln_2.bias"]), p["mlp.w"], p["mlp.b"])
-    hidden = jax.nn.gelu(hidden.astype(jnp.float32), approximate=True)
+    hidden = jax.nn.gelu(hidden, approximate=True)
     return x + linear(hidden, p["mlp_out.w"], p["mlp_out.b"])
 
 
