@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import mesh_processes as job
@@ -34,9 +35,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mesh_processes")
 
 
-def _run(plan, **sizes):
-    both = start("mesh_processes.py", [json.dumps(plan)], **sizes)
-    return [{name: result for (name, *_), result in zip(plan, results, strict=True)} for results in both]
+def _run(plan, folder, **sizes):
+    files = start("mesh_processes.py", [json.dumps(plan), str(folder)], timeout=900, **sizes)
+    everyone = [json.loads(Path(file).read_text()) for file in files]
+    return [{name: result for (name, *_), result in zip(plan, results, strict=True)} for results in everyone]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def two_processes(folder):
         ["torch_gpt", SQUARE, "auto", str(folder)],
         ["other_rows", TENSOR],
     ]
-    return _run(plan, num_processes=2, num_devices=2)
+    return _run(plan, folder, num_processes=2, num_devices=2)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def four_processes(folder, two_processes):
         ["torch_resumed", FSDP, "auto", two_processes[0]["torch_gpt"]["path"]],
         ["metrics", PAIR],
     ]
-    return _run(plan, num_processes=4, num_devices=1)
+    return _run(plan, folder, num_processes=4, num_devices=1)
 
 
 @pytest.fixture(scope="module")

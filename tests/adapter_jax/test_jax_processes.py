@@ -27,7 +27,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(script, arguments, *, num_processes, num_devices):
+def start(script, arguments, *, num_processes, num_devices, timeout=300):
     port = free_port()
     workers = []
     for rank in range(num_processes):
@@ -41,7 +41,7 @@ def start(script, arguments, *, num_processes, num_devices):
         workers.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
-    outputs = [worker.communicate(timeout=600) for worker in workers]
+    outputs = [worker.communicate(timeout=timeout) for worker in workers]
     for worker, (out, err) in zip(workers, outputs, strict=True):
         assert worker.returncode == 0, out + err
     lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("RESULT ")]
