@@ -106,3 +106,21 @@ def test_what_cannot_be_planned_is_refused_before_anything_runs(tmp_path, capsys
 def test_a_script_that_does_not_train_is_named_with_its_last_words(tmp_path, capsys):
     assert plan(tmp_path, "raise RuntimeError('no data here')", "--topology", "cpu:2") == 1
     assert "no data here" in capsys.readouterr().err
+
+
+def test_a_step_that_takes_too_long_is_given_up(tmp_path, capsys):
+    text = "import time; print('asleep', flush=True); time.sleep(120)"
+    assert plan(tmp_path, text, "--topology", "cpu:2", "--timeout", "6") == 1
+    words = capsys.readouterr().err
+    assert "not done after 6 seconds" in words
+    assert "asleep" in words
+    assert "--timeout" in words
+
+
+def test_a_search_goes_on_after_a_mesh_that_cannot_be_planned_and_ends_with_the_first_that_fits(tmp_path, capsys):
+    text = "import os\nassert os.environ['POLYACCEL_MESH__FSDP'] != '1', 'parts only'\n" + FLAX
+    assert plan(tmp_path, text, "--search", "--first", "--topology", "cpu:4") == 0
+    page = capsys.readouterr().out
+    assert "data=2 fsdp=2" in page
+    assert "not planned: cpu:4 data=4: AssertionError: parts only" in page
+    assert " fsdp=4" not in page
