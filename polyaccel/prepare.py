@@ -76,6 +76,7 @@ class Preparation:
         self.bridge: Bridge | None = None
         self._engine = engine
         self._capabilities = capabilities
+        self.native_dialect = capabilities.dialect
         self._backend = backend
         self._expected_dialect = expected
         self._script: Dialect | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -44,15 +45,17 @@ class Preparing(Parts):
         return results[0] if len(results) == 1 else tuple(results)
 
     def create_model(self, make: Callable[[], Any]) -> Any:
-        """The model that `make()` returns, made for `prepare` without ever being whole on one device or in host memory (on jax).
+        """The model that `make()` returns, made for `prepare` without ever being whole on one device or in host memory.
 
         A flax module (nnx, or linen as `module.bind(module.init(key, x))`) is computed by one program, each device its own part. A torch
         module gets no memory until `prepare`, which has its layers compute their values one after another by `reset_parameters()`, and
-        refuses what these would not make. On torch and xla it is `make()`. Must be called on every process.
+        refuses what these would not make; on the torch engine so where the mesh has fsdp or tensor. Elsewhere it is `make()`. Must be
+        called on every process.
         """
         if "create_model" not in self._features:
             return make()
-        with init_empty_where_torch_is_used():
+        speaks_torch = self._prepared.native_dialect == "torch"  # that engine knows itself when a module is to be empty
+        with nullcontext() if speaks_torch else init_empty_where_torch_is_used():
             return self._engine.create_model(make)  # type: ignore[attr-defined]
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:

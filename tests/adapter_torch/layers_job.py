@@ -249,6 +249,21 @@ def timeouts(mesh):
     return [backend.options._timeout.total_seconds() for backend in backends]
 
 
+def created(mesh, make):
+    """Whether the model had memory before prepare; the range of values of each parameter afterwards, and those of buffers."""
+    run = accelerator(mesh=mesh)
+    torch.manual_seed(run.process_index)
+    model = run.create_model(make)
+    is_empty = all(parameter.is_meta for parameter in model.parameters())
+    try:
+        model = run.prepare(model)
+    except PolyaccelError as error:
+        return error.message
+    state = run.get_state_dict(model)
+    ranges = {name: [float(value.min()), float(value.max())] for name, value in state.items()}
+    return {"is_empty": is_empty, "ranges": ranges}
+
+
 AXES, REMATS = (("fsdp", FSDP), ("tensor", TENSOR)), ("none", "full", "dots")
 WHOLE = (ShardingRule("*.norm.*", None), ShardingRule("*.mix.weight", None))
 QUESTIONS = {
@@ -269,6 +284,9 @@ QUESTIONS = {
     "dropped by the optimizer": (dropped, FSDP, "optimizer"),
     "dropped by the model": (dropped, FSDP, "model"),
     "timeouts": (timeouts, TENSOR),
+    "created": (created, FSDP, Mlp),
+    "created on data": (created, {"data": 2}, Mlp),
+    "created, of transformers": (created, FSDP, gpt2),
     "a rule for Bilinear": (refused, TENSOR, ShardingRule("*.mix.weight", ("tensor", None, None))),
     "a rule that does not divide": (refused, TENSOR, ShardingRule("*.norm.weight", ("tensor", None))),
     "no rule for Bilinear": (refused, TENSOR, ShardingRule("*.nothing", None)),

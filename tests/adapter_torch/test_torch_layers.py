@@ -112,6 +112,17 @@ def test_exchanges_of_every_axis_wait_as_long_as_the_configuration_says(answers)
     assert answers[0]["timeouts"] == [77, 77, 77]
 
 
+def test_a_model_is_created_without_memory_where_it_is_cut(answers):
+    first, second = (one["created"] for one in answers)
+    assert first == second
+    assert first["is_empty"]
+    assert first["ranges"]["norm.weight"] == [1, 1]
+    low, high = first["ranges"]["expand.weight"]
+    assert -0.36 < low < -0.3 < 0.3 < high < 0.36  # 1 / sqrt(8), nn.Linear's own bound
+    assert not answers[0]["created on data"]["is_empty"]
+    assert "_init_weights" in answers[0]["created, of transformers"]
+
+
 def test_a_rule_that_torch_cannot_follow_is_an_error_that_names_it_and_the_parameter(answers):
     (said,) = answers[0]["a rule for Bilinear"]
     assert "'*.mix.weight = tensor - -' cuts parameter mix.weight of Mlp over mesh.tensor=2" in said

@@ -46,6 +46,7 @@ class TorchBackend:
                 "sharding_rules",
                 "remat",
                 "offload",
+                "create_model",
             }
         ),
     )

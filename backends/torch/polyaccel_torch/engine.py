@@ -118,6 +118,10 @@ class TorchEngine:
 
     # -- prepare -------------------------------------------------------------------------------------------------------
 
+    def create_model(self, make: Callable[[], Any]) -> Any:
+        """What `make()` returns; where models are cut without memory for its parameters, which get their values in `prepare_model`."""
+        return make() if self._sharding is None else self._sharding.create_model(make)
+
     def prepare_model(
         self, model: nn.Module, *, evaluation_mode: bool = False, device_placement: bool = True
     ) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import Shard
+from polyaccel_torch.big_models.empty import init_empty_weights
 from polyaccel_torch.sharded import clipping, fsdp, state
 from polyaccel_torch.sharded.averages import PieceAverage
 from polyaccel_torch.sharded.mesh import ShardedMesh
@@ -37,6 +38,11 @@ class Sharding:
         self._placing = Placing(self.mesh, plan, device)
 
     # -- prepare -------------------------------------------------------------------------------------------------------
+
+    def create_model(self, make: Callable[[], Any]) -> Any:
+        """A model without memory for its parameters."""
+        with init_empty_weights():
+            return make()
 
     def prepare_model(self, model: nn.Module, *, device_placement: bool) -> None:
         """Cut a model in place; its parameters are other objects afterwards. Raises PrepareError or UnsupportedError before that."""
