@@ -127,13 +127,16 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--meshes", nargs="+", choices=MESHES, help="these alone (default: all)")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         return train()
     if not options.table:
-        rows = {name: compare(mesh) for name, mesh in MESHES.items()}
-        RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+        rows = {}
+        for name in options.meshes or MESHES:
+            rows[name] = compare(MESHES[name])
+            RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
     print(table(json.loads(RESULTS.read_text())))
     return None
 
