@@ -6,8 +6,8 @@ devices are virtual ones of one CPU.
     python benchmarks/scaling.py --table             # prints what is there
 
 weak: 2 windows of 64 bytes per data shard. strong: 8 windows in all. layers: 12, 24 and 48 of them on fsdp=4. plan: what `polyaccel plan`
-says of the same runs. gloo: bytes of one of 1, 2, 4, 8 torch processes. A GPT of 4 layers and width 128, AdamW, clipping by the norm.
-CPU seconds are given beside seconds, since the machine may have other work. The runs on one number of devices share a process.
+says of the same runs on four devices. A GPT of 4 layers and width 128, AdamW, clipping by the norm. CPU seconds are given beside seconds,
+since the machine may have other work. The runs on one number of devices share a process.
 """
 
 import argparse
@@ -96,16 +96,6 @@ def on_jax(num_devices, named):
         return {key: json.loads(report.read_text()) for key, report in zip(named, reports, strict=True)}
 
 
-def on_gloo(mesh, arguments):
-    """The report of process 0 of a torch job."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "polyaccel.cli.main", "launch", "--backend", "torch", "--cpu"]
-        command += ["--num-processes", str(devices_of(mesh)), *flags(mesh), str(SCRIPT), *arguments]
-        checked([*command, "--report", str(report)], environment_for(1), folder)
-        return json.loads(report.read_text())
-
-
 def planned(mesh, arguments):
     """What `polyaccel plan` says of such a run."""
     topology = f"cpu:{devices_of(mesh)}"
@@ -158,10 +148,6 @@ def measured(parts, results, only):
         for name, mesh in meshes(4).items():
             if is_missing("plan", f"{dialect}, {name}"):
                 yield "plan", f"{dialect}, {name}", planned(mesh, arguments_of("weak", dialect, mesh))
-    for num_devices in DEVICES if "gloo" in parts else ():
-        for name, mesh in meshes(num_devices).items():
-            if is_missing("gloo", name):
-                yield "gloo", name, on_gloo(mesh, arguments_of("weak", "torch", mesh))
 
 
 def table(results):
@@ -198,13 +184,11 @@ def table(results):
         )
         sent = f"{sums[0] / sums[1]:8.3f}" if sums[1] else f"{'-':>8}"
         print(f"{name:28}{ratios}{sent}{row['flops'] / real['flops']:8.3f}")
-    for name, row in results.get("gloo", {}).items():
-        print(f"gloo, {name:22}{row['parameter_bytes'] / 1e6:11.2f}{row['optimizer_bytes'] / 1e6:8.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    everything = ["weak", "strong", "plan", "layers", "gloo"]
+    everything = ["weak", "strong", "plan", "layers"]
     parser.add_argument("--parts", nargs="+", choices=everything, default=everything)
     parser.add_argument("--only", nargs="*", default=[], help="rows whose names have one of these texts in them")
     parser.add_argument("--again", action="store_true", help="measure rows that are there already")

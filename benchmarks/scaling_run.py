@@ -159,18 +159,7 @@ def number_of(text, name):
     return int(text.partition(f"{name}:")[2].split()[0]) * 1024
 
 
-def bytes_on_torch(prepared):
-    """Of this process: parameters, and the optimizer's state."""
-    model, optimizer = prepared
-    state = [value for slots in optimizer.state.values() for value in slots.values() if hasattr(value, "dim")]
-    local = [
-        sum((value.to_local() if hasattr(value, "to_local") else value).nbytes for value in values)
-        for values in (model.parameters(), state)
-    ]
-    return dict(zip(("parameter_bytes", "optimizer_bytes"), local, strict=True))
-
-
-def report_of(accelerator, step, programs):
+def report_of(step, programs):
     import jax
 
     from polyaccel_jax.handles import JaxModel, JaxOptimizer
@@ -234,15 +223,13 @@ def train(args, **settings):
     from polyaccel import Accelerator
 
     accelerator = Accelerator(split_batches=True, compilation_cache="off", **settings)
-    is_on_jax = accelerator.backend == "jax"
-    programs = Programs(accelerator._engine) if args.report and is_on_jax else None
+    programs = Programs(accelerator._engine) if args.report else None
     step, prepared = {"torch": torch_training, "flax": flax_training}[args.dialect](accelerator, args)
     if programs is None:
         float(step())
-    if args.report:
-        found = report_of(accelerator, step, programs) if programs is not None else bytes_on_torch(prepared)
-        if accelerator.is_main_process:
-            Path(args.report).write_text(json.dumps(found))
+    else:
+        Path(args.report).write_text(json.dumps(report_of(step, programs)))
+    del prepared  # which had to live until here
     accelerator.end_training()
 
 
