@@ -8,10 +8,13 @@ import json
 import runpy
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from polyaccel.errors import PolyaccelError
+from polyaccel.looking.devices import peak_of
+from polyaccel.planned.chips import Chip
 from polyaccel.planned.report import as_json
 from polyaccel.planned.topologies import topology_named
 from polyaccel.registry import choose_backend
@@ -30,12 +33,20 @@ def main(arguments: list[str]) -> int:
         planning = backend.planner().planning(topology_named(topology))
         with planning as session, without_runs(), _without_weights(Path(script)):
             _run(script)
-        plan, chip = session.step_plan(), session.chip()
+        plan, chip = session.step_plan(), _with_peak(session.chip())
     except PolyaccelError as error:
         print(error, file=sys.stderr)
         return 1
     Path(report).write_text(json.dumps(as_json(plan, chip)), "utf-8")
     return 0
+
+
+def _with_peak(chip: Chip | None) -> Chip | None:
+    """A GPU says its name, and a table what those of that name can do."""
+    if chip is None or chip.peak_flops is not None:
+        return chip
+    peak = peak_of(chip.name)
+    return chip if peak is None else replace(chip, peak_flops=peak.flops, source=peak.source)
 
 
 def _run(script: str) -> None:

@@ -96,6 +96,9 @@ def test_values_of_the_scripts_own_argument_are_tried_side_by_side(tmp_path, cap
         (("--topology", "v5e"), "v5e:4x4"),
         (("--topology", "cpu:2", "--backend", "torch"), "planned on jax"),
         (("--topology", "v5e:4x4", "--scale", "12"), "powers of two"),
+        (("--topology", "gpu:512"), "the GPUs of this machine"),
+        (("--topology", "cpu:2", "--timeout", "0"), "no time"),
+        (("--topology", "cpu:2", "--search", "--search-axes", "data,layers"), "'layers' is no axis"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_runs(tmp_path, capsys, flags, words):

@@ -76,8 +76,7 @@ def devices_of(topology: TopologyName) -> list[jax.Device]:
 
 
 def chip_of(topology: TopologyName) -> Chip | None:
-    """The chip of a slice as its maker describes it; of a GPU what this process may take of its memory, and its peak where it is known."""
-    from polyaccel.looking.devices import peak_of
+    """The chip of a slice as its maker describes it; of a GPU its name, and what this process may take of its memory."""
     from polyaccel.planned.chips import Chip
 
     if topology.platform != "gpu":
@@ -86,15 +85,14 @@ def chip_of(topology: TopologyName) -> Chip | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
-    peak = peak_of(device.device_kind)
     return Chip(
         name=device.device_kind,
         hbm_bytes=int(stats["bytes_limit"]),
-        peak_flops=None if peak is None else peak.flops,
+        peak_flops=None,
         hbm_bytes_per_s=None,
         link_bytes_per_s=None,
         num_dims=1,
-        source="this machine" if peak is None else peak.source,
+        source="this machine",
     )
 
 
