@@ -76,7 +76,6 @@ class Preparation:
         self.bridge: Bridge | None = None
         self._engine = engine
         self._capabilities = capabilities
-        self.native_dialect = capabilities.dialect
         self._backend = backend
         self._expected_dialect = expected
         self._script: Dialect | None = None
@@ -94,6 +93,11 @@ class Preparation:
         if expected is None or expected == self._capabilities.dialect or not self._capabilities.accepts_bridges:
             return None
         return self._bridge_for(expected)
+
+    @property
+    def is_of_torch(self) -> bool:
+        """Whether the engine runs torch modules as they are, without a bridge."""
+        return self._capabilities.dialect == "torch"
 
     # -- in ------------------------------------------------------------------------------------------------------------
 

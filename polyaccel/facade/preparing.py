@@ -54,8 +54,8 @@ class Preparing(Parts):
         """
         if "create_model" not in self._features:
             return make()
-        speaks_torch = self._prepared.native_dialect == "torch"  # that engine knows itself when a module is to be empty
-        with nullcontext() if speaks_torch else init_empty_where_torch_is_used():
+        knows_itself = self._prepared.is_of_torch  # when a module is to be empty
+        with nullcontext() if knows_itself else init_empty_where_torch_is_used():
             return self._engine.create_model(make)  # type: ignore[attr-defined]
 
     def prepare_model(self, model: Any, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
