@@ -124,7 +124,9 @@ def flax_resumed(mesh, partitioning, path):
     run.register_for_checkpointing(ema)
     run.load_state(path)
     saved = run.get_state_dict(model)
-    state = {shard.name: shard.data.sum().item() for shard in run._engine.read_state(optimizer)}
+    state = {}  # sums over this process's pieces
+    for shard in run._engine.read_state(optimizer):
+        state[shard.name] = state.get(shard.name, 0.0) + shard.data.sum(dtype=np.float64).item()
     return {
         "state": _listed(saved),
         "averages": _listed(ema.state_dict()["averages"]),
@@ -150,10 +152,10 @@ def metrics(mesh):
     numbers = np.arange(10 * shards - 3)
     size = 4
     parts = [{"id": numbers[start : start + size]} for start in range(0, len(numbers), size)]
-    flax_loader = run.prepare(parts)
+    _, flax_loader = run.prepare(Mlp(nnx.Rngs(0)), parts)
     flax_seen = [run.gather_for_metrics(batch["id"]) for batch in flax_loader]
-    model, loader = run.prepare(torch.nn.Linear(2, 2), DataLoader(TensorDataset(torch.tensor(numbers)), batch_size=4))
-    del model
+    run = accelerator(mesh, split_batches=False)
+    _, loader = run.prepare(torch.nn.Linear(2, 2), DataLoader(TensorDataset(torch.tensor(numbers)), batch_size=4))
     seen, objects = [], []
     for (batch,) in loader:
         seen += run.gather_for_metrics(batch).tolist()
