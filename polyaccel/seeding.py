@@ -32,7 +32,8 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         raise ConfigError(f"seed={seed!r} is not a seed", "use an integer from 0 to 2**32 - 1")
     engines = jobs.engines()
     if device_specific and engines:
-        seed += _draws_as.get(engines[0], engines[0].topology.process_index)
+        newest = engines[-1]
+        seed += _draws_as.get(newest, newest.topology.process_index)
     _last_seed = seed
     random.seed(seed)
     if "numpy" in sys.modules:
