@@ -63,7 +63,8 @@ def flax(mesh, partitioning, folder):
     data = batches(20)
     run = accelerator(mesh, folder, partitioning=partitioning)
     # Each process makes other values: those of process 0 count.
-    model, optimizer, loader = run.prepare(Odd(nnx.Rngs(run.process_index)), optax.adamw(1e-2), data)
+    model, optimizer = run.prepare(Odd(nnx.Rngs(run.process_index)), optax.adamw(1e-2))
+    loader = run.prepare_data_loader(data)
     ema = EMA(model, decay=0.5)
     step = run.train_step(cross_entropy, model, optimizer, max_grad_norm=MAX_NORM)
     losses = []
@@ -98,7 +99,8 @@ def flax(mesh, partitioning, folder):
 def flax_accumulation(mesh, partitioning):
     """Eight micro batches in windows of two, clipped."""
     run = accelerator(mesh, partitioning=partitioning, gradient_accumulation_steps=2)
-    model, optimizer, loader = run.prepare(Odd(nnx.Rngs(0)), optax.adamw(1e-2), batches(8))
+    model, optimizer = run.prepare(Odd(nnx.Rngs(0)), optax.adamw(1e-2))
+    loader = run.prepare_data_loader(batches(8))
     losses, norms = [], []
     for batch in loader:
         with run.accumulate(model):
@@ -111,7 +113,8 @@ def flax_accumulation(mesh, partitioning):
 
 def flax_precision(mesh, precision):
     run = accelerator(mesh, mixed_precision=precision)
-    model, optimizer, loader = run.prepare(Mlp(nnx.Rngs(0)), optax.sgd(0.1), batches(4))
+    model, optimizer = run.prepare(Mlp(nnx.Rngs(0)), optax.sgd(0.1))
+    loader = run.prepare_data_loader(batches(4))
     step = run.train_step(cross_entropy, model, optimizer)
     return [float(step(batch)) for batch in loader]
 
@@ -119,7 +122,8 @@ def flax_precision(mesh, precision):
 def flax_resumed(mesh, partitioning, path):
     """What another mesh reads of a checkpoint, and the next loss."""
     run = accelerator(mesh, partitioning=partitioning)
-    model, optimizer, loader = run.prepare(Odd(nnx.Rngs(5)), optax.adamw(1e-2), batches(20))
+    model, optimizer = run.prepare(Odd(nnx.Rngs(5)), optax.adamw(1e-2))
+    loader = run.prepare_data_loader(batches(20))
     ema = EMA(model, decay=0.5)
     run.register_for_checkpointing(ema)
     run.load_state(path)
@@ -152,7 +156,8 @@ def metrics(mesh):
     numbers = np.arange(10 * shards - 3)
     size = 4
     parts = [{"id": numbers[start : start + size]} for start in range(0, len(numbers), size)]
-    _, flax_loader = run.prepare(Mlp(nnx.Rngs(0)), parts)
+    run.prepare(Mlp(nnx.Rngs(0)))
+    flax_loader = run.prepare_data_loader(parts)
     flax_seen = [run.gather_for_metrics(batch["id"]) for batch in flax_loader]
     run = accelerator(mesh, split_batches=False)
     _, loader = run.prepare(torch.nn.Linear(2, 2), DataLoader(TensorDataset(torch.tensor(numbers)), batch_size=4))
