@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,25 @@ def test_parameters_are_computed_in_their_parts_and_never_whole(make):
     losses = train(engine, prepared, optimizer, batches(2))
     assert np.isfinite(losses).all()
     assert _on_device(prepared._polyaccel_model.leaves) == total // 4
+
+
+def test_a_module_that_was_made_in_parts_has_no_second_copy_beside_the_model():
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    engine = open_engine(4, mesh={"fsdp": 4})
+    model = engine.prepare_model(engine.create_model(lambda: Wide(nnx.Rngs(0))))
+    gc.collect()
+    total = sum(leaf.nbytes for leaf in model._polyaccel_model.leaves)
+    assert sum(array.nbytes for array in jax.live_arrays()) - before < 1.5 * total
+    optimizer = engine.prepare_optimizer(optax.sgd(1e-2), model)
+    model.eval()
+    model.train()
+    train(engine, model, optimizer, batches(1))
+    expected = np.asarray(model._polyaccel_model.params["second.bias"])
+    np.testing.assert_array_equal(np.asarray(model.second.bias[...]), expected)  # user code looks: current values
+    model.second.bias[...] = jnp.ones(4)
+    model(jnp.ones((4, 8)))  # takes over what was written
+    np.testing.assert_array_equal(np.asarray(model._polyaccel_model.params["second.bias"]), 1)
 
 
 def test_what_is_no_flax_module_is_returned_as_it_was_made():

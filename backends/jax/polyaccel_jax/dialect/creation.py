@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from polyaccel_jax.mesh import DeviceMesh
 
 _PARAMS = "params"
+_made: weakref.WeakSet[nnx.Module] = (
+    weakref.WeakSet()
+)  # that nobody has written to before they are prepared, or reads afterwards
 
 
 def create(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
@@ -32,12 +36,19 @@ def _create(make: Callable[[], Any], mesh: DeviceMesh) -> Any:
     template = found[0]
     if isinstance(template, nnx.Module):
         graph = nnx.graphdef(nnx.eval_shape(make))
-        return nnx.merge(graph, *initial(make, mesh)())
+        module = nnx.merge(graph, *initial(make, mesh)())
+        _made.add(module)
+        return module
     if isinstance(template, linen.Module) and template.scope is not None:
         module, _ = template.unbind()
         params, others = initial(make, mesh)()
         return module.bind({_PARAMS: params, **others})
     return template
+
+
+def is_made_here(module: nnx.Module) -> bool:
+    """Whether `create` made this module."""
+    return module in _made
 
 
 def initial(make: Callable[[], Any], mesh: DeviceMesh) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
@@ -14,6 +14,7 @@ from flax import nnx
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.sharding.blocks import blocks_of_names
 from polyaccel.sharding.plan import ModelHints
+from polyaccel_jax.dialect.creation import is_made_here
 from polyaccel_jax.dialect.functional import FlaxCall, Handle, Named, Results, live_module, narrowed, widened
 from polyaccel_jax.dialect.partitioning import hints_of_variables
 from polyaccel_jax.dialect.recomputed_blocks import policy_of, recomputed_nnx
@@ -60,6 +61,8 @@ class NnxSource:
         """Take the handle that owns the values from now on."""
         self.model = model
         self._version = model.version
+        if is_made_here(self.module):
+            self._let_go()
 
     def settle(self, *, for_writing: bool) -> None:
         """Take over what user code wrote to its module."""
@@ -147,15 +150,25 @@ class NnxSource:
             values = {**self.model.params, **self.model.buffer_arrays}
             # Copies: the next update deletes the arrays that it is given.
             self._seen = {name: jnp.copy(value) for name, value in values.items()}
-            nnx.update(
-                self.module,
-                nnx.from_flat_state(
-                    [(path, self._variables[n].replace(self._seen[n])) for n, path in self._paths.items()]
-                ),
-            )
+            self._show(self._seen)
             self._version = self.model.version
         self._is_touched = True
         return self.module
+
+    def _let_go(self) -> None:
+        """Hold shapes instead of the values that the model has a copy of, until user code looks: beside it they would lie all along."""
+        self._seen = {
+            name: jax.ShapeDtypeStruct(variable.get_value().shape, variable.get_value().dtype)
+            for name, variable in self._variables.items()
+        }
+        self._show(self._seen)
+        self._read_module()
+        self._version = -1
+
+    def _show(self, values: Mapping[str, Any]) -> None:
+        """Let the user's module hold these values."""
+        flat = [(path, self._variables[name].replace(values[name])) for name, path in self._paths.items()]
+        nnx.update(self.module, nnx.from_flat_state(flat))
 
     def set_mode(self, *, is_training: bool, attributes: dict[str, Any]) -> None:
         """`module.train()` or `module.eval()`."""
