@@ -41,11 +41,11 @@ def agreed(collectives: Any, model: str, values: Iterable[Any]) -> Iterator[Any]
         yield value
 
 
-def require_same_rows(collectives: Any, inputs: Sequence[Any]) -> None:
-    """Raises PrepareError where processes that share a data shard were given different rows. Every process must call it."""
+def require_same_rows(collectives: Any, inputs: Sequence[Any], sharing: int) -> None:
+    """Raises PrepareError where the `sharing` neighbours of a data shard were given different rows. Every process must call it."""
     if any(isinstance(array, jax.core.Tracer) for array in inputs):
         return
-    if differing := _differing(collectives, inputs):
+    if differing := _differing(collectives, inputs, sharing):
         first, second = differing
         raise PrepareError(
             f"processes {first} and {second} hold devices of one data shard, and were given different rows for it",
@@ -54,8 +54,8 @@ def require_same_rows(collectives: Any, inputs: Sequence[Any]) -> None:
         )
 
 
-def _differing(collectives: Any, arrays: Sequence[jax.Array]) -> tuple[int, int] | None:
-    """Two processes that hold different values of one piece; None where all copies are alike."""
+def _differing(collectives: Any, arrays: Sequence[jax.Array], sharing: int | None = None) -> tuple[int, int] | None:
+    """Two processes (of each `sharing` neighbours) that hold different values of one piece; None where all copies are alike."""
     mine = [
         [number, [index.start or 0 for index in shard.index], _sum_of(np.asarray(shard.data))]
         for number, array in enumerate(map(words, arrays))
@@ -64,7 +64,7 @@ def _differing(collectives: Any, arrays: Sequence[jax.Array]) -> tuple[int, int]
     first: dict[Any, tuple[int, int]] = {}
     for process, pieces in enumerate(collectives.all_gather_object(mine)):
         for number, start, checksum in pieces:
-            known = first.setdefault((number, *start), (process, checksum))
+            known = first.setdefault((process // sharing if sharing else 0, number, *start), (process, checksum))
             if known[1] != checksum:
                 return known[0], process
     return None

@@ -65,7 +65,7 @@ class Work:
         if found is None:
             axes, mesh = self.call.input_axes, self.engine.mesh
             if mesh.num_feeds < mesh.num_processes:  # the first batch of a kind tells whether a script means it
-                require_same_rows(self.engine.collectives, inputs)
+                require_same_rows(self.engine.collectives, inputs, mesh.num_processes // mesh.num_feeds)
             layout = partition.layout_of(
                 mesh,
                 self.partitioning,
