@@ -438,8 +438,14 @@ class Conformance(Remembering, Averaging, Weighting):
         (run,) = list_runs(tmp_path / "runs")
         (noted,) = run.events("progress")
         assert (noted["description"], noted["num_steps"], noted["is_over"]) == ("train", 4, True)
-        assert noted["samples_per_s"] == pytest.approx(GLOBAL_BATCH * noted["steps_per_s"])
-        assert 0 <= noted["data_share"] <= 1
+        if (
+            noted["steps_per_s"] is None
+        ):  # a busy machine: who waits for the device saw the first step end with the last
+            assert noted["measured_s"] == 0
+            assert noted["samples_per_s"] is None
+        else:
+            assert noted["samples_per_s"] == pytest.approx(GLOBAL_BATCH * noted["steps_per_s"])
+            assert 0 <= noted["data_share"] <= 1
 
     def test_a_profile_has_the_steps_that_its_schedule_records(self, tmp_path: Path) -> None:
         accelerator = self.accelerator()

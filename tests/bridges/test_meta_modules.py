@@ -66,11 +66,13 @@ def test_the_host_has_the_layer_in_hand_and_at_most_the_one_before_it(monkeypatc
     def watched(value: object, *args: object, **kwargs: object) -> object:
         if isinstance(value, np.ndarray) and value.size > 4096:
             made.append(value.shape)
-            deadline = time.monotonic() + 5  # jax lets go of a copied array a moment later, on a thread of its own
+            # jax lets go of an array a moment after its copy is made: a thread says so, and jax acts on it when it is called again.
+            deadline = time.monotonic() + 30
             while sum(former() is not None for former in alive) > 1:
                 assert time.monotonic() < deadline, (
                     f"{len(alive)} layers were made, and the first ones are still on the host"
                 )
+                put(np.float32(0)).block_until_ready()
                 time.sleep(0.01)
             alive.append(weakref.ref(value))
         return put(value, *args, **kwargs)

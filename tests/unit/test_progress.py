@@ -384,7 +384,8 @@ def test_the_last_line_in_a_pipe_waits_for_the_device_on_a_thread_of_its_own_als
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("fast: 20/20, 0:00, ")
-    assert 35 < float(line.split("0:00, ")[1].split()[0]) < 60, "50 steps in a second"
+    # 50 in a second; more where the thread came late to see the first of them; tens of thousands where nobody waits.
+    assert 35 < float(line.split("0:00, ")[1].split()[0]) < 1000
 
 
 def test_what_is_printed_in_a_loop_stands_above_the_bar():
