@@ -68,9 +68,7 @@ def test_the_host_has_the_layer_in_hand_and_at_most_the_one_before_it(monkeypatc
             on_host = sum(former() is not None for former in alive)
             assert on_host <= 1, f"{len(alive)} layers were made, and {on_host} of them are still on the host"
             alive.append(weakref.ref(value))
-            value = (
-                value.copy()
-            )  # jax may use an array in place, or hold it until a thread has copied it: what holds the other is ours
+            value = value.copy()  # jax may hold an array for long, or use it in place: what holds the other is ours
         return put(value, *args, **kwargs)
 
     with init_empty_weights():
