@@ -21,17 +21,17 @@ CLOSE = {"rtol": 0, "atol": 1e-5}  # fp32 sums in another order
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Four processes with one device each: 0 and 1 have the two halves of one sequence, 2 and 3 those of another."""
-    plan = [["torch_gpt", MESH], ["flax_gpt", MESH], ["other_rows", MESH]]
+    plan = [["torch_gpt", MESH], ["flax_gpt", MESH]]
     arguments = [json.dumps(plan), str(tmp_path_factory.mktemp("sequences"))]
     files = start("sequence_processes.py", arguments, num_processes=4, num_devices=1, timeout=900)
     everyone = [json.loads(Path(file).read_text()) for file in files]
     return [{name: result for (name, *_), result in zip(plan, results, strict=True)} for results in everyone]
 
 
-def test_nine_torch_steps_of_three_forms_are_those_of_plain_torch(results):
+def test_six_torch_steps_of_two_forms_are_those_of_plain_torch(results):
     model = job.gpt(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses, norms, given = [], [], job.pairs(9).tensors
+    losses, norms, given = [], [], job.pairs(6).tensors
     for batch in zip(*(tensor.split(job.SIZE) for tensor in given), strict=True):
         loss = job.loss_fn(model, batch)
         loss.backward()
@@ -43,14 +43,14 @@ def test_nine_torch_steps_of_three_forms_are_those_of_plain_torch(results):
     for process, result in enumerate(results):
         result = result["torch_gpt"]
         np.testing.assert_allclose(result["losses"], losses, **CLOSE)
-        np.testing.assert_allclose(result["norms"], norms[:6], **CLOSE)
+        np.testing.assert_allclose(result["norms"], norms[:3], **CLOSE)
         # Adam moves what has no gradient but rounding, the bias of keys, by as much as anything else.
         np.testing.assert_allclose(result["logits"], logits[process // 2].ravel().numpy(), rtol=0, atol=1e-3)
         assert result["state"] == results[0]["torch_gpt"]["state"]
 
 
 def test_processes_that_share_a_sequence_have_the_same_rows_and_count_them_once(results):
-    data = job.pairs(9).tensors[0][:, 0].split(job.SIZE)
+    data = job.pairs(6).tensors[0][:, 0].split(job.SIZE)
     for process, result in enumerate(results):
         result = result["torch_gpt"]
         assert result["feeds"] == [2, 2]
@@ -63,15 +63,10 @@ def test_flax_steps_are_those_of_one_device(results):
     model = Gpt(nnx.Rngs(0), length=job.FLAX_LENGTH)
     clipped = optax.chain(optax.clip_by_global_norm(job.MAX_NORM), optax.adamw(1e-3))
     optimizer = nnx.Optimizer(model, clipped, wrt=nnx.Param)
-    losses = []
-    for batch in token_batches(6, job.FLAX_LENGTH):
-        loss, gradients = nnx.value_and_grad(next_token_loss)(model, batch)
+    losses, gradients_of = [], nnx.jit(nnx.value_and_grad(next_token_loss))
+    for batch in token_batches(4, job.FLAX_LENGTH):
+        loss, gradients = gradients_of(model, batch)
         optimizer.update(model, gradients)
         losses.append(float(loss))
     for result in results:
         np.testing.assert_allclose(result["flax_gpt"]["losses"], losses, **CLOSE)
-
-
-def test_different_rows_for_one_sequence_are_refused(results):
-    for result in results:
-        assert "processes 0 and 1 hold devices of one data shard, and were given different rows" in result["other_rows"]
