@@ -131,7 +131,7 @@ def linen_model():
 
 
 def linen_bf16(mesh):
-    """Four fused steps of a linen module in bf16, and the predictions of ten samples for which the last batch is filled up."""
+    """Four fused steps of a linen module in bf16, and its predictions for batches of unequal sizes."""
     run = accelerator(mesh, mixed_precision="bf16", sharding_rules=())
     model, optimizer = run.prepare(linen_model(), optax.sgd(0.1))
     step = run.train_step(cross_entropy, model, optimizer)
