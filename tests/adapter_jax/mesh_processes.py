@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from flax import nnx
+from flax import linen, nnx
 from jax_engines import Mlp, batches, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -117,6 +117,41 @@ def flax_precision(mesh, precision):
     loader = run.prepare_data_loader(batches(4))
     step = run.train_step(cross_entropy, model, optimizer)
     return [float(step(batch)) for batch in loader]
+
+
+class LinenMlp(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4)(linen.tanh(linen.Dense(16)(x)))
+
+
+def linen_model():
+    module = LinenMlp()
+    return module.bind(module.init(jax.random.key(0), jnp.zeros((1, 8))))
+
+
+def linen_bf16(mesh):
+    """Four fused steps of a linen module in bf16, and its predictions for batches of unequal sizes."""
+    run = accelerator(mesh, mixed_precision="bf16", sharding_rules=())
+    model, optimizer = run.prepare(linen_model(), optax.sgd(0.1))
+    step = run.train_step(cross_entropy, model, optimizer)
+    losses = [float(step(batch)) for batch in run.prepare_data_loader(batches(4))]
+    data = [
+        {"x": batches(1)[0]["x"][:SIZE], "id": np.arange(SIZE)},
+        {"x": batches(1)[0]["x"][:12], "id": np.arange(12)},
+    ]
+    seen = []
+    for batch in run.prepare_data_loader(data):
+        logits, ids = run.gather_for_metrics((model(batch["x"]), batch["id"]))
+        seen.append((np.asarray(logits, np.float32).ravel().tolist(), np.asarray(ids).tolist()))
+    held = model._polyaccel_model.leaves
+    return {
+        "losses": losses,
+        "ids": [ids for _, ids in seen],
+        "logits": [logits for logits, _ in seen],
+        "kept": sorted({leaf.dtype.name for leaf in held}),
+        "bytes": bytes_of(held),
+    }
 
 
 def flax_resumed(mesh, partitioning, path):

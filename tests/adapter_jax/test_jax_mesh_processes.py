@@ -50,6 +50,7 @@ def two_processes(folder):
         ["flax_precision", SQUARE, "fp16"],
         ["flax_created", SQUARE],
         ["torch_gpt", SQUARE, "auto", str(folder)],
+        ["linen_bf16", FSDP],
         ["other_rows", TENSOR],
     ]
     return _run(plan, folder, num_processes=2, num_devices=2)
@@ -150,6 +151,32 @@ def test_fp16_with_a_loss_scale_trains(two_processes):
         expected.append(float(loss))
     for result in two_processes:
         np.testing.assert_allclose(result["flax_precision"], expected, rtol=0, atol=5e-3)  # eps of fp16 is 1e-3
+
+
+def test_a_linen_model_in_bf16_trains_in_pieces_and_its_metrics_count_samples_once(two_processes):
+    module, variables = job.linen_model().unbind()
+    params, expected = variables["params"], []
+
+    @jax.jit
+    def gradients(params, batch):
+        def loss_fn(params):
+            logits = module.apply({"params": params}, batch["x"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+        return jax.value_and_grad(loss_fn)(params)
+
+    for batch in batches(4):
+        loss, grads = gradients(params, batch)
+        params = jax.tree.map(lambda value, grad: value - 0.1 * grad, params, grads)
+        expected.append(float(loss))
+    logits = np.ravel(module.apply({"params": params}, batches(1)[0]["x"]))
+    for result in two_processes:
+        result = result["linen_bf16"]
+        np.testing.assert_allclose(result["losses"], expected, rtol=0, atol=2e-2)  # eps of bf16 is 8e-3
+        np.testing.assert_allclose(result["logits"][0], logits, rtol=0, atol=5e-2)
+        assert result["ids"] == [list(range(job.SIZE)), list(range(12))]
+        assert result["kept"] == ["float32"]
+        assert result["bytes"] == 4 * (8 * 16 + 16 + 16 * 4 + 4) // 4
 
 
 def test_twenty_torch_steps_of_three_forms_are_those_of_plain_torch(two_processes):

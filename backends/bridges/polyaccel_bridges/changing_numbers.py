@@ -40,6 +40,12 @@ def may_change(func: Any) -> bool:
     return func in _ALIKE
 
 
+def may_differ(func: Any) -> bool:
+    """Whether numbers of `func` are inputs from the first, in jobs of several processes: exponents and writes are faster and simpler as
+    constants, until they change."""
+    return func in _ALIKE and func not in _WRITING and func not in (_T.pow, torch.pow, _T.__pow__)
+
+
 def number_key(numbers: Numbers) -> tuple[Any, ...]:
     """Equal for the very same numbers alone: -0.0 is not 0.0, 1 is not 1.0, nan is nan."""
     return tuple([repr(value) if not value or value != value else (type(value), value) for value in numbers])

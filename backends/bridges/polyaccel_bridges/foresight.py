@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 from .calls import TorchCall, handles
 from .kept_gradients import GradientsRecipe
 from .recordings import Entry, Session, path_to
-from .tape_calls import Part, TapeRecipe, float_inputs, operands_of, release
-from .tensors import STACKED, DeviceTensor
+from .tape_calls import Part, TapeRecipe, float_inputs, operands_of, placed_axes, release
+from .tensors import DeviceTensor
 
 if TYPE_CHECKING:
     from .tape import Recorder
@@ -104,7 +104,7 @@ class Ahead:
         self._cells: dict[At, ArrayCell] = {}
         tape = self.recipe.tape
         session.refuse_changed_parameters(tape.used[0])
-        axes = [None if axis == STACKED else axis for axis in tape.axes]
+        axes = placed_axes(tape.axes)
         inputs = session.inputs[: first.num_inputs]
         me = weakref.ref(self)  # the engine keeps the last call of a recipe, and these gradients are large
 

@@ -22,6 +22,7 @@ from .calls import as_dtypes, numpy_dtypes
 from .capture import capture_vjp
 from .fused import input_dtypes, run_entry, started
 from .graphs import TensorSpec, written_params
+from .own_values import OWN, taken
 from .piece_runs import PieceGraph, ShardedPiece, WholePiece
 from .shadows import OutSpec
 from .tape_calls import operands_of, wants_gradient
@@ -300,7 +301,9 @@ class ComposedProgram:
 
     # -- values of one process, values of all ------------------------------------------------------------------------------
 
-    def _whole(self, operand: Operand, inputs: Sequence[Any], env: dict[Place, Any]) -> tuple[Any, bool]:
+    def _whole(
+        self, operand: Operand, spec: TensorSpec, inputs: Sequence[Any], env: dict[Place, Any]
+    ) -> tuple[Any, bool]:
         """A value as user code's pieces take it, and whether it has a dim for the processes."""
         if operand[0] == "v":
             return env[operand[1]], self._num_processes > 1
@@ -312,6 +315,8 @@ class ComposedProgram:
             return value, False
         if axis == STACKED:
             return value, True
+        if axis == OWN:
+            return taken(value, self._num_processes, tuple(spec.shape)), True
         return self._split(value, axis), True
 
     def _split(self, value: Any, axis: int) -> Any:
@@ -374,9 +379,12 @@ class ComposedProgram:
         count = 0
         for captured in self._captured:
             group = captured.group
-            taken = [self._whole(operand, inputs, env) for operand in group.operands]
+            given = [
+                self._whole(operand, spec, inputs, env)
+                for operand, spec in zip(group.operands, group.specs, strict=True)
+            ]
             ids = [versions[operand[1]] if operand[0] == "v" else operand for operand in group.operands]
-            values, stacked = [value for value, _ in taken], [flag for _, flag in taken]
+            values, stacked = [value for value, _ in given], [flag for _, flag in given]
             if group.is_model:
                 shards = [
                     self._to_shards(value, flag, axis)

@@ -12,6 +12,7 @@ from .attributes import NO_EFFECTS
 from .changing_numbers import Changing, Numbers
 from .exchange import placed_array
 from .modules import ManagedModel
+from .own_values import OWN, is_own, laid
 from .packing import Key, thaw
 from .shadows import Fakes, Modes, OutSpec, fake_leaf, freeze_result, spec_of
 from .tensors import ArrayCell, DeviceTensor, host_copy
@@ -87,8 +88,11 @@ class Floats:
 class Session:
     """One recording: a path in the trie, and the values that entered it."""
 
-    def __init__(self, root: Entry, draw: int, seen: dict[Key, tuple[Numbers, Entry]]) -> None:
+    def __init__(
+        self, root: Entry, draw: int, seen: dict[Key, tuple[Numbers, Entry]], own_copies: int | None = None
+    ) -> None:
         self.entry = root
+        self.own_copies = own_copies  # of host values that processes have differently; None: there is one process
         self.seen = seen  # by place and key: the first numbers of an operation, whatever came before it
         self.draw = draw
         self.inputs: list[Any] = []
@@ -111,17 +115,22 @@ class Session:
         self.written_params: dict[tuple[ManagedModel, str], Any] = {}  # what forward made of parameters
         self.after_backward: Callable[[], None] | None = None
         self.shadows: Shadows | None = None
-        self._inputs: dict[tuple[int, Any, bool], int] = {}
+        self._inputs: dict[tuple[int, Any, bool, bool], int] = {}
         self._kept: list[Any] = []
 
-    def input(self, tensor: torch.Tensor, *, wants_grad: bool = False) -> tuple[int, int | None]:
-        """The index of a tensor among the inputs, and its batch dim; its present value is what enters."""
+    def input(
+        self, tensor: torch.Tensor, *, wants_grad: bool = False, for_model: bool = False
+    ) -> tuple[int, int | None]:
+        """The index of a tensor among the inputs, and its batch dim; its present value is what enters.
+
+        Without a batch dim a prepared model takes it as the same for all data shards; other operations take each process's own.
+        """
         version: Any = 0
         if isinstance(tensor, DeviceTensor):
             version = tensor._cell.stamp()
         elif not tensor.is_inference():
             version = tensor._version
-        found = self._inputs.get((id(tensor), version, wants_grad))
+        found = self._inputs.get((id(tensor), version, wants_grad, for_model))
         if found is not None:
             return found, self.axes[found]
         value: Any
@@ -138,8 +147,10 @@ class Session:
                 axis = None
         if axis == 0 and self.batch_size is None:
             self.batch_size = tensor.shape[0]
+        if self.own_copies is not None and not for_model and is_own(value, axis):
+            value, axis = laid(value, self.own_copies), OWN
         self._kept.append(tensor)
-        self._inputs[id(tensor), version, wants_grad] = len(self.inputs)
+        self._inputs[id(tensor), version, wants_grad, for_model] = len(self.inputs)
         if wants_grad:
             self.wanted[len(self.inputs)] = tensor
         return self.add(value, axis), axis

@@ -26,6 +26,7 @@ from .dynamo import keep_out
 from .forwards import Forwards
 from .halves import Halves, Unfollowed, leaves_of_graph
 from .modules import ManagedModel
+from .own_values import OWN, OwnNumbers
 from .packing import LEAF, Key, freeze_call
 from .recordings import Entry, Floats, Ref, Session
 from .shadows import Modes
@@ -57,6 +58,7 @@ class Recorder:
         self._closed: list[Session] = []  # ended ones whose values may still be wanted
         self._recaptures: dict[Any, int] = {}
         self._autocast: torch.dtype | None = None
+        self._own_numbers: OwnNumbers | None = None
 
     # -- what it works for -------------------------------------------------------------------------------------------------
 
@@ -172,7 +174,11 @@ class Recorder:
             how = entry.changing
             assert how is not None
             for value in numbers:
-                session.add(how.array(value), None)
+                number = how.array(value)
+                if entry.model is None and session.own_copies is not None:
+                    session.add(self._own_number(number), OWN)
+                else:
+                    session.add(number, None)
 
     def _open(self) -> Session:
         for model in self.models:
@@ -180,7 +186,8 @@ class Recorder:
                 model.push_writes()  # ends the recording where parameters were written to
         session = self._session
         if session is None:
-            session = self._session = Session(self._root, self.engine.current_key()[1], self._seen)
+            copies = None if self.num_processes == 1 else self.engine.plan.num_local_data_shards
+            session = self._session = Session(self._root, self.engine.current_key()[1], self._seen, copies)
         return session
 
     def _freeze_call(
@@ -216,16 +223,16 @@ class Recorder:
                     return (LEAF, "p", place, found._dtype, found._shape, found._requires_grad)
                 if found._cell is None:
                     self.compute(found)
-                index, axis = session.input(found)
+                index, axis = session.input(found, for_model=func is None)
                 is_spent = found._is_spent and found._requires_grad
                 return (LEAF, "i", index, found._dtype, found._shape, is_spent, axis)
             if found.requires_grad and modes.is_grad_enabled and func not in _COMPARISONS:
                 if self.halves.computed(found):
                     raise Unfollowed(None)
                 self._refuse_foreign(found)
-                index, axis = session.input(found, wants_grad=True)
+                index, axis = session.input(found, wants_grad=True, for_model=func is None)
                 return (LEAF, "i", index, found.dtype, found.shape, True, axis, True)
-            index, axis = session.input(found)
+            index, axis = session.input(found, for_model=func is None)
             return (LEAF, "i", index, found.dtype, found.shape, False, axis)
 
         def number(value: float) -> Key:
@@ -408,6 +415,11 @@ class Recorder:
         refs[ref.out] = _DEAD
         torch.utils.swap_tensors(target, result)
         refs[ref.out] = weakref.ref(target)  # type: ignore[arg-type]  # it is one now
+
+    def _own_number(self, number: Any) -> Any:
+        if self._own_numbers is None:
+            self._own_numbers = OwnNumbers(self.engine.place, self.engine.plan.num_local_data_shards)
+        return self._own_numbers(number)
 
     def draw_key(self, draw: int) -> Any:
         """The data of the random key of one draw."""

@@ -15,6 +15,7 @@ from .calls import TorchCall, handles
 from .descriptions import facts_of_models, shown
 from .input_gradients import receive
 from .kept_gradients import GradientsRecipe
+from .own_values import OWN
 from .tensors import STACKED, ArrayCell, DeviceTensor
 
 if TYPE_CHECKING:
@@ -125,6 +126,11 @@ class TapeRecipe:
         """What is known of a recorded value."""
         part, position, out = place
         return self.parts[part].at(position).specs[out]
+
+
+def placed_axes(axes: Sequence[int | None]) -> list[int | None]:
+    """The dims along which the engine cuts a recording's inputs."""
+    return [None if axis == STACKED else 0 if axis == OWN else axis for axis in axes]
 
 
 def operands_of(entry: Entry) -> list[tuple[Any, ...]]:
@@ -419,7 +425,7 @@ def _call(recorder: Recorder, signature: Any, recipe: TapeRecipe, assembly: _Ass
         signature,
         handles(recipe.models),
         assembly.inputs,
-        [None if axis == STACKED else axis for axis in assembly.axes],
+        placed_axes(assembly.axes),
         finish,
         is_global=True,
         draw=assembly.draw,

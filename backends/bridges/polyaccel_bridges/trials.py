@@ -13,7 +13,7 @@ from polyaccel.errors import PrepareError
 
 from . import scope as capturing
 from .attributes import learn
-from .changing_numbers import Changing, Numbers, changing, number_key
+from .changing_numbers import Changing, Numbers, changing, may_differ, number_key
 from .packing import Key, described, settle, thaw
 from .recordings import Entry, Floats, Session, Shadows
 from .shadows import OutSpec, ValueDependent, freeze_result, infer, spec_of
@@ -62,6 +62,9 @@ def try_operation(session: Session, key: Any, numbers: Numbers, operands: Sequen
     known = _known(session, key, numbers)
     found = None if known is None else _with_changing_numbers(trial, session, func, known, numbers)
     entry = found or trial.run(func, numbers, None)
+    if known is None and session.own_copies is not None and may_differ(func) and entry.unfollowed is None:
+        # A constant would make another program on each process whose number is another one.
+        entry = _with_changing_numbers(trial, session, func, entry, numbers) or trial.run(func, numbers, None)
     if numbers and known is None and entry.unfollowed is None:
         session.seen[entry.position, settle(key)] = numbers, entry
     if entry.unfollowed is None:

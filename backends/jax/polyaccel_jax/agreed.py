@@ -54,6 +54,22 @@ def require_same_rows(collectives: Any, inputs: Sequence[Any], sharing: int) -> 
         )
 
 
+def require_same_values(collectives: Any, called: str, inputs: Sequence[Any]) -> None:
+    """Raises PrepareError, naming what is `called`, where processes gave different values for one of these inputs without a batch dim.
+
+    Every process must call it, for inputs of the same number and shapes.
+    """
+    for array in inputs:
+        if differing := _differing(collectives, [array]):
+            first, second = differing
+            raise PrepareError(
+                f"processes {first} and {second} gave {called} different values for {array.dtype.name} of shape {array.shape}, and its"
+                " program spans all processes: an input without a batch dim has one value in it",
+                "give all processes the same value, give it one entry per sample as part of the batch, or use a mesh without tensor and"
+                ' sequence and partitioning="pmap", where each process may have its own',
+            )
+
+
 def _differing(collectives: Any, arrays: Sequence[jax.Array], sharing: int | None = None) -> tuple[int, int] | None:
     """Two processes (of each `sharing` neighbours) that hold different values of one piece; None where all copies are alike."""
     mine = [

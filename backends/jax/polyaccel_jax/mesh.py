@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ class DeviceMesh:
         self.batch: Sharding = self.cut(0)
         if self.is_single_device:
             self.replicated = self.batch = SingleDeviceSharding(devices[0])
+        self._host_copies: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
         self._is_lone = False
         self._array_type: type = jax.ShapeDtypeStruct
         if planner is not None:
@@ -257,11 +259,17 @@ class DeviceMesh:
 
     def _from_this_process(self, leaf: Any, shape: tuple[int, ...], axis: int | None) -> jax.Array:
         if axis is None:
-            return pieces.from_host(leaf, self.replicated)
+            made = pieces.from_host(leaf, self.replicated)
+            self._host_copies[id(made)] = made
+            return made
         if self.num_feeds == 1 and shape[axis] % self.num_shards:  # every process has all of it
             return pieces.from_host(leaf, self.replicated)
         self.check_divides(shape[axis], self.num_local_shards)
         return pieces.from_rows(leaf, self.cut(axis), axis, self.feed, self.num_feeds)
+
+    def is_host_copy(self, array: Any) -> bool:
+        """Whether an array that is to be the same on all processes is made of what each of them had on its host."""
+        return self._host_copies.get(id(array)) is array
 
     def _refuse_ambiguous(self, shape: tuple[int, ...], batch_size: int | None) -> None:
         if shape and batch_size is not None and shape[0] == batch_size * self.num_feeds:

@@ -14,7 +14,7 @@ import numpy as np
 from polyaccel.errors import UnsupportedError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax import partition
-from polyaccel_jax.agreed import require_same_rows
+from polyaccel_jax.agreed import require_same_rows, require_same_values
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
 from polyaccel_jax.partition import Layout, specs_of
 from polyaccel_jax.precision import all_finite, next_scaler
@@ -74,6 +74,10 @@ class Work:
                 with_grads=self.with_grads,
                 is_piece=self.is_global,
             )
+            if mesh.num_feeds > 1 and layout.num_replicas == 1:
+                shared = [array for array, axis in zip(inputs, layout.axes, strict=True) if axis is None]
+                shared = [array for array in shared if mesh.is_host_copy(array)]
+                require_same_values(self.engine.collectives, self.call.describe(inputs)[0], shared)
             program = self.engine.compiles.build(
                 lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)
             )

@@ -1,0 +1,112 @@
+"""One process of a job whose processes give a recorded loop, and a loss function, values of their own. Not a test itself."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch.nn import functional
+
+from polyaccel import Accelerator
+from polyaccel.errors import PolyaccelError, PrepareError
+
+NUM_STEPS, NUM_PROCESSES = 4, 2
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(3, 8), torch.nn.Linear(8, 10)
+
+    def forward(self, x, shift=None):
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden if shift is None else hidden + shift).view(x.shape[0], 2, 5)
+
+
+def model():
+    torch.manual_seed(0)
+    return Shifted()
+
+
+def rows(process, step):
+    made = torch.Generator().manual_seed(100 * process + step)
+    return torch.randn(4, 3, generator=made), torch.randint(0, 5, (4, 2), generator=made)
+
+
+def share(process, step):
+    """A number that is another one on each process."""
+    return 0.1 + 0.7 * process + 0.05 * step
+
+
+def loop_loss(net, process, step):
+    """Flattened targets, a tensor and Python numbers of this process: beside the model's output, and beside parameters alone."""
+    x, y = rows(process, step)
+    number = share(process, step)
+    loss = functional.cross_entropy(net(x).view(-1, 5), y.reshape(-1)) * (1 + number)
+    decay = torch.tensor(number) * net.first.weight.pow(2).sum()
+    return loss + decay + net.second.weight.abs().sum() * number / (3 + process)
+
+
+def scaled_loss(net, batch, factor):
+    x, y = batch
+    return factor * functional.cross_entropy(net(x).view(-1, 5), y.reshape(-1))
+
+
+def accelerator(partitioning):
+    return Accelerator(backend="jax", cpu=True, compilation_cache="off", partitioning=partitioning)
+
+
+def loop(partitioning):
+    run = accelerator(partitioning)
+    net = model()
+    net, optimizer = run.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    losses = []
+    for step in range(NUM_STEPS):
+        loss = loop_loss(net, run.process_index, step)
+        run.backward(loss)
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    state = run.get_state_dict(net)
+    return {"losses": losses, "state": {name: value.ravel().tolist() for name, value in state.items()}}
+
+
+def refused(partitioning):
+    run = accelerator(partitioning)
+    net = run.prepare(model())
+    me = run.process_index
+
+    def said(function):
+        try:
+            function()
+        except PrepareError as error:
+            return str(error)
+        return "not at all"
+
+    def forward():
+        x, _ = rows(me, 0)
+        run.backward(net(x, torch.linspace(0, 1, 8) * share(me, 0)).sum())
+
+    batch = rows(me, 0)
+    return {
+        "function": said(lambda: run.backward(scaled_loss, net, batch, torch.tensor(share(me, 0)))),
+        "model": said(forward),
+        "alike": said(lambda: run.backward(scaled_loss, net, batch, torch.tensor(2.0))),
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    held = accelerator("auto")  # the job ends with the last Accelerator
+    result = {name: loop(name) for name in ("pmap", "sharding")}
+    result |= {f"refused {name}": refused(name) for name in ("pmap", "sharding")}
+    print("RESULT " + json.dumps(result), flush=True)
+    held.wait_for_everyone()
+    held.end_training()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PolyaccelError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
