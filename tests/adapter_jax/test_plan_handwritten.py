@@ -10,7 +10,7 @@ import pytest
 
 from polyaccel.cli.main import main
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="the model that is planned is a GPT-2 of transformers")
 
 SIZE = handwritten_gpt2.Size(layers=2, width=128, heads=2, vocab=2048, length=256, batch=2)
 SCRIPT = """
