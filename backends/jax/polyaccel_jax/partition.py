@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from polyaccel.errors import PlanError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax.constraints import Constrainer
+from polyaccel_jax.late_gathers import run_with_late_gathers
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
 from polyaccel_jax.sequences import Sequences, labels_of_inputs
 from polyaccel_jax.splits import LENGTH, Labels, Split
@@ -201,11 +202,21 @@ def _run_replicas(
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
     cut = {name: mesh.kept_axis(value.shape, name) for name, value in params.items()}
+    whole = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items() if cut[name] is not None
+    }
+
+    def gather(name: str, part: jax.Array) -> jax.Array:
+        return lax.all_gather(part, "fsdp", axis=cut[name], tiled=True)
+
+    def results(*args: Any) -> tuple[Any, ...]:
+        result = program(*args)
+        return result.loss, result.outputs, result.grads, result.buffers
 
     def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
-        whole = {name: _gathered(value, cut[name]) for name, value in params.items()}
-        result = program(whole, buffers, jax.random.fold_in(key, index), inputs, loss_scale)
+        args = (buffers, jax.random.fold_in(key, index), inputs, loss_scale)
+        result = ProgramResult(*run_with_late_gathers(results, params, whole, gather, *args))
         outputs = [
             _over_shards(value) if axis is None else value
             for value, axis in zip(result.outputs, program.output_axes, strict=True)
@@ -230,11 +241,6 @@ def _run_replicas(
         check_vma=False,  # replicas differentiate on their own; the averaging above is all there is between them
     )(params, buffers, key, list(inputs), loss_scale)
     return ProgramResult(loss, outputs, grads, new_buffers)
-
-
-def _gathered(value: jax.Array, axis: int | None) -> jax.Array:
-    """The whole of a parameter of which this device keeps a part."""
-    return value if axis is None else lax.all_gather(value, "fsdp", axis=axis, tiled=True)
 
 
 def _averaged(value: jax.Array, axis: int | None, mesh: DeviceMesh) -> jax.Array:
