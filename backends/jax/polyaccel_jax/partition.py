@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout as memory
 from jax.sharding import NamedSharding
 
 from polyaccel.errors import PlanError
@@ -21,6 +22,7 @@ from polyaccel_jax.sequences import Sequences, labels_of_inputs
 from polyaccel_jax.splits import LENGTH, Labels, Split
 
 Specs = tuple[ArraySpec, ...]
+_TPU_LANES = 128  # elements of the innermost dim that lie together
 
 
 def specs_of(inputs: Sequence[Any]) -> Specs:
@@ -162,6 +164,8 @@ def _run_gathering(mesh: DeviceMesh, run: Callable[..., Any], params: dict[str, 
     used = {name: mesh.used_spec(value.shape, name) for name, value in params.items()}
 
     def gather(name: str, part: jax.Array) -> jax.Array:
+        # First as it is kept: or the partitioner gathers it before the cast, and before what it waits for.
+        part = lax.with_sharding_constraint(part, mesh.kept(part, name))
         return lax.with_sharding_constraint(part, mesh.sharding_of(used[name]))
 
     whole = {}
@@ -259,6 +263,10 @@ def _averaged(value: jax.Array, axis: int | None, mesh: DeviceMesh) -> jax.Array
     """The mean of a gradient over all replicas: of its own part, where each device keeps one."""
     if axis is None:
         return lax.pmean(value, DATA_AXES)
+    last = value.ndim - 1
+    if mesh.platform == "tpu" and axis == last > 0 and value.shape[last] // mesh.sizes["fsdp"] % _TPU_LANES:
+        # Parts that fill no tiles: with rows outermost the compiler would all-reduce the whole, as for a tied table of width 768.
+        value = memory.with_layout_constraint(value, memory.Layout(major_to_minor=(last, *range(last))))
     part = lax.psum_scatter(value, "fsdp", scatter_dimension=axis, tiled=True) / mesh.num_parts
     return lax.pmean(part, ("replica", "data"))
 
