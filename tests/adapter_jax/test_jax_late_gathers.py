@@ -189,10 +189,3 @@ def test_a_flax_model_in_bf16_gathers_half_the_bytes():
     _, text = trained(4, mesh={"fsdp": 4}, partitioning="pmap", mixed_precision="bf16")
     kinds = {kind for kind in gathered(text) if kind.startswith(f"{WIDTH}x{2 * WIDTH}")}
     assert kinds == {f"{WIDTH}x{2 * WIDTH}xbf16"}
-
-
-@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}], ids=str)
-def test_a_flax_model_in_one_program_gathers_twice_and_trains_as_on_one_device(losses_of_one_device, mesh):
-    losses, text = trained(4, mesh=mesh)
-    np.testing.assert_allclose(losses, losses_of_one_device, rtol=0, atol=1e-5)
-    assert text.count("optimization_barrier") >= 2 * 2 - 1

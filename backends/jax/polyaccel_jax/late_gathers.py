@@ -23,9 +23,8 @@ from polyaccel.sharding.blocks import blocks_of_names
 from polyaccel_jax.jaxprs import CALLS, RECOMPUTED, bind
 
 _LAYOUTS = frozenset({"transpose", "reshape", "squeeze", "copy", "copy_p", "stop_gradient", "expand_dims"})
-_SMALL_BYTES = (
-    2**15
-)  # whole; smaller parameters are gathered once: what they take is nothing, and each exchange has its latency
+# Of a whole parameter: up to this it is gathered once, since it takes next to nothing and each exchange has its latency.
+_SMALL_BYTES = 2**15
 Gather = Callable[[str, jax.Array], jax.Array]
 Key = tuple[str, Any]  # a parameter, and the dtype in which it is gathered
 

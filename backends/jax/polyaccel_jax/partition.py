@@ -132,12 +132,16 @@ def run(
         inputs = [Sequences(mesh).constrained(Split(*one)).value for one in zip(inputs, layout.labels, strict=True)]
     elif not mesh.is_single_device:
         inputs = [_lay(mesh, value, axis) for value, axis in zip(inputs, layout.axes, strict=True)]
-    run: Callable[..., tuple[Any, ...]] = functools.partial(_fields, program)
-    if mesh.cuts_layers or layout.labels is not None:
-        run = functools.partial(_run_constrained, mesh, layout, run)
     if mesh.num_parts > 1:
-        run = functools.partial(_run_gathering, mesh, run)
-    result = ProgramResult(*run(params, buffers, key, inputs, loss_scale))
+        # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
+        params = {
+            name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
+            for name, value in params.items()
+        }
+    if mesh.cuts_layers or layout.labels is not None:
+        result = _run_constrained(mesh, layout, program, params, buffers, key, inputs, loss_scale)
+    else:
+        result = program(params, buffers, key, inputs, loss_scale)
     if not mesh.is_single_device:
         result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
         result.outputs = [
@@ -156,39 +160,20 @@ def _fields(program: Program, *args: Any) -> tuple[Any, ...]:
     return result.loss, result.outputs, result.grads, result.buffers
 
 
-def _run_gathering(mesh: DeviceMesh, run: Callable[..., Any], params: dict[str, jax.Array], *args: Any) -> Any:
-    """`run`, with parameters that are whole over `fsdp` where they are used.
-
-    Without a word, the partitioner may cut layers instead, along dims that nobody chose.
-    """
-    used = {name: mesh.used_spec(value.shape, name) for name, value in params.items()}
-
-    def gather(name: str, part: jax.Array) -> jax.Array:
-        # First as it is kept: or the partitioner gathers it before the cast, and before what it waits for.
-        part = lax.with_sharding_constraint(part, mesh.kept(part, name))
-        return lax.with_sharding_constraint(part, mesh.sharding_of(used[name]))
-
-    whole = {}
-    for name, value in params.items():
-        if "fsdp" in mesh.spec_of(value.shape, name):
-            whole[name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-    params = {name: value if name in whole else gather(name, value) for name, value in params.items()}
-    return run_with_late_gathers(run, params, whole, gather, *args)
-
-
 def _run_constrained(
     mesh: DeviceMesh,
     layout: Layout,
-    run: Callable[..., Any],
+    program: Program,
     params: dict[str, jax.Array],
     buffers: dict[str, jax.Array],
     key: jax.Array,
     inputs: Sequence[jax.Array],
     loss_scale: jax.Array | None,
-) -> tuple[Any, ...]:
+) -> ProgramResult:
     """The program, with constraints on its products with weights that `tensor` cuts, and on what follows sequences."""
     sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
 
+    run: Callable[..., Any] = functools.partial(_fields, program)
     args = (params, buffers, key, list(inputs), loss_scale)
     leaves = jax.tree.leaves(params)
     if layout.labels is not None:
@@ -197,10 +182,10 @@ def _run_constrained(
         known[first : first + len(layout.labels)] = layout.labels
         run = functools.partial(Sequences(mesh).run, run, known)
     if not mesh.cuts_layers:
-        return tuple(run(*args))
+        return ProgramResult(*run(*args))
     tags: list[Any] = [mesh.used_spec(value.shape, name) for name, value in sorted(params.items())]
     tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
-    return tuple(Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
+    return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
 
 
 def _lay(mesh: DeviceMesh, value: jax.Array, axis: int | None) -> jax.Array:
