@@ -33,9 +33,47 @@ step({"x": np.ones((1024, args.width), np.float32)})
 """
 
 
-def plan(tmp_path, capsys, *arguments, topology="v5e:2x4"):
+TIED = """
+import jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from polyaccel import Accelerator
+
+accelerator = Accelerator(partitioning="pmap", mixed_precision="bf16")
+model = accelerator.create_model(lambda: nnx.Embed(50257, 768, rngs=nnx.Rngs(0)))
+model, optimizer = accelerator.prepare(model, optax.adamw(1e-3))
+
+def loss_fn(model, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(model.attend(model(batch)), batch).mean()
+
+accelerator.train_step(loss_fn, model, optimizer)(np.zeros((8, 128), np.int32))
+"""
+
+LAYERS = """
+import jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from polyaccel import Accelerator
+
+WIDTH = 4096
+accelerator = Accelerator(partitioning="pmap", mixed_precision="bf16")
+make = lambda: nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)) for _ in range(16)])
+
+class Deep(nnx.Module):
+    def __init__(self):
+        self.layers = make()
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.tanh(layer(x))
+        return x
+
+model, optimizer = accelerator.prepare(accelerator.create_model(Deep), optax.sgd(1e-3))
+accelerator.train_step(lambda model, x: (model(x) ** 2).mean(), model, optimizer)(np.zeros((64, WIDTH), np.float32))
+"""
+
+
+def plan(tmp_path, capsys, *arguments, topology="v5e:2x4", source=SCRIPT):
     script = tmp_path / "train.py"
-    script.write_text(SCRIPT, "utf-8")
+    script.write_text(source, "utf-8")
     code = main(["plan", str(script), "--topology", topology, "--mesh.fsdp", "-1", "--json", "--", *arguments])
     return code, json.loads(capsys.readouterr().out)
 
@@ -48,12 +86,26 @@ def test_a_step_is_compiled_for_eight_chips(tmp_path, capsys):
     assert report["parameter_bytes"] == weights * 4 // 8
     assert report["fits"] is True
     kinds = {one["kind"]: one for one in report["collectives"]}
-    # In float32: parameters are gathered whole and cast where they are used.
     assert kinds["all-gather"]["bytes"] > 0
     # Forward 2, backward 3 products of (128, 1024) x (1024, 1024) on each chip.
     assert report["matrix_flops"] == pytest.approx(5 * 2 * 128 * 1024 * 1024)
     assert report["flops"] == pytest.approx(report["matrix_flops"], rel=0.15)
     assert 0 < report["estimate"]["mfu"] < 1
+
+
+def test_the_gradient_of_a_tied_table_whose_parts_are_96_columns_is_scattered(tmp_path, capsys):
+    code, report = plan(tmp_path, capsys, source=TIED)
+    assert code == 0
+    kinds = {one["kind"]: one for one in report["collectives"]}
+    assert kinds["reduce-scatter"]["bytes"] == 4 * 50257 * 768
+    assert kinds["all-reduce"]["bytes"] < 1000  # the loss
+
+
+def test_gathered_parameters_do_not_stay(tmp_path, capsys):
+    code, report = plan(tmp_path, capsys, source=LAYERS)
+    assert code == 0
+    # In bfloat16 they are 537 MB, and the gradient of one layer is 67 MB before it is scattered.
+    assert report["temporary_bytes"] < 0.9 * 2 * report["num_parameters"]
 
 
 def test_a_step_that_is_too_large_does_not_fit(tmp_path, capsys):

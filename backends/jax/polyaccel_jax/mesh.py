@@ -61,6 +61,7 @@ class DeviceMesh:
         self._specs: dict[str, Spec] = {}  # of the parameters of all models, by `<model>.<name>`
         self._uneven: dict[str, Spec] = {}  # of those that cannot be kept in equal parts
         self.is_single_device = len(devices) == 1
+        self.platform = devices[0].platform
         every: list[jax.Device] = list(self.mesh.devices.flat)
         self.local_devices = every if planner is not None else [d for d in every if d in self.mesh.local_devices]
         self.replicated: Sharding = NamedSharding(self.mesh, PartitionSpec())

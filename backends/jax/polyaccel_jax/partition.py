@@ -10,16 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import layout as memory
 from jax.sharding import NamedSharding
 
 from polyaccel.errors import PlanError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax.constraints import Constrainer
+from polyaccel_jax.late_gathers import run_with_late_gathers
 from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
 from polyaccel_jax.sequences import Sequences, labels_of_inputs
 from polyaccel_jax.splits import LENGTH, Labels, Split
 
 Specs = tuple[ArraySpec, ...]
+_TPU_LANES = 128  # elements of the innermost dim that lie together
 
 
 def specs_of(inputs: Sequence[Any]) -> Specs:
@@ -151,6 +154,12 @@ def run(
     return result
 
 
+def _fields(program: Program, *args: Any) -> tuple[Any, ...]:
+    """What a program returns, as jax knows it."""
+    result = program(*args)
+    return result.loss, result.outputs, result.grads, result.buffers
+
+
 def _run_constrained(
     mesh: DeviceMesh,
     layout: Layout,
@@ -164,12 +173,7 @@ def _run_constrained(
     """The program, with constraints on its products with weights that `tensor` cuts, and on what follows sequences."""
     sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
 
-    def results(*args: Any) -> tuple[Any, ...]:
-        result = program(*args)
-        return result.loss, result.outputs, result.grads, result.buffers
-
-    run: Callable[..., Any] = results
-
+    run: Callable[..., Any] = functools.partial(_fields, program)
     args = (params, buffers, key, list(inputs), loss_scale)
     leaves = jax.tree.leaves(params)
     if layout.labels is not None:
@@ -201,11 +205,19 @@ def _run_replicas(
     loss_scale: jax.Array | None,
 ) -> ProgramResult:
     cut = {name: mesh.kept_axis(value.shape, name) for name, value in params.items()}
+    whole = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items() if cut[name] is not None
+    }
+
+    def gather(name: str, part: jax.Array) -> jax.Array:
+        return lax.all_gather(part, "fsdp", axis=cut[name], tiled=True)
 
     def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
-        whole = {name: _gathered(value, cut[name]) for name, value in params.items()}
-        result = program(whole, buffers, jax.random.fold_in(key, index), inputs, loss_scale)
+        args = (buffers, jax.random.fold_in(key, index), inputs, loss_scale)
+        result = ProgramResult(
+            *run_with_late_gathers(functools.partial(_fields, program), params, whole, gather, *args)
+        )
         outputs = [
             _over_shards(value) if axis is None else value
             for value, axis in zip(result.outputs, program.output_axes, strict=True)
@@ -232,15 +244,14 @@ def _run_replicas(
     return ProgramResult(loss, outputs, grads, new_buffers)
 
 
-def _gathered(value: jax.Array, axis: int | None) -> jax.Array:
-    """The whole of a parameter of which this device keeps a part."""
-    return value if axis is None else lax.all_gather(value, "fsdp", axis=axis, tiled=True)
-
-
 def _averaged(value: jax.Array, axis: int | None, mesh: DeviceMesh) -> jax.Array:
     """The mean of a gradient over all replicas: of its own part, where each device keeps one."""
     if axis is None:
         return lax.pmean(value, DATA_AXES)
+    last = value.ndim - 1
+    if mesh.platform == "tpu" and axis == last > 0 and value.shape[last] // mesh.sizes["fsdp"] % _TPU_LANES:
+        # Parts that fill no tiles: with rows outermost the compiler would all-reduce the whole, as for a tied table of width 768.
+        value = memory.with_layout_constraint(value, memory.Layout(major_to_minor=(last, *range(last))))
     part = lax.psum_scatter(value, "fsdp", scatter_dimension=axis, tiled=True) / mesh.num_parts
     return lax.pmean(part, ("replica", "data"))
 
