@@ -64,7 +64,7 @@ class Sharding:
 
     def before_backward(self) -> None:
         """In the thread that is about to differentiate, which need not be the one of the forward pass."""
-        if self.mesh.tensor is not None:
+        if self.mesh.tensor is not None or self.mesh.sequence is not None:
             let_plain_tensors_be_whole()
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -139,12 +139,13 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
         if value is not None and value != setting.default:
             raise UnsupportedError(
                 f"{name}={value!r} ({config.sources.get(name, 'default')}) is a setting of DistributedDataParallel, and"
-                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor} cut parameters over processes",
+                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor}, mesh.sequence={plan.mesh.sequence} cut models over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
     if plan.offload != "none" and plan.mesh.num_data_shards == 1:
         raise UnsupportedError(
-            f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor} alone:"
+            f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor},"
+            f" mesh.sequence={plan.mesh.sequence} alone:"
             " FSDP2 offloads what it cuts or repeats over data shards",
-            "use mesh.fsdp, alone or with mesh.tensor",
+            "use mesh.fsdp, alone or with them",
         )
