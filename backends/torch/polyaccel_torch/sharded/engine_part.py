@@ -139,7 +139,8 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
         if value is not None and value != setting.default:
             raise UnsupportedError(
                 f"{name}={value!r} ({config.sources.get(name, 'default')}) is a setting of DistributedDataParallel, and"
-                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor}, mesh.sequence={plan.mesh.sequence} cut models over processes",
+                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor},"
+                f" mesh.sequence={plan.mesh.sequence} cut models over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
     if plan.offload != "none" and plan.mesh.num_data_shards == 1:

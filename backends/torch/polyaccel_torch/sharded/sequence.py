@@ -6,7 +6,6 @@ positions and lengths are those of the whole sequence, and an operation that nee
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from polyaccel import trees
 from polyaccel.errors import UnsupportedError
 from polyaccel_torch.sharded.sequence_rules import know_sequences
+from polyaccel_torch.sharded.sequence_writes import RefuseLostWrites
 from polyaccel_torch.sharded.tensor import let_plain_tensors_be_whole
 
 LENGTH = 1  # the dim of inputs (batch, length, ...)
@@ -46,17 +46,45 @@ def cut_sequences(model: nn.Module, mesh: DeviceMesh) -> None:
     sequences and for lengths that do not divide; without gradients such a call is computed whole by every process.
     """
     know_sequences(mesh.device_type)
-    model.register_forward_pre_hook(partial(_enter, mesh), with_kwargs=True)
+    entering = _Enter(mesh)
+    model.register_forward_pre_hook(entering, with_kwargs=True)
     # Nearest to the model, so that all other hooks meet whole tensors.
-    model.register_forward_hook(_leave, prepend=True)
+    model.register_forward_hook(_Leave(entering), prepend=True, always_call=True)
 
 
 def _whole(mesh: DeviceMesh) -> list[Placement]:
     return [Replicate()] * mesh.ndim
 
 
-def _enter(mesh: DeviceMesh, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    let_plain_tensors_be_whole()
+class _Enter:
+    """Forward pre-hook. One mode per running call: a module may call itself."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self.running: list[RefuseLostWrites] = []
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        let_plain_tensors_be_whole()
+        laid_out = _in_parts(self._mesh, model, args, kwargs)
+        mode = RefuseLostWrites()
+        mode.__enter__()
+        self.running.append(mode)
+        return laid_out
+
+
+class _Leave:
+    """Forward hook, called after an exception too."""
+
+    def __init__(self, entered: _Enter) -> None:
+        self._entered = entered
+
+    def __call__(self, model: nn.Module, args: Any, outputs: Any) -> Any:
+        if self._entered.running:  # else the call was refused
+            self._entered.running.pop().__exit__(None, None, None)
+        return _gathered(outputs) if isinstance(outputs, torch.Tensor) else trees.map_leaves(_gathered, outputs)
+
+
+def _in_parts(mesh: DeviceMesh, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     leaves, structure = trees.flatten((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor)]
     sequences = _sequences(tensors)
@@ -71,7 +99,9 @@ def _enter(mesh: DeviceMesh, model: nn.Module, args: Any, kwargs: dict[str, Any]
             f"{type(model).__name__} was called with mesh.sequence={size}, and {why}",
             "pad sequences to a multiple of mesh.sequence, or leave mesh.sequence at 1 for this model",
         )
-    cut = set() if why is not None else {id(tensor) for tensor in sequences}
+    # Inference mode keeps no record of views, by which a lost write is known.
+    is_whole = why is not None or torch.is_inference_mode_enabled()
+    cut = set() if is_whole else {id(tensor) for tensor in sequences}
 
     def laid_out(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DTensor):
@@ -93,12 +123,6 @@ def _sequences(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     if first is None:
         return []
     return [tensor for tensor in candidates if tensor.shape[: LENGTH + 1] == first.shape[: LENGTH + 1]]
-
-
-def _leave(model: nn.Module, args: Any, outputs: Any) -> Any:
-    if isinstance(outputs, torch.Tensor):
-        return _gathered(outputs)
-    return trees.map_leaves(_gathered, outputs)
 
 
 def _gathered(leaf: Any) -> Any:

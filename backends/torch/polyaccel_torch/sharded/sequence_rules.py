@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._decomp import decomposition_table
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from polyaccel import trees
 
 Placements = Sequence[Placement]
 _ROWS = 2  # the queries' dim in (batch, heads, length, dim), and in the sums (batch, heads, length)
 _SUM, _MEAN, _NONE = 2, 1, 0  # ATen's Reduction
+_OF_OPTIMIZERS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
 
 @functools.cache
@@ -33,9 +37,16 @@ def know_sequences(device_type: str) -> None:
         aten.nll_loss_backward.default: _nll_loss_backward,
         aten.nll_loss2d_forward.default: _nll_loss,
         aten.nll_loss2d_backward.default: _nll_loss_backward,
-        aten.convolution.default: _on_whole_inputs,
-        aten.convolution_backward.default: _on_whole_inputs,
+        aten.unbind.int: _unbind,
+        aten.fill_.Tensor: _fill,
     }
+    whole = (
+        aten.convolution.default,
+        aten.convolution_backward.default,
+        aten._local_scalar_dense.default,
+        aten.equal.default,
+        aten.nonzero.default,
+    )
     noise = (
         aten.bernoulli.default,
         aten.bernoulli_.float,
@@ -49,6 +60,8 @@ def know_sequences(device_type: str) -> None:
     )
     # torch's own context_parallel and loss_parallel extend this table; there is no public name for it.
     handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers.update(_without_rules())
+    handlers.update(dict.fromkeys(whole, _on_whole_inputs))
     handlers.update({op: functools.partial(_handled, rule) for op, rule in rules.items()})
     if device_type == "cpu":  # elsewhere torch draws for tensors in pieces as for whole ones
         handlers.update(dict.fromkeys(noise, _noise))
@@ -245,16 +258,77 @@ def _nll_loss_backward(op: Any, given: dict[str, Any]) -> Any:
     return _laid_out(grad, mesh, of_logits)
 
 
-# -- convolutions, noise ---------------------------------------------------------------------------------------------------
+# -- operations without a rule of torch's, or with none for sequences in parts ----------------------------------------------
 
 
-def _on_whole_inputs(op: Any, given: dict[str, Any]) -> Any:
-    mesh = _mesh_of(given)
-    args = [_local(value, mesh, _whole(mesh)) if isinstance(value, torch.Tensor) else value for value in given.values()]
-    found = op(*args)
-    if isinstance(found, torch.Tensor):
-        return _laid_out(found, mesh, _whole(mesh))
-    return tuple(None if one is None else _laid_out(one, mesh, _whole(mesh)) for one in found)
+def _without_rules() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Operations of torch that write nothing and that DTensor has no rule for, with what is right for all of them.
+
+    Some can be taken apart into operations with rules, from which torch learns how pieces lie; it then computes the whole operation on
+    pieces. That is wrong where an argument stands for the whole: a mean over its elements, a size. So these are taken apart here.
+    """
+    known = DTensor._op_dispatcher.sharding_propagator
+    ruled = {*known.op_strategy_funcs, *known.op_single_dim_strategy_funcs, *known.op_to_rules}
+    ruled.update(DTensor._op_dispatcher._custom_op_handlers)
+    for name in torch._C._dispatch_get_all_op_names():
+        if not name.startswith("aten::") or name.startswith(_OF_OPTIMIZERS):
+            continue
+        packet, _, overload = name.removeprefix("aten::").partition(".")
+        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        if op is None or op in ruled or op._schema.is_mutable:
+            continue
+        if op not in decomposition_table:
+            yield op, _on_whole_inputs
+        elif any(_counts(argument) for argument in op._schema.arguments):
+            yield op, _by_its_parts
+
+
+def _counts(argument: Any) -> bool:
+    kind = str(argument.type)
+    return "int" in kind.lower() and argument.name not in ("dim", "dtype")
+
+
+def _by_its_parts(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        try:
+            return decomposition_table[op](*args, **kwargs)
+        except NotImplementedError:  # a part has no rule: on all processes alike
+            return _on_whole_inputs(op, args, kwargs)
+
+
+def _on_whole_inputs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Every process computes all of it."""
+    leaves, structure = trees.flatten((tuple(args), kwargs))
+    mesh = next(leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor))
+
+    def laid_out(leaf: Any) -> Any:
+        return _laid_out(leaf, mesh, _whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf
+
+    with torch.no_grad():
+        args, kwargs = structure.unflatten(
+            _local(leaf, mesh, _whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+        )
+        found = op(*args, **kwargs)
+        return laid_out(found) if isinstance(found, torch.Tensor) else trees.map_leaves(laid_out, found)
+
+
+def _unbind(op: Any, given: dict[str, Any]) -> Any:
+    tensor, mesh = given["self"], _mesh_of(given)
+    dim = given["dim"] % tensor.dim()
+    kept = [place if type(place) is Shard and place.dim != dim else Replicate() for place in tensor.placements]
+    left = [Shard(place.dim - (place.dim > dim)) if type(place) is Shard else place for place in kept]
+    return [_laid_out(one, mesh, left) for one in op(_local(tensor, mesh, kept), dim)]
+
+
+def _fill(op: Any, given: dict[str, Any]) -> Any:
+    tensor, mesh = given["self"], _mesh_of(given)
+    if any(isinstance(place, Partial) for place in tensor.placements):
+        raise NotImplementedError(f"{op} on a tensor that lies in summands")
+    op(tensor.to_local(), _local(given["value"], mesh, _whole(mesh)))
+    return tensor
+
+
+# -- noise -----------------------------------------------------------------------------------------------------------------
 
 
 def _noise(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
