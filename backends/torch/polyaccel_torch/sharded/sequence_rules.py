@@ -37,6 +37,7 @@ def know_sequences(device_type: str) -> None:
         aten.nll_loss_backward.default: _nll_loss_backward,
         aten.nll_loss2d_forward.default: _nll_loss,
         aten.nll_loss2d_backward.default: _nll_loss_backward,
+        aten.cat.default: _cat,
         aten.unbind.int: _unbind,
         aten.fill_.Tensor: _fill,
     }
@@ -78,7 +79,8 @@ def _handled(rule: Callable[..., Any], op: Any, args: Sequence[Any], kwargs: dic
 
 
 def _mesh_of(given: dict[str, Any]) -> DeviceMesh:
-    return next(value.device_mesh for value in given.values() if isinstance(value, DTensor))
+    leaves, _ = trees.flatten(given)
+    return next(leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor))
 
 
 def _local(tensor: Any, mesh: DeviceMesh, placements: Placements) -> Any:
@@ -310,6 +312,24 @@ def _on_whole_inputs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
         )
         found = op(*args, **kwargs)
         return laid_out(found) if isinstance(found, torch.Tensor) else trees.map_leaves(laid_out, found)
+
+
+def _cat(op: Any, given: dict[str, Any]) -> Any:
+    """torch takes the dims of the first tensor for those of all, which is wrong where that is a legacy empty one of one dim, with which
+    transformers' caches begin. Here such a one is left out, and what it would have been joined to stays in parts."""
+    mesh = _mesh_of(given)
+    tensors = [tensor for tensor in given["tensors"] if tensor.shape != (0,)] or given["tensors"][:1]
+    dim = given["dim"] % max(tensors[0].dim(), 1)
+    if len(tensors) == 1 and isinstance(tensors[0], DTensor):
+        kept = _reduced(tensors[0], mesh)
+        return _laid_out(_local(tensors[0], mesh, kept).clone(), mesh, kept)
+    kept = _whole(mesh)
+    for axis in range(mesh.ndim):
+        places = [tensor.placements[axis] for tensor in tensors if isinstance(tensor, DTensor)]
+        cuts = [place for place in places if type(place) is Shard and place.dim != dim and place not in kept]
+        if cuts and all(tensor.shape[cuts[0].dim] % mesh.size(axis) == 0 for tensor in tensors):
+            kept[axis] = cuts[0]
+    return _laid_out(op([_local(tensor, mesh, kept) for tensor in tensors], dim), mesh, kept)
 
 
 def _unbind(op: Any, given: dict[str, Any]) -> Any:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.overrides import TorchFunctionMode
 
+from polyaccel import trees
 from polyaccel.errors import UnsupportedError
 
 _NO_WRITES = frozenset({"__index__", "__init__", "__int__", "__invert__", "__iter__", "requires_grad_", "retain_grad_"})
@@ -26,8 +28,10 @@ class RefuseLostWrites(TorchFunctionMode):
             written = args[0]
         if isinstance(written, DTensor):
             lost = _is_copy_of_a_view(written)
-            if func.__name__ == "__setitem__":
-                lost = lost or _touches_a_cut_dim(written, args[1])
+            if func.__name__ == "__setitem__" and not lost and _touches_a_cut_dim(written, args[1]):
+                if _is_plain(written, args):
+                    return _write_whole(*args)
+                lost = True
             if lost or "out" in kwargs:
                 raise UnsupportedError(
                     f"the model writes in place ({func.__name__}) into a part of a tensor of shape {tuple(written.shape)} that is cut"
@@ -54,6 +58,28 @@ def _is_copy_of_a_view(tensor: DTensor) -> bool:
     if isinstance(mine, AsyncCollectiveTensor) or isinstance(theirs, AsyncCollectiveTensor):
         return mine is not theirs
     return mine.untyped_storage().data_ptr() != theirs.untyped_storage().data_ptr()
+
+
+def _is_plain(written: DTensor, args: Any) -> bool:
+    """Whether no gradient flows through a write, as into token ids and masks."""
+    leaves, _ = trees.flatten(args)
+    needs_grad = any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
+    return not needs_grad and not any(isinstance(place, Partial) for place in written.placements)
+
+
+@torch.no_grad()
+def _write_whole(written: DTensor, index: Any, value: Any) -> None:
+    """`written[index] = value`, in all of it, of which each process keeps its part."""
+    mesh, placements = written.device_mesh, written.placements
+    everywhere = [Replicate()] * mesh.ndim
+
+    def whole(leaf: Any) -> Any:
+        return leaf.redistribute(placements=everywhere).to_local() if isinstance(leaf, DTensor) else leaf
+
+    all_of_it = whole(written).clone()
+    all_of_it[whole(index) if isinstance(index, DTensor) else trees.map_leaves(whole, index)] = whole(value)
+    laid_out = DTensor.from_local(all_of_it, mesh, everywhere, run_check=False).redistribute(placements=placements)
+    written.to_local().copy_(laid_out.to_local())
 
 
 def _touches_a_cut_dim(tensor: DTensor, index: Any) -> bool:
