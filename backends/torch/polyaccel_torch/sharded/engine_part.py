@@ -133,7 +133,8 @@ class Sharding:
 
 
 def _refuse_settings(plan: Plan, config: Config) -> None:
-    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, and for offload where FSDP2 has none."""
+    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, for torch.compile of parts of sequences,
+    and for offload where FSDP2 has no part."""
     for name, setting in SETTINGS.items():
         value = getattr(config, name, None) if name.startswith("ddp_") else None
         if value is not None and value != setting.default:
@@ -143,6 +144,12 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
                 f" mesh.sequence={plan.mesh.sequence} cut models over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
+    if plan.compile and plan.mesh.sequence > 1:
+        raise UnsupportedError(
+            f"compile=True ({config.sources.get('compile', 'default')}) with mesh.sequence={plan.mesh.sequence}: torch.compile does not"
+            " know how operations on parts of sequences are computed here",
+            "leave compile out, or mesh.sequence at 1",
+        )
     if plan.offload != "none" and plan.mesh.num_data_shards == 1:
         raise UnsupportedError(
             f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor},"
