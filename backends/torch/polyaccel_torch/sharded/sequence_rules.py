@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from polyaccel import trees
+from polyaccel_torch.sharded.mesh import with_layout_of
 
 Placements = Sequence[Placement]
 _ROWS = 2  # the queries' dim in (batch, heads, length, dim), and in the sums (batch, heads, length)
@@ -216,7 +217,7 @@ def _tokens(logits: Any, mesh: DeviceMesh) -> tuple[list[Placement], list[Placem
         return of_logits, of_targets
     for axis, place in enumerate(logits.placements):
         dim = getattr(place, "dim", None)
-        if dim is None or dim == 1:
+        if dim is None or dim == 1 or (logits.shape[dim] // getattr(place, "split_factor", 1)) % mesh.size(axis):
             continue
         if type(place) is Shard:
             of_logits[axis], of_targets[axis] = place, Shard(dim - 1 if dim > 1 else dim)
@@ -271,7 +272,7 @@ def _without_rules() -> Iterator[tuple[Any, Callable[..., Any]]]:
     """
     known = DTensor._op_dispatcher.sharding_propagator
     ruled = {*known.op_strategy_funcs, *known.op_single_dim_strategy_funcs, *known.op_to_rules}
-    ruled.update(DTensor._op_dispatcher._custom_op_handlers)
+    ruled.update(DTensor._op_dispatcher._custom_op_handlers, DTensor._op_dispatcher._random_ops)
     for name in torch._C._dispatch_get_all_op_names():
         if not name.startswith("aten::") or name.startswith(_OF_OPTIMIZERS):
             continue
@@ -335,7 +336,10 @@ def _cat(op: Any, given: dict[str, Any]) -> Any:
 def _unbind(op: Any, given: dict[str, Any]) -> Any:
     tensor, mesh = given["self"], _mesh_of(given)
     dim = given["dim"] % tensor.dim()
-    kept = [place if type(place) is Shard and place.dim != dim else Replicate() for place in tensor.placements]
+    kept = _whole(mesh)
+    for axis, place in enumerate(tensor.placements):
+        if type(place) is Shard and place.dim != dim and tensor.shape[place.dim] % mesh.size(axis) == 0:
+            kept[axis] = place
     left = [Shard(place.dim - (place.dim > dim)) if type(place) is Shard else place for place in kept]
     return [_laid_out(one, mesh, left) for one in op(_local(tensor, mesh, kept), dim)]
 
@@ -367,8 +371,8 @@ def _noise(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if is_in_place:
             return args[0]
         if isinstance(found, torch.Tensor):
-            return _laid_out(found, mesh, placements)
-        return tuple(_laid_out(one, mesh, placements) for one in found)
+            return with_layout_of(found, like)
+        return tuple(with_layout_of(one, like) for one in found)
 
 
 def _part_of(mesh: DeviceMesh, placements: Placements) -> int | None:
