@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from polyaccel import trees
 from polyaccel.errors import UnsupportedError
+from polyaccel_torch.sharded.layouts import whole
 from polyaccel_torch.sharded.sequence_rules import know_sequences
 from polyaccel_torch.sharded.sequence_writes import RefuseLostWrites
-from polyaccel_torch.sharded.tensor import let_plain_tensors_be_whole
 
 LENGTH = 1  # the dim of inputs (batch, length, ...)
 
 
-def keep_whole(part: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
+def keepwhole(part: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
     """Make these parameters of a module DTensors that every process of the mesh has whole, in place. Ties stay.
 
     Parameters must be the same on all processes of the mesh, or on the meta device.
@@ -34,8 +34,8 @@ def keep_whole(part: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
             if parameter is None or id(parameter) not in wanted:
                 continue
             if id(parameter) not in made:
-                whole = distribute_tensor(parameter.detach(), mesh, _whole(mesh), src_data_rank=None)
-                made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                piece = distribute_tensor(parameter.detach(), mesh, whole(mesh), src_data_rank=None)
+                made[id(parameter)] = nn.Parameter(piece, requires_grad=parameter.requires_grad)
             module._parameters[key] = made[id(parameter)]
 
 
@@ -52,10 +52,6 @@ def cut_sequences(model: nn.Module, mesh: DeviceMesh) -> None:
     model.register_forward_hook(_Leave(entering), prepend=True, always_call=True)
 
 
-def _whole(mesh: DeviceMesh) -> list[Placement]:
-    return [Replicate()] * mesh.ndim
-
-
 class _Enter:
     """Forward pre-hook. One mode per running call: a module may call itself."""
 
@@ -65,11 +61,11 @@ class _Enter:
 
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         let_plain_tensors_be_whole()
-        laid_out = _in_parts(self._mesh, model, args, kwargs)
+        inputs = _in_parts(self._mesh, model, args, kwargs)
         mode = RefuseLostWrites()
         mode.__enter__()
         self.running.append(mode)
-        return laid_out
+        return inputs
 
 
 class _Leave:
@@ -106,10 +102,10 @@ def _in_parts(mesh: DeviceMesh, model: nn.Module, args: Any, kwargs: dict[str, A
     def laid_out(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, DTensor):
             return leaf
-        whole = DTensor.from_local(leaf, mesh, _whole(mesh), run_check=False)
+        given = DTensor.from_local(leaf, mesh, whole(mesh), run_check=False)
         if id(leaf) not in cut:
-            return whole
-        return whole.redistribute(placements=[*_whole(mesh)[:-1], Shard(LENGTH)])
+            return given
+        return given.redistribute(placements=[*whole(mesh)[:-1], Shard(LENGTH)])
 
     args, kwargs = structure.unflatten(map(laid_out, leaves))
     return args, kwargs
@@ -135,10 +131,10 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pieces: Any) -> torch.Tensor:
         ctx.mesh, ctx.placements = pieces.device_mesh, pieces.placements
-        return pieces.redistribute(placements=_whole(ctx.mesh)).to_local()
+        return pieces.redistribute(placements=whole(ctx.mesh)).to_local()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         # What was in summands has the whole gradient for each of them.
         placements = [place if isinstance(place, Shard) else Replicate() for place in ctx.placements]
-        return DTensor.from_local(grad, ctx.mesh, _whole(ctx.mesh), run_check=False).redistribute(placements=placements)
+        return DTensor.from_local(grad, ctx.mesh, whole(ctx.mesh), run_check=False).redistribute(placements=placements)

@@ -1,8 +1,7 @@
 """Operations on sequences in parts for which torch's DTensor has no rule, or one that is wrong there: their handlers.
 
-Attention is computed from this process's queries and all keys and values; a causal one from those before and those beside the queries,
-which kernels can do without a mask. Losses divide by the tokens of all parts, noise differs from part to part, and convolutions, whose
-rule takes every process of the job for a neighbour, get whole inputs.
+Attention gathers keys and values, losses divide by the tokens of all parts, noise differs from part to part. Convolutions, whose rule
+takes every process of the job for a neighbour, and what has no rule are computed whole.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from polyaccel import trees
+from polyaccel_torch.sharded.layouts import Placements, laid_out, local_as, mesh_of, reduced, whole
 from polyaccel_torch.sharded.mesh import with_layout_of
+from polyaccel_torch.sharded.sequence_attention import attention, attention_backward
 
-Placements = Sequence[Placement]
-_ROWS = 2  # the queries' dim in (batch, heads, length, dim), and in the sums (batch, heads, length)
 _SUM, _MEAN, _NONE = 2, 1, 0  # ATen's Reduction
 _OF_OPTIMIZERS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 
@@ -32,8 +31,8 @@ def know_sequences(device_type: str) -> None:
     """Tell DTensor these rules; once in a process. They hold for all DTensors, and are right for all of them."""
     aten = torch.ops.aten
     rules: dict[Any, Callable[[dict[str, Any]], Any]] = {
-        aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+        aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
         aten.nll_loss_forward.default: _nll_loss,
         aten.nll_loss_backward.default: _nll_loss_backward,
         aten.nll_loss2d_forward.default: _nll_loss,
@@ -42,7 +41,7 @@ def know_sequences(device_type: str) -> None:
         aten.unbind.int: _unbind,
         aten.fill_.Tensor: _fill,
     }
-    whole = (
+    on_whole = (
         aten.convolution.default,
         aten.convolution_backward.default,
         aten._local_scalar_dense.default,
@@ -63,7 +62,7 @@ def know_sequences(device_type: str) -> None:
     # torch's own context_parallel and loss_parallel extend this table; there is no public name for it.
     handlers = DTensor._op_dispatcher._custom_op_handlers
     handlers.update(_without_rules())
-    handlers.update(dict.fromkeys(whole, _on_whole_inputs))
+    handlers.update(dict.fromkeys(on_whole, _on_whole_inputs))
     handlers.update({op: functools.partial(_handled, rule) for op, rule in rules.items()})
     if device_type == "cpu":  # elsewhere torch draws for tensors in pieces as for whole ones
         handlers.update(dict.fromkeys(noise, _noise))
@@ -79,140 +78,12 @@ def _handled(rule: Callable[..., Any], op: Any, args: Sequence[Any], kwargs: dic
         return rule(op, given)
 
 
-def _mesh_of(given: dict[str, Any]) -> DeviceMesh:
-    leaves, _ = trees.flatten(given)
-    return next(leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor))
-
-
-def _local(tensor: Any, mesh: DeviceMesh, placements: Placements) -> Any:
-    """This process's piece of a tensor that lies so; None stays."""
-    if tensor is None:
-        return None
-    if not isinstance(tensor, DTensor):  # whole
-        tensor = DTensor.from_local(tensor, mesh, _whole(mesh), run_check=False)
-    return tensor.redistribute(placements=placements).to_local()
-
-
-def _laid_out(local: torch.Tensor, mesh: DeviceMesh, placements: Placements) -> DTensor:
-    return DTensor.from_local(local, mesh, placements, run_check=False)
-
-
-def _whole(mesh: DeviceMesh) -> list[Placement]:
-    return [Replicate()] * mesh.ndim
-
-
-# -- attention -------------------------------------------------------------------------------------------------------------
-
-
-class _Layout:
-    """How one attention lies on its mesh: heads and batch in pieces, or rows of queries, or everything whole."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        self.mesh = _mesh_of(given)
-        query, key = given["query"], given["key"]
-        self.is_causal: bool = given["is_causal"]
-        self.queries: list[Placement] = _whole(self.mesh)
-        self.first_row, self.num_rows = 0, int(query.shape[_ROWS])
-        self.is_cut = False
-        taken: set[int] = set()
-        for axis, place in enumerate(query.placements if isinstance(query, DTensor) else ()):
-            if type(place) is not Shard or place.dim in taken or place.dim > _ROWS:
-                continue
-            size = self.mesh.size(axis)
-            if query.shape[place.dim] % size:
-                continue
-            if place.dim == _ROWS:
-                if self.is_causal and query.shape[_ROWS] != key.shape[_ROWS]:
-                    continue
-                self.num_rows //= size
-                self.first_row = self.mesh.get_local_rank(axis) * self.num_rows
-                self.is_cut = True
-            elif key.shape[place.dim] % size:
-                continue
-            self.queries[axis] = place
-            taken.add(place.dim)
-        self.keys = [Replicate() if place == Shard(_ROWS) else place for place in self.queries]
-
-    def mask(self, mask: Any) -> Any:
-        """This process's piece: cut as the queries are where it has that dim; whole where it is broadcast along it."""
-        if mask is None:
-            return None
-        missing = 4 - mask.dim()
-        places: list[Placement] = []
-        for place in self.queries:
-            dim = place.dim - missing if isinstance(place, Shard) else -1
-            places.append(Shard(dim) if dim >= 0 and mask.shape[dim] > 1 else Replicate())
-        return _local(mask, self.mesh, places)
-
-    def segments(self) -> Iterator[tuple[slice, bool]]:
-        """Which keys these queries see, and whether the kernel has to look at their order."""
-        if not (self.is_causal and self.is_cut):
-            yield slice(None), self.is_causal
-            return
-        if self.first_row:
-            yield slice(0, self.first_row), False
-        yield slice(self.first_row, self.first_row + self.num_rows), True
-
-
-def _attention(op: Any, given: dict[str, Any]) -> Any:
-    layout = _Layout(given)
-    mesh = layout.mesh
-    query = _local(given["query"], mesh, layout.queries)
-    key, value = (_local(given[name], mesh, layout.keys) for name in ("key", "value"))
-    options = {"attn_mask": layout.mask(given["attn_mask"]), "scale": given["scale"]}
-    out: Any = None
-    for seen, is_causal in layout.segments():
-        more = op(query, key[:, :, seen], value[:, :, seen], given["dropout_p"], is_causal, **options)
-        out = more if out is None else _joined(out, more)
-    return tuple(_laid_out(local, mesh, layout.queries) for local in out)
-
-
-def _joined(first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over two sets of keys from that over each of them; sums are logarithms of those of exponents."""
-    (one, sum_one), (other, sum_other) = first, second
-    total = torch.logaddexp(sum_one, sum_other)
-    share_one, share_other = ((part - total).exp().unsqueeze(-1) for part in (sum_one, sum_other))
-    return (one * share_one + other * share_other).to(one.dtype), total
-
-
-def _attention_backward(op: Any, given: dict[str, Any]) -> Any:
-    """By the kernel, segment by segment: with the sums over all keys it gives each segment's share of every gradient."""
-    layout = _Layout(given)
-    mesh = layout.mesh
-    grad, query, out, sums = (
-        _local(given[name], mesh, layout.queries) for name in ("grad_out", "query", "out", "logsumexp")
-    )
-    key, value = (_local(given[name], mesh, layout.keys) for name in ("key", "value"))
-    options = {"attn_mask": layout.mask(given["attn_mask"]), "scale": given["scale"]}
-    grads: Any = None
-    for seen, is_causal in layout.segments():
-        some = (key[:, :, seen], value[:, :, seen])
-        found = op(grad, query, *some, out, sums, given["dropout_p"], is_causal, **options)
-        if grads is None:
-            grads = [torch.zeros_like(found[0]), torch.zeros_like(key), torch.zeros_like(value)]
-        grads[0] += found[0]
-        grads[1][:, :, seen] += found[1]
-        grads[2][:, :, seen] += found[2]
-    summands = [Partial() if place == Shard(_ROWS) else place for place in layout.queries]
-    laid_out = [_laid_out(grads[0], mesh, layout.queries)]
-    for name, local in zip(("key", "value"), grads[1:], strict=True):
-        found = _laid_out(local, mesh, summands)
-        laid_out.append(found.redistribute(placements=_reduced(given[name], mesh)))
-    return tuple(laid_out)
-
-
-def _reduced(like: Any, mesh: DeviceMesh) -> Placements:
-    """As a tensor lies, but never in summands."""
-    placements = like.placements if isinstance(like, DTensor) else _whole(mesh)
-    return [Replicate() if isinstance(place, Partial) else place for place in placements]
-
-
 # -- losses ----------------------------------------------------------------------------------------------------------------
 
 
 def _tokens(logits: Any, mesh: DeviceMesh) -> tuple[list[Placement], list[Placement]]:
     """How logits (tokens, classes), or (batch, classes, ...), and their targets lie: in pieces along tokens, never along classes."""
-    of_logits, of_targets = _whole(mesh), _whole(mesh)
+    of_logits, of_targets = whole(mesh), whole(mesh)
     if not isinstance(logits, DTensor) or logits.dim() == 1:
         return of_logits, of_targets
     for axis, place in enumerate(logits.placements):
@@ -227,38 +98,38 @@ def _tokens(logits: Any, mesh: DeviceMesh) -> tuple[list[Placement], list[Placem
 
 
 def _nll_loss(op: Any, given: dict[str, Any]) -> Any:
-    mesh = _mesh_of(given)
+    mesh = mesh_of(given)
     of_logits, of_targets = _tokens(given["self"], mesh)
     reduction = given["reduction"]
     loss, count = op(
-        _local(given["self"], mesh, of_logits),
-        _local(given["target"], mesh, of_targets),
-        _local(given["weight"], mesh, _whole(mesh)),
+        local_as(given["self"], mesh, of_logits),
+        local_as(given["target"], mesh, of_targets),
+        local_as(given["weight"], mesh, whole(mesh)),
         _SUM if reduction == _MEAN else reduction,
         given["ignore_index"],
     )
     if reduction == _NONE:
-        return _laid_out(loss, mesh, of_targets), _laid_out(count, mesh, _whole(mesh))
+        return laid_out(loss, mesh, of_targets), laid_out(count, mesh, whole(mesh))
     summands = [Replicate() if isinstance(place, Replicate) else Partial() for place in of_targets]
-    total = _laid_out(count, mesh, summands).redistribute(placements=_whole(mesh))
+    total = laid_out(count, mesh, summands).redistribute(placements=whole(mesh))
     if reduction == _MEAN:
         loss = loss / total.to_local()
-    return _laid_out(loss, mesh, summands), total
+    return laid_out(loss, mesh, summands), total
 
 
 def _nll_loss_backward(op: Any, given: dict[str, Any]) -> Any:
-    mesh = _mesh_of(given)
+    mesh = mesh_of(given)
     of_logits, of_targets = _tokens(given["self"], mesh)
     grad = op(
-        _local(given["grad_output"], mesh, of_targets if given["reduction"] == _NONE else _whole(mesh)),
-        _local(given["self"], mesh, of_logits),
-        _local(given["target"], mesh, of_targets),
-        _local(given["weight"], mesh, _whole(mesh)),
+        local_as(given["grad_output"], mesh, of_targets if given["reduction"] == _NONE else whole(mesh)),
+        local_as(given["self"], mesh, of_logits),
+        local_as(given["target"], mesh, of_targets),
+        local_as(given["weight"], mesh, whole(mesh)),
         given["reduction"],
         given["ignore_index"],
-        _local(given["total_weight"], mesh, _whole(mesh)),
+        local_as(given["total_weight"], mesh, whole(mesh)),
     )
-    return _laid_out(grad, mesh, of_logits)
+    return laid_out(grad, mesh, of_logits)
 
 
 # -- operations without a rule of torch's, or with none for sequences in parts ----------------------------------------------
@@ -304,51 +175,51 @@ def _on_whole_inputs(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> An
     leaves, structure = trees.flatten((tuple(args), kwargs))
     mesh = next(leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor))
 
-    def laid_out(leaf: Any) -> Any:
-        return _laid_out(leaf, mesh, _whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf
+    def repeated(leaf: Any) -> Any:
+        return laid_out(leaf, mesh, whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf
 
     with torch.no_grad():
         args, kwargs = structure.unflatten(
-            _local(leaf, mesh, _whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+            local_as(leaf, mesh, whole(mesh)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
         )
         found = op(*args, **kwargs)
-        return laid_out(found) if isinstance(found, torch.Tensor) else trees.map_leaves(laid_out, found)
+        return repeated(found) if isinstance(found, torch.Tensor) else trees.map_leaves(repeated, found)
 
 
 def _cat(op: Any, given: dict[str, Any]) -> Any:
     """torch takes the dims of the first tensor for those of all, which is wrong where that is a legacy empty one of one dim, with which
     transformers' caches begin. Here such a one is left out, and what it would have been joined to stays in parts."""
-    mesh = _mesh_of(given)
+    mesh = mesh_of(given)
     tensors = [tensor for tensor in given["tensors"] if tensor.shape != (0,)] or given["tensors"][:1]
     dim = given["dim"] % max(tensors[0].dim(), 1)
     if len(tensors) == 1 and isinstance(tensors[0], DTensor):
-        kept = _reduced(tensors[0], mesh)
-        return _laid_out(_local(tensors[0], mesh, kept).clone(), mesh, kept)
-    kept = _whole(mesh)
+        kept = reduced(tensors[0], mesh)
+        return laid_out(local_as(tensors[0], mesh, kept).clone(), mesh, kept)
+    kept = whole(mesh)
     for axis in range(mesh.ndim):
         places = [tensor.placements[axis] for tensor in tensors if isinstance(tensor, DTensor)]
         cuts = [place for place in places if type(place) is Shard and place.dim != dim and place not in kept]
         if cuts and all(tensor.shape[cuts[0].dim] % mesh.size(axis) == 0 for tensor in tensors):
             kept[axis] = cuts[0]
-    return _laid_out(op([_local(tensor, mesh, kept) for tensor in tensors], dim), mesh, kept)
+    return laid_out(op([local_as(tensor, mesh, kept) for tensor in tensors], dim), mesh, kept)
 
 
 def _unbind(op: Any, given: dict[str, Any]) -> Any:
-    tensor, mesh = given["self"], _mesh_of(given)
+    tensor, mesh = given["self"], mesh_of(given)
     dim = given["dim"] % tensor.dim()
-    kept = _whole(mesh)
+    kept = whole(mesh)
     for axis, place in enumerate(tensor.placements):
         if type(place) is Shard and place.dim != dim and tensor.shape[place.dim] % mesh.size(axis) == 0:
             kept[axis] = place
     left = [Shard(place.dim - (place.dim > dim)) if type(place) is Shard else place for place in kept]
-    return [_laid_out(one, mesh, left) for one in op(_local(tensor, mesh, kept), dim)]
+    return [laid_out(one, mesh, left) for one in op(local_as(tensor, mesh, kept), dim)]
 
 
 def _fill(op: Any, given: dict[str, Any]) -> Any:
-    tensor, mesh = given["self"], _mesh_of(given)
+    tensor, mesh = given["self"], mesh_of(given)
     if any(isinstance(place, Partial) for place in tensor.placements):
         raise NotImplementedError(f"{op} on a tensor that lies in summands")
-    op(tensor.to_local(), _local(given["value"], mesh, _whole(mesh)))
+    op(tensor.to_local(), local_as(given["value"], mesh, whole(mesh)))
     return tensor
 
 
@@ -364,7 +235,7 @@ def _noise(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if any(isinstance(place, Partial) for place in like.placements):
             if is_in_place:
                 raise NotImplementedError(f"{op} on a tensor that lies in summands")
-            like = like.redistribute(placements=_reduced(like, like.device_mesh))
+            like = like.redistribute(placements=reduced(like, like.device_mesh))
         mesh, placements = like.device_mesh, like.placements
         with _drawing_for(_part_of(mesh, placements), kwargs.get("generator")):
             found = op(like.to_local(), *args[1:], **kwargs)
