@@ -18,6 +18,7 @@ from polyaccel.errors import UnsupportedError
 from polyaccel_torch.sharded.layouts import whole
 from polyaccel_torch.sharded.sequence_rules import know_sequences
 from polyaccel_torch.sharded.sequence_writes import RefuseLostWrites
+from polyaccel_torch.sharded.tensor import let_plain_tensors_be_whole
 
 LENGTH = 1  # the dim of inputs (batch, length, ...)
 
