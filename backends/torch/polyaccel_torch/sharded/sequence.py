@@ -23,7 +23,7 @@ from polyaccel_torch.sharded.tensor import let_plain_tensors_be_whole
 LENGTH = 1  # the dim of inputs (batch, length, ...)
 
 
-def keepwhole(part: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
+def keep_whole(part: nn.Module, mesh: DeviceMesh, names: list[str]) -> None:
     """Make these parameters of a module DTensors that every process of the mesh has whole, in place. Ties stay.
 
     Parameters must be the same on all processes of the mesh, or on the meta device.
