@@ -29,7 +29,9 @@ WIDTH, HEADS, LABEL_OF_NOTHING = 16, 4, -100
 def twenty_steps(settings, folder):
     run, model, optimizer, batches = started(settings, seed=0)
     seen: list[int] = []
-    hook = model.blocks[0].mlp.register_forward_hook(lambda part, inputs, out: seen.append(local_bytes([out]) // len(out)))
+    hook = model.blocks[0].mlp.register_forward_hook(
+        lambda part, inputs, out: seen.append(local_bytes([out]) // len(out))
+    )
     losses, norms = train(run, model, optimizer, batches, 20)
     hook.remove()
     return {
@@ -124,7 +126,7 @@ OPERATIONS = {
     "pairs": lambda part, x, tokens: part(x).reshape(len(x), LENGTH // 2, 2, WIDTH).sum(2),
     "two runs of tokens": lambda part, x, tokens: part(x).reshape(len(x), 2, LENGTH // 2, WIDTH).sum(1),
     "rows": lambda part, x, tokens: part(x.flatten(0, 1))[::3],
-    "a value": lambda part, x, tokens: part(x) * float(x.sum()),
+    "a value": lambda part, x, tokens: part(x) * float(x.detach().sum()),
     "a branch": lambda part, x, tokens: part(x) if bool((tokens[:, -1] > 60).any()) else x,
     "written tokens": lambda part, x, tokens: part(x) * shifted(tokens)[..., None],
     "a loss that leaves some out": lambda part, x, tokens: F.cross_entropy(
