@@ -19,7 +19,6 @@ from polyaccel.errors import PolyaccelError
 
 MESHES = {
     "data 2 x sequence 2": {"data": 2, "sequence": 2},
-    "tensor 2 x sequence 2": {"data": 1, "tensor": 2, "sequence": 2},
     "fsdp 2 x sequence 2": {"data": 1, "fsdp": 2, "sequence": 2},
     "sequence 4": {"data": 1, "sequence": 4},
 }
@@ -213,6 +212,7 @@ def refused(settings, folder):
         lambda: model(torch.zeros((), dtype=torch.long)),
         lambda: run.prepare(Writes())(torch.ones(2, LENGTH, 8)),
         lambda: accelerator(**settings, compile=True),
+        lambda: accelerator(mesh={"data": 1, "tensor": 2, "sequence": 2}),
     )
     for call in calls:
         try:
