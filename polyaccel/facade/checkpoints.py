@@ -215,5 +215,6 @@ class Checkpoints(Parts):
             backend=self.backend,
             seed=self.config.seed,
             # Where parameters are cut, so are their gradients, which are then those of the global batch.
-            has_own_gradients="gradient_sync" in self._features and self.plan.mesh.fsdp * self.plan.mesh.tensor == 1,
+            has_own_gradients="gradient_sync" in self._features
+            and self.plan.mesh.fsdp * self.plan.mesh.tensor * self.plan.mesh.sequence == 1,
         )

@@ -156,9 +156,10 @@ def test_tensors_are_not_prepared():
         Accelerator(backend="torch", cpu=True).prepare(torch.nn.Linear(1, 1), torch.ones(2))
 
 
+@needs_jax
 def test_what_a_backend_does_not_declare_is_refused_before_anything_starts():
-    with pytest.raises(UnsupportedError, match=r"mesh\.sequence=2 .*is not supported by backend 'torch'"):
-        Accelerator(backend="torch", cpu=True, mesh={"sequence": 2})
+    with pytest.raises(UnsupportedError, match=r"offload='cpu' .*is not supported by backend 'jax'"):
+        Accelerator(backend="jax", cpu=True, offload="cpu")
 
 
 @pytest.mark.parametrize(("backend", "count"), [("xla", 2), ("jax", 3)])

@@ -25,7 +25,7 @@ class TorchBackend:
     name = "torch"
     capabilities = Capabilities(
         dialect="torch",
-        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor"}),
+        mesh_axes=frozenset({"replica", "data", "fsdp", "tensor", "sequence"}),
         mixed_precision=frozenset({"no", "bf16", "fp16"}),
         accepts_bridges=True,
         features=frozenset(

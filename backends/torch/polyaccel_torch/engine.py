@@ -67,7 +67,7 @@ class TorchEngine:
     def bind(self, plan: Plan) -> None:
         """Fix precision and data shards, and make the mesh where models are cut. Every process must call it."""
         self._plan = plan
-        if plan.mesh.fsdp > 1 or plan.mesh.tensor > 1:
+        if plan.mesh.fsdp * plan.mesh.tensor * plan.mesh.sequence > 1:
             from polyaccel_torch.sharded import Sharding
 
             self._sharding = Sharding(plan, self.config, self.device)
@@ -557,7 +557,8 @@ class TorchEngine:
         if self._sharding is not None:
             sizes = self._bound.mesh
             raise UnsupportedError(
-                f"{what} is not supported where parameters are cut over processes (mesh.fsdp={sizes.fsdp}, mesh.tensor={sizes.tensor})",
+                f"{what} is not supported where models are cut over processes (mesh.fsdp={sizes.fsdp}, mesh.tensor={sizes.tensor},"
+                f" mesh.sequence={sizes.sequence})",
                 hint,
             )
 

@@ -64,7 +64,7 @@ class Sharding:
 
     def before_backward(self) -> None:
         """In the thread that is about to differentiate, which need not be the one of the forward pass."""
-        if self.mesh.tensor is not None:
+        if self.mesh.tensor is not None or self.mesh.sequence is not None:
             let_plain_tensors_be_whole()
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -133,18 +133,33 @@ class Sharding:
 
 
 def _refuse_settings(plan: Plan, config: Config) -> None:
-    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, and for offload where FSDP2 has none."""
+    """Raises UnsupportedError for settings of DistributedDataParallel, which has no part here, for torch.compile of parts of sequences,
+    and for offload where FSDP2 has no part."""
     for name, setting in SETTINGS.items():
         value = getattr(config, name, None) if name.startswith("ddp_") else None
         if value is not None and value != setting.default:
             raise UnsupportedError(
                 f"{name}={value!r} ({config.sources.get(name, 'default')}) is a setting of DistributedDataParallel, and"
-                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor} cut parameters over processes",
+                f" mesh.fsdp={plan.mesh.fsdp}, mesh.tensor={plan.mesh.tensor},"
+                f" mesh.sequence={plan.mesh.sequence} cut models over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
+    if plan.mesh.tensor > 1 and plan.mesh.sequence > 1:
+        raise UnsupportedError(
+            f"mesh.tensor={plan.mesh.tensor} with mesh.sequence={plan.mesh.sequence}: torch gathers whole sequences inside layers that are"
+            " split",
+            "use mesh.fsdp or mesh.data with mesh.sequence",
+        )
+    if plan.compile and plan.mesh.sequence > 1:
+        raise UnsupportedError(
+            f"compile=True ({config.sources.get('compile', 'default')}) with mesh.sequence={plan.mesh.sequence}: torch.compile does not"
+            " know how operations on parts of sequences are computed here",
+            "leave compile out, or mesh.sequence at 1",
+        )
     if plan.offload != "none" and plan.mesh.num_data_shards == 1:
         raise UnsupportedError(
-            f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor} alone:"
+            f"offload={plan.offload!r} ({config.sources.get('offload', 'default')}) with mesh.tensor={plan.mesh.tensor},"
+            f" mesh.sequence={plan.mesh.sequence} alone:"
             " FSDP2 offloads what it cuts or repeats over data shards",
-            "use mesh.fsdp, alone or with mesh.tensor",
+            "use mesh.fsdp, alone or with them",
         )

@@ -17,20 +17,25 @@ if TYPE_CHECKING:
 
 
 def is_sharded(plan: Plan) -> bool:
-    """Whether a process keeps less than the whole of a model. Otherwise processes repeat it, which is data parallelism alone."""
-    return plan.mesh.fsdp > 1 or plan.mesh.tensor > 1
+    """Whether a process keeps or computes less than the whole of a model. Otherwise processes repeat it: data parallelism alone."""
+    return plan.mesh.fsdp > 1 or plan.mesh.tensor > 1 or plan.mesh.sequence > 1
 
 
 class ShardedMesh:
-    """All processes of a job, one device each, along `replicas` (replica x data, which repeat), `fsdp` and `tensor`, outermost first.
+    """All processes of a job, one device each, along `replicas` (replica x data, which repeat), `fsdp`, `tensor` and `sequence`.
 
-    Every process must make it, and makes the process groups of its axes with it, in which exchanges wait for `timeout`.
+    Outermost first. Every process must make it, and makes the process groups of its axes with it, in which exchanges wait for `timeout`.
     """
 
     def __init__(self, plan: Plan, device: torch.device, timeout: timedelta) -> None:
         sizes = plan.mesh
         self.device = device
-        self.sizes = {"replicas": sizes.replica * sizes.data, "fsdp": sizes.fsdp, "tensor": sizes.tensor}
+        self.sizes = {
+            "replicas": sizes.replica * sizes.data,
+            "fsdp": sizes.fsdp,
+            "tensor": sizes.tensor,
+            "sequence": sizes.sequence,
+        }
         self.devices: DeviceMesh = init_device_mesh(
             device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes)
         )
@@ -52,8 +57,17 @@ class ShardedMesh:
 
     @property
     def tensor(self) -> DeviceMesh | None:
-        """What `parallelize_module` takes; None where no layer is split."""
-        return self.devices["tensor"] if self.sizes["tensor"] > 1 else None
+        """What layers are split over, with `sequence` as its inner axis where that is there too; None where no layer is split."""
+        if self.sizes["tensor"] == 1:
+            return None
+        return self.devices["tensor"] if self.sequence is None else self.sequence
+
+    @property
+    def sequence(self) -> DeviceMesh | None:
+        """What sequences are cut over along its last axis, (tensor, sequence) where layers are split; None where they are not cut."""
+        if self.sizes["sequence"] == 1:
+            return None
+        return self.devices["tensor", "sequence"] if self.sizes["tensor"] > 1 else self.devices["sequence"]
 
     def group(self, axis: str) -> Any:
         """The processes that differ from this one along `axis` alone."""

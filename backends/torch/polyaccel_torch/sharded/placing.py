@@ -21,8 +21,9 @@ from polyaccel.sharding.rules import ShardingRule, first_match
 from polyaccel_torch.dialect.late_values import LateValues
 from polyaccel_torch.dialect.sharding_hints import hints_of
 from polyaccel_torch.sharded import fsdp, repeated
-from polyaccel_torch.sharded.mesh import ShardedMesh
+from polyaccel_torch.sharded.mesh import ShardedMesh, settle
 from polyaccel_torch.sharded.pieces import piece_of
+from polyaccel_torch.sharded.sequence import cut_sequences, keep_whole
 from polyaccel_torch.sharded.tensor import Specs, split_layers, splittable
 
 if TYPE_CHECKING:
@@ -72,8 +73,9 @@ class Placing:
             model.register_forward_pre_hook(functools.partial(_follow_first, kept))
         if self.mesh.data is not None:
             fsdp.complete(model)
-        if self.mesh.tensor is not None:
-            self._share_generators()
+        if self.mesh.sequence is not None:
+            cut_sequences(model, self.mesh.sequence)
+        self._share_generators()
 
     def _specs(self, model: nn.Module) -> Specs:
         """How each parameter is cut. Raises PlanError or UnsupportedError for a rule of the script that cannot be carried out."""
@@ -126,16 +128,20 @@ class Placing:
         return shared
 
     def _share_generators(self) -> None:
-        """What is whole on all processes of the tensor axis has to stay the same there, dropout of it too: they draw as one."""
-        group = self.mesh.group("tensor")
-        first = dist.get_global_rank(group, 0)
-        state = torch.get_rng_state().to(self._device)
-        dist.broadcast(state, first, group=group)
-        torch.set_rng_state(state.cpu())
-        if self._device.type == "cuda":
-            state = torch.cuda.get_rng_state(self._device).to(self._device)
+        """What is whole on all processes of the tensor and sequence axes has to stay the same there, dropout of it too: they draw as
+        one."""
+        for axis in ("tensor", "sequence"):
+            if self.mesh.sizes[axis] == 1:
+                continue
+            group = self.mesh.group(axis)
+            first = dist.get_global_rank(group, 0)
+            state = torch.get_rng_state().to(self._device)
             dist.broadcast(state, first, group=group)
-            torch.cuda.set_rng_state(state.cpu(), self._device)
+            torch.set_rng_state(state.cpu())
+            if self._device.type == "cuda":
+                state = torch.cuda.get_rng_state(self._device).to(self._device)
+                dist.broadcast(state, first, group=group)
+                torch.cuda.set_rng_state(state.cpu(), self._device)
 
     def _cut(self, model: nn.Module, part: nn.Module, path: str, specs: Specs, before: dict[str, nn.Parameter]) -> None:
         prefix = f"{path}." if path else ""
@@ -147,6 +153,9 @@ class Placing:
         }
         if self.mesh.tensor is not None:
             split_layers(part, self.mesh.tensor, {id(part.get_parameter(name)): spec for name, spec in own.items()})
+        if self.mesh.sequence is not None:
+            rest = [name for name in own if not isinstance(part.get_parameter(name), DTensor)]
+            keep_whole(part, self.mesh.sequence, rest)
         if self.mesh.data is not None:
             by_id = {id(parameter): own[name] for name, parameter in part.named_parameters() if name in own}
             placement = fsdp.placement_of(by_id, self.mesh.sizes["fsdp"])
@@ -170,6 +179,8 @@ class Placing:
         """Let an optimizer that was made before its model was cut update the pieces; its state is cut with them."""
         for group in optimizer.param_groups:
             group["params"][:] = [self._now(parameter) for parameter in group["params"]]
+        if self.mesh.sequence is not None:
+            optimizer.register_step_pre_hook(_settle_all)
         for old in list(optimizer.state):
             new = self._now(old)
             if new is not old:
@@ -190,6 +201,14 @@ class Placing:
         found = self._moved.get(parameter)
         model = None if found is None else found[0]()
         return parameter if model is None else model.get_parameter(found[1])
+
+
+def _settle_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Before an update, gradients of parts of sequences are added up, once: else every operation of it would."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                settle(parameter)
 
 
 @torch.no_grad()

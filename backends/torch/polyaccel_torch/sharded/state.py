@@ -16,7 +16,7 @@ from polyaccel_torch import state
 from polyaccel_torch.dialect.modules import named_tensors
 from polyaccel_torch.dialect.states import by_parameter, shard_of, slots
 from polyaccel_torch.sharded import fsdp
-from polyaccel_torch.sharded.mesh import ShardedMesh, local_of
+from polyaccel_torch.sharded.mesh import ShardedMesh, local_of, settle
 from polyaccel_torch.sharded.pieces import LocalPieces, as_like, box_of, whole_of
 
 
@@ -102,7 +102,8 @@ def read_gradients(module: nn.Module, mesh: ShardedMesh, *, scale: float) -> Ite
         )
     for name, tensor in named_tensors(module):
         if tensor.grad is not None:
-            for shard in _own_shards(name, tensor.grad if scale == 1.0 else tensor.grad / scale, mesh):
+            grad = settle(tensor)
+            for shard in _own_shards(name, grad if scale == 1.0 else grad / scale, mesh):
                 yield Shard(name, (1, *shard.global_shape), (0, *shard.offset), shard.dtype, shard.data[None])
 
 

@@ -2,6 +2,7 @@
 
 Between a layer whose outputs are cut and one whose inputs are, activations are DTensors: torch knows that they are pieces, and an
 operation that needs more than a piece gathers it. Everywhere else they are whole, and the numbers are those of one device.
+With the axis `sequence`, all of a model is computed in DTensors, of which these layers change the outermost placement.
 """
 
 from __future__ import annotations
@@ -98,14 +99,16 @@ def split_layers(module: nn.Module, mesh: DeviceMesh, specs: Mapping[int, Spec])
                 placement = Shard(spec.index("tensor")) if "tensor" in spec else Replicate()
                 cut_already[id(parameter)] = _distributed(parameter, mesh, placement)
             layer.register_parameter(key, cut_already[id(parameter)])
-        feeds = cut == "outputs" and _stays_cut(module, name.rpartition(".")[0], cuts, mesh.size())
+        feeds = cut == "outputs" and _stays_cut(module, name.rpartition(".")[0], cuts, mesh.size(0))
         # Nearest to the layer, so that hooks of the script meet what they met before.
         layer.register_forward_pre_hook(partial(_enter, mesh, cut), with_kwargs=True)
         layer.register_forward_hook(_stay_cut if feeds else _leave, prepend=True)
 
 
 def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
-    piece = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+    # Outermost is the tensor axis, along a sequence every process has all of it.
+    placements = [placement, *[Replicate()] * (mesh.ndim - 1)]
+    piece = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
     local = local_of(piece)
     if not local.is_meta and local.untyped_storage().nbytes() > local.numel() * local.element_size():
         # A piece along dim 0 is a view of the whole parameter, which would stay in memory for it.
@@ -164,17 +167,19 @@ def _enter(
     let_plain_tensors_be_whole()
     given = args[0] if args else kwargs["input"]
     if not isinstance(given, DTensor):
-        given = DTensor.from_local(given, mesh, [Replicate()], run_check=False)
+        given = DTensor.from_local(given, mesh, [Replicate()] * mesh.ndim, run_check=False)
     wanted: Placement = Shard(-1) if cut == "inputs" else Replicate()
-    given = given.redistribute(placements=[wanted])
+    given = given.redistribute(placements=[wanted, *given.placements[1:]])
     return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "input": given})
 
 
 def _stay_cut(layer: nn.Module, args: Any, output: Any) -> Any:
-    return output.redistribute(placements=[Shard(-1)])
+    return output.redistribute(placements=[Shard(-1), *output.placements[1:]])
 
 
 def _leave(layer: nn.Module, args: Any, output: Any) -> Any:
+    if len(output.placements) > 1:  # parts of sequences: all of the model is in DTensors
+        return output.redistribute(placements=[Replicate(), *output.placements[1:]])
     return _Whole.apply(output)
 
 
