@@ -75,5 +75,5 @@ def test_blocks_are_gathered_twice_and_the_numbers_are_those_of_one_device(dtype
     assert 2 * NUM_BLOCKS + 2 * (NUM_BLOCKS - 2) <= up + down <= 2 * (2 * NUM_BLOCKS) - 1
     other = "bf16" if dtype == "f32" else "f32"
     assert not any(
-        kind.startswith((f"{WIDTH}x{2 * WIDTH}", f"{2 * WIDTH}x")) for kind in gathered if kind.endswith(other)
+        kind.startswith((f"{WIDTH}x{2 * WIDTH}x", f"{2 * WIDTH}x{WIDTH}x")) for kind in gathered if kind.endswith(other)
     )
