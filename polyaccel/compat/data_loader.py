@@ -1,34 +1,25 @@
 """`accelerate.data_loader`: samplers and shards as classes of their own, and its loader classes as names of what `prepare` gives.
 
 `DataLoaderShard(...)` and its like build a prepared loader that reports to the newest Accelerator; `isinstance` knows those that
-`accelerator.prepare` made too.
+`accelerator.prepare` made too. What is torch's by inheritance is the torch adapter's, which is imported when it is asked for.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from polyaccel import jobs
 from polyaccel.compat.state import GradientState, PartialState
-from polyaccel.data import DataSharding, IterableShard, PreparedLoader, ShardedBatchSampler, prepared_loader
+from polyaccel.data import DataSharding, PreparedLoader
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import ConfigError, UnsupportedError
-from polyaccel_torch.dialect.loaders import (
-    DispatchedLoader,
-    SeedableRandomSampler,
-    ShardedLoader,
-    TorchHostLoader,
-    TorchLoader,
-)
-from polyaccel_torch.placement import StreamFeeder
+from polyaccel.registry import choose_backend
 
-__all__ = [
+_SERVED = ("BatchSamplerShard", "IterableDatasetShard", "SeedableRandomSampler", "SkipBatchSampler", "get_sampler")
+
+__all__ = [  # noqa: F822 - those of _SERVED come from __getattr__
     "BatchSamplerShard",
     "DataLoaderAdapter",
     "DataLoaderDispatcher",
@@ -44,139 +35,61 @@ __all__ = [
 ]
 
 
-class BatchSamplerShard(BatchSampler):
-    """The batches of one process: batches i, i + n, ... of `batch_sampler`, or with `split_batches` the i-th slice of every batch.
-
-    With `even_batches` every process gets as many batches of the same size: the last ones are completed from the first samples.
-    Raises a ValueError for batches that cannot be split evenly.
-    """
-
-    def __init__(
-        self,
-        batch_sampler: BatchSampler,
-        num_processes: int = 1,
-        process_index: int = 0,
-        split_batches: bool = False,
-        even_batches: bool = True,
-    ) -> None:
-        self.batch_sampler = batch_sampler
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.sharding = DataSharding(num_processes, process_index, 1, split_batches, even_batches)
-        self._shard = ShardedBatchSampler(batch_sampler, self.sharding)
-        self.split_batches = split_batches
-        self.batch_size = self._shard.batch_size  # type: ignore[assignment]
-        self.drop_last = self._shard.drop_last
-
-    @property
-    def even_batches(self) -> bool:
-        """Whether the last batches are completed; may be set."""
-        return self._shard.even_batches
-
-    @even_batches.setter
-    def even_batches(self, value: bool) -> None:
-        self._shard.even_batches = value
-
-    @property
-    def total_length(self) -> int:
-        """Batches of all processes together."""
-        return len(self.batch_sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reaches the batch sampler and its sampler."""
-        self._shard.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self._shard)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        return iter(self._shard)
+def __getattr__(name: str) -> Any:
+    if name not in _SERVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_torch(), name)
 
 
-class IterableDatasetShard(IterableDataset[Any]):
-    """The samples of one process: of every `batch_size * num_processes` samples (`batch_size`, with `split_batches`) its part.
-
-    The last ones are completed from the first, or left out with `drop_last`.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        batch_size: int = 1,
-        drop_last: bool = False,
-        num_processes: int = 1,
-        process_index: int = 0,
-        split_batches: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.split_batches = split_batches
-        cut = DataSharding(num_processes, process_index, 1, split_batches)
-        self._shard = IterableShard(dataset, cut, batch_size=batch_size, drop_last=drop_last)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Reaches the dataset."""
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        return len(self._shard) * (self.batch_size // self.num_processes if self.split_batches else self.batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        for samples, _ in self._shard:
-            yield from samples
+def _torch() -> Any:
+    """The torch adapter's part. Raises BackendUnavailableError, with the line that installs it, where torch is not here."""
+    backend: Any = choose_backend("torch")
+    if not hasattr(backend, "own_loaders"):
+        raise UnsupportedError(
+            f"backend 'torch' is {type(backend).__name__} here, which makes no loaders but those of prepare",
+            "use polyaccel's own adapter, or accelerator.prepare",
+        )
+    return backend.own_loaders()
 
 
-class SkipBatchSampler(BatchSampler):
-    """A batch sampler without the first `skip_batches` batches; everything else is that of `batch_sampler`."""
+class _Name(ABC):
+    """A name for the adapter's class `kind`, and for its subclasses; a subclass of the name is a name for itself alone."""
 
-    def __init__(self, batch_sampler: Any, skip_batches: int = 0) -> None:
-        self.batch_sampler = batch_sampler
-        self.skip_batches = skip_batches
+    kind: ClassVar[str]
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "batch_sampler":  # not there yet while being copied
-            raise AttributeError(name)
-        return getattr(self.batch_sampler, name)
-
-    @property
-    def total_length(self) -> int:
-        """Batches, with those that are left out."""
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        for index, batch in enumerate(self.batch_sampler):
-            if index >= self.skip_batches:
-                yield batch
-
-    def __len__(self) -> int:
-        return max(len(self.batch_sampler) - self.skip_batches, 0)
+    @classmethod
+    def __subclasshook__(cls, other: type) -> Any:
+        if "kind" not in vars(cls) or not issubclass(other, PreparedLoader):
+            return NotImplemented
+        return issubclass(other, getattr(_torch(), cls.kind)) or NotImplemented
 
 
-class DataLoaderStateMixin(ABC):  # noqa: B024 - a name for isinstance
+class DataLoaderStateMixin(_Name):
     """Any prepared torch loader: it has `end_of_dataloader` and `remainder`."""
 
+    kind = "TorchLoader"
 
-class DataLoaderAdapter(ABC):  # noqa: B024 - a name for isinstance
+
+class DataLoaderAdapter(_Name):
     """Any prepared torch loader: `base_dataloader` is the DataLoader that it iterates over."""
 
+    kind = "TorchLoader"
 
-class DataLoaderShard(ABC):  # noqa: B024 - a name for isinstance
+
+class DataLoaderShard(_Name):
     """A prepared loader whose processes read for themselves. Called with a dataset, it makes one of this process's own data.
 
     Takes a DataLoader's keyword arguments beside those below; `rng_types` are taken from process 0 whenever a loop starts.
     """
+
+    kind = "ShardedLoader"
 
     def __new__(  # type: ignore[misc]
         cls,
         dataset: Any,
         device: Any = None,
         rng_types: list[str] | None = None,
-        synchronized_generator: torch.Generator | None = None,
+        synchronized_generator: Any = None,  # torch.Generator
         skip_batches: int = 0,
         use_stateful_dataloader: bool = False,
         _drop_last: bool = False,
@@ -187,28 +100,23 @@ class DataLoaderShard(ABC):  # noqa: B024 - a name for isinstance
     ) -> PreparedLoader:
         if synchronized_generator is not None and kwargs.get("generator") is None:
             kwargs["generator"] = synchronized_generator
-        given, sharding = kwargs.get("batch_sampler"), DataSharding()
-        if isinstance(given, BatchSamplerShard):
-            kwargs["batch_sampler"], sharding = given.batch_sampler, given.sharding
         spec = LoaderSpec(
             rng_types=tuple(str(name) for name in rng_types or ()),
             dispatch_batches=False,
             use_stateful_dataloader=use_stateful_dataloader,
             non_blocking=_non_blocking,
         )
-        return _made(
-            DataLoader(dataset, **kwargs),
-            sharding,
-            spec,
-            device,
-            exchanges=bool(rng_types),
-            skip=skip_batches,
-            epoch=iteration,
-        )
+        given, sharding = kwargs.get("batch_sampler"), DataSharding()
+        if isinstance(given, _torch().BatchSamplerShard):
+            kwargs["batch_sampler"], sharding = given.batch_sampler, given.sharding
+        loader = _torch().DataLoader(dataset, **kwargs)
+        return _prepared(loader, sharding, spec, device, exchanges=bool(rng_types), skip=skip_batches, epoch=iteration)
 
 
-class DataLoaderDispatcher(ABC):  # noqa: B024 - a name for isinstance
+class DataLoaderDispatcher(_Name):
     """A prepared loader that process 0 reads for all. Called with a dataset, it makes one; takes a DataLoader's keyword arguments too."""
+
+    kind = "DispatchedLoader"
 
     def __new__(  # type: ignore[misc]
         cls,
@@ -232,33 +140,26 @@ class DataLoaderDispatcher(ABC):  # noqa: B024 - a name for isinstance
             use_stateful_dataloader=use_stateful_dataloader,
             non_blocking=_non_blocking,
         )
-        return _made(DataLoader(dataset, **kwargs), sharding, spec, _torch_device(), skip=skip_batches, epoch=iteration)
+        loader = _torch().DataLoader(dataset, **kwargs)
+        device = _torch().device_of(jobs.current())
+        return _prepared(loader, sharding, spec, device, skip=skip_batches, epoch=iteration)
 
 
-class SkipDataLoader(ABC):  # noqa: B024 - a name for isinstance
+class SkipDataLoader(_Name):
     """A prepared loader whose passes leave out the first `skip_batches` batches. Called with a dataset, it makes one."""
+
+    kind = "TorchLoader"
 
     def __new__(  # type: ignore[misc]
         cls, dataset: Any, skip_batches: int = 0, use_stateful_dataloader: bool = False, **kwargs: Any
     ) -> PreparedLoader:
         spec = LoaderSpec(dispatch_batches=False, use_stateful_dataloader=use_stateful_dataloader)
-        return _made(DataLoader(dataset, **kwargs), DataSharding(), spec, None, exchanges=False, skip=skip_batches)
-
-
-for _name in (DataLoaderStateMixin, DataLoaderAdapter, SkipDataLoader):
-    _name.register(TorchLoader)
-DataLoaderShard.register(ShardedLoader)
-DataLoaderDispatcher.register(DispatchedLoader)
-
-
-def get_sampler(dataloader: DataLoader[Any]) -> Any:
-    """The sampler that chooses a loader's samples."""
-    batch_sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
-    return getattr(batch_sampler, "sampler", None)
+        loader = _torch().DataLoader(dataset, **kwargs)
+        return _prepared(loader, DataSharding(), spec, None, exchanges=False, skip=skip_batches)
 
 
 def prepare_data_loader(
-    dataloader: DataLoader[Any],
+    dataloader: Any,
     device: Any = None,
     num_processes: int | None = None,
     process_index: int | None = None,
@@ -308,7 +209,7 @@ def prepare_data_loader(
         made: PreparedLoader = accelerator._prepared.prepare((dataloader,), spec=spec, placements=(True,))[0]
         return made
     sharding = DataSharding(shards, index, 1, split_batches, even_batches)
-    return _made(dataloader, sharding, spec, device if put_on_device else None, exchanges=(shards, index) == here)
+    return _prepared(dataloader, sharding, spec, device if put_on_device else None, exchanges=(shards, index) == here)
 
 
 def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
@@ -318,19 +219,14 @@ def skip_first_batches(dataloader: Any, num_batches: int = 0) -> Any:
     """
     if isinstance(dataloader, PreparedLoader):
         return dataloader.skipping(num_batches)
-    if isinstance(dataloader.dataset, IterableDataset):
+    if _torch().is_stream(dataloader):
         spec = LoaderSpec(dispatch_batches=False)
-        return _made(dataloader, DataSharding(), spec, None, exchanges=False, skip=num_batches)
-    skipping = copy.copy(dataloader)
-    attribute = "sampler" if isinstance(dataloader.sampler, BatchSampler) else "batch_sampler"
-    # A DataLoader forbids the assignment because its own iterators may be running; the copy has none.
-    vars(skipping)[attribute] = SkipBatchSampler(getattr(dataloader, attribute), num_batches)
-    vars(skipping)["_iterator"] = None
-    return skipping
+        return _prepared(dataloader, DataSharding(), spec, None, exchanges=False, skip=num_batches)
+    return _torch().without_first_batches(dataloader, num_batches)
 
 
-def _made(
-    loader: DataLoader[Any],
+def _prepared(
+    loader: Any,
     sharding: DataSharding,
     spec: LoaderSpec,
     device: Any,
@@ -341,29 +237,10 @@ def _made(
 ) -> PreparedLoader:
     """A prepared loader that reports to the newest Accelerator; `exchanges`: its processes are those of the job."""
     engine = jobs.current() if exchanges and PartialState().num_processes > 1 else None
-    place = torch.device("cpu" if device is None else device)
-    host = TorchHostLoader(loader).shard(
-        sharding,
-        spec=spec,
-        exchange=None if engine is None else engine.collectives.all_gather_object,
-        process_index=0 if engine is None else engine.topology.process_index,
-        pin_memory=spec.non_blocking and place.type == "cuda",
+    made: PreparedLoader = _torch().prepared(
+        loader, sharding, spec, device, engine=engine, observer=GradientState()._state, skip=skip, epoch=epoch
     )
-    observer = GradientState()._state
-    if place.type == "cpu":
-        made = prepared_loader(host, observer=observer, prefetch=1, skip=skip)
-    else:
-        feeder = StreamFeeder(place, None)
-        made = prepared_loader(host, place=feeder.place, lift=feeder.hand_out, observer=observer, skip=skip)
-    if epoch:
-        made.set_epoch(epoch)
     return made
-
-
-def _torch_device() -> torch.device:
-    """The engine's device, where torch has it; on another engine batches stay on the host until a step takes them."""
-    device: Any = getattr(jobs.current(), "device", None)
-    return device if isinstance(device, torch.device) else torch.device("cpu")
 
 
 def _refuse_slicing(function: Callable[..., Any] | None) -> None:

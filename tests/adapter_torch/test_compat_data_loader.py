@@ -91,6 +91,23 @@ def test_the_loader_classes_are_names_of_what_prepare_gives(run):
     assert not isinstance(DataLoader(range(8)), DataLoaderStateMixin)
 
 
+def test_a_class_below_a_name_is_no_name_for_every_loader():
+    class Own(DataLoaderShard):
+        pass
+
+    assert issubclass(Own, DataLoaderShard)
+    assert isinstance(Own(range(8)), DataLoaderShard)
+    assert not isinstance(DataLoaderShard(range(8)), Own)
+
+
+def test_samplers_cross_processes_and_are_found_under_each_of_their_names():
+    shard = BatchSamplerShard(BatchSampler(range(7), 2, False), 2, 1)
+    assert list(pickle.loads(pickle.dumps(shard))) == list(shard)
+    assert pickle.loads(pickle.dumps(SkipDataLoader)) is SkipDataLoader
+    written_earlier = b"cpolyaccel.compat.data_loader\nBatchSamplerShard\n."
+    assert pickle.loads(written_earlier) is BatchSamplerShard
+
+
 def test_a_loader_made_by_its_class_reports_to_the_accelerator_and_starts_where_it_is_told(run):
     loader = DataLoaderShard(range(8), batch_size=2, skip_batches=1, iteration=4)
     for batch in loader:

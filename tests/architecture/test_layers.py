@@ -91,9 +91,6 @@ def test_every_contract_catches_the_arrow_that_it_forbids(tmp_path: Path) -> Non
     assert kept == [], report
 
 
-# Accelerate's samplers and loaders are torch's by inheritance; nothing imports the module but scripts that name them.
-TORCH_BY_INHERITANCE = "polyaccel/compat/data_loader.py"
-
 # `polyaccel estimate-memory` is asked about one of its configurations: it is looked for then, and nowhere else.
 TRANSFORMERS_BY_QUESTION = ("backends/torch/polyaccel_torch/estimate.py", "transformers")
 
@@ -103,7 +100,6 @@ def test_no_file_names_a_framework_that_is_not_its_own(package: str) -> None:
     found = [
         f"{relative(file)}:{line} imports {module}"
         for file in files_of(package)
-        if str(relative(file)) != TORCH_BY_INHERITANCE
         for module, line in imported_modules(tree_of(file))
         if module.partition(".")[0] in FORBIDDEN_FRAMEWORKS[package]
         if (str(relative(file)), module) != TRANSFORMERS_BY_QUESTION

@@ -39,6 +39,7 @@ def test_importing_an_adapter_does_not_import_another_one(package: str) -> None:
     [
         "from polyaccel import Accelerator",
         "from polyaccel.utils import set_seed",
+        "from polyaccel.data_loader import DataLoaderShard, prepare_data_loader; isinstance([], DataLoaderShard)",
         "import polyaccel.cli.main",
         "import polyaccel.protocols, polyaccel.plan, polyaccel.registry",
         "import polyaccel.testing",

@@ -123,6 +123,12 @@ class TorchBackend:
 
         return big_models
 
+    def own_loaders(self) -> ModuleType:
+        """What `polyaccel.compat.data_loader` forwards to. Imports torch."""
+        from polyaccel_torch import own_loaders
+
+        return own_loaders
+
     def estimator(self) -> ModuleType:
         """What `polyaccel estimate-memory` asks. Imports torch."""
         from polyaccel_torch import estimate
