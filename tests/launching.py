@@ -1,6 +1,7 @@
 """How tests start a job."""
 
 import sys
+from pathlib import Path
 
 LAUNCH = (sys.executable, "-m", "polyaccel.cli.main", "launch")
 
@@ -9,3 +10,11 @@ def launch_command(backend, processes, *arguments):
     """`polyaccel launch` with this many processes of an engine, on the CPU."""
     devices = () if backend == "xla" else ("--cpu",)  # xla's CPU is chosen by PJRT_DEVICE
     return [*LAUNCH, "--backend", backend, *devices, "--num-processes", str(processes), *map(str, arguments)]
+
+
+def has_ended(pid):
+    """Also of a process that is dead and has not been waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import selectors
 import socket
 import threading
@@ -119,7 +120,12 @@ class Meeting:
         machine = Machine(rank, str(hello["host"]), int(hello["num_processes"]))
         self._leader.joined(machine, now) if rank not in self._wires else self._replace(machine, now)
         self._wires[rank] = wire
-        wire.send(type="welcome", heartbeat_timeout_s=self._silence_s)
+        wire.send(
+            type="welcome",
+            host=os.uname().nodename,
+            heartbeat_timeout_s=self._silence_s,
+            max_restarts=self._rules.max_restarts,
+        )
 
     def _replace(self, machine: Machine, now: float) -> None:
         self._wires.pop(machine.rank)  # nothing is for its old launcher any more

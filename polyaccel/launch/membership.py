@@ -27,13 +27,23 @@ _GOODBYE_S = 1.0
 
 
 class Membership:
-    """Use as a context: leaving it leaves the meeting. `address`: this machine's own, by which machine 0 sees it.
+    """Use as a context: leaving it leaves the meeting. `address`: this machine's own, by which machine 0 sees it. `welcome`: what machine 0
+    said of itself and of the job. `max_restarts` is the job's.
 
     It is what `supervise` asks between two looks at the processes: see `supervision.Peers`.
     """
 
-    def __init__(self, wire: Wire, address: str, stop: StopRequest, heard: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        address: str,
+        stop: StopRequest,
+        welcome: dict[str, Any],
+        heard: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.address = address
+        self.max_restarts = int(welcome["max_restarts"])
+        self._leader = f"machine 0 ({welcome['host']})"
         self._wire = wire
         self._stop = stop
         self._orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
@@ -62,7 +72,7 @@ class Membership:
         self._wire.close()
 
     def next_order(self) -> dict[str, Any]:
-        """What to do next: `start`, `restart`, `wait` or `finish`. Waits for it."""
+        """What to do next: `start`, `restart`, `wait`, `finish`, or `lost` where machine 0 is. Waits for it."""
         while True:
             self._stop.announce()
             try:
@@ -101,7 +111,7 @@ class Membership:
                     self._wire.beat()
             except ConnectionError as error:
                 self._stopped = sys.maxsize
-                self._orders.put({"type": "finish", "code": 1, "words": f"machine 0 is lost: {error}"})
+                self._orders.put({"type": "lost", "words": f"{self._leader} is lost: {error}"})
 
     def _take(self, message: dict[str, Any]) -> None:
         kind = message["type"]
@@ -126,7 +136,7 @@ def join(
     while not stop.is_set:
         try:
             wire, own = _connected(address, port, silence_s)
-            return Membership(wire, own, stop, _admitted(wire, hello))
+            return Membership(wire, own, stop, *_admitted(wire, hello))
         except OSError as error:
             waited_s = time.monotonic() - began
             if waited_s > timeout_s:
@@ -159,8 +169,8 @@ def _connected(address: str, port: int, silence_s: float) -> tuple[Wire, str]:
     return Wire(connection, silence_s), str(connection.getsockname()[0])
 
 
-def _admitted(wire: Wire, hello: dict[str, Any]) -> list[dict[str, Any]]:
-    """Say hello and await the welcome; returns what else was said. Raises OSError without an answer, LaunchError where refused."""
+def _admitted(wire: Wire, hello: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Say hello and await the welcome; returns it and what else was said. Raises OSError without an answer, LaunchError where refused."""
     wire.send(type="hello", **hello)
     deadline = time.monotonic() + _ANSWER_S
     try:
@@ -177,7 +187,7 @@ def _admitted(wire: Wire, hello: dict[str, Any]) -> list[dict[str, Any]]:
                 )
             if answer["type"] == "welcome":
                 wire.silence_s = float(answer["heartbeat_timeout_s"])
-                return others
+                return answer, others
             raise ConnectionError("it does not talk like a launcher")
         raise TimeoutError("it does not answer")
     except BaseException:

@@ -16,6 +16,7 @@ from polyaccel import jobs
 from polyaccel.config.resolve import adopt_environment, environment_for, gather
 from polyaccel.config.settings import SETTINGS
 from polyaccel.errors import LaunchError, UnsupportedError
+from polyaccel.launch.guarding import Guardian
 from polyaccel.launch.rendezvous import Rendezvous, free_port, visible_gpus
 from polyaccel.registry import choose_backend
 
@@ -166,22 +167,29 @@ def _run(function: Callable[..., Any], args: Sequence[Any], environments: Sequen
     context = multiprocessing.get_context("fork")
     processes = []
     reports: dict[Any, int] = {}
-    for index, environment in enumerate(environments):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_child, args=(function, args, environment, sender), name=f"process {index}")
-        process.start()
-        sender.close()  # the child's end alone is left: its death closes the pipe
-        processes.append(process)
-        reports[receiver] = index
-    try:
-        failed = _first_failure(reports)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(15)
-            process.kill()
-            process.join()
+    with Guardian() as guardian:
+        for index, environment in enumerate(environments):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_child, args=(function, args, environment, sender, guardian), name=f"process {index}"
+            )
+            process.start()
+            assert process.pid is not None
+            guardian.watch(process.pid, with_group=False)
+            sender.close()  # the child's end alone is left: its death closes the pipe
+            processes.append(process)
+            reports[receiver] = index
+        try:
+            failed = _first_failure(reports)
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.join(15)
+                process.kill()
+                process.join()
+                assert process.pid is not None
+                guardian.forget(process.pid)
     if failed is not None:
         index, text = failed
         code = processes[index].exitcode
@@ -208,7 +216,14 @@ def _first_failure(reports: dict[Any, int]) -> tuple[int, str] | None:
     return None
 
 
-def _child(function: Callable[..., Any], args: Sequence[Any], environment: dict[str, str], sender: Connection) -> None:
+def _child(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    environment: dict[str, str],
+    sender: Connection,
+    guardian: Guardian,
+) -> None:
+    guardian.leave()
     with adopt_environment(environment):
         atexit._clear()  # what the parent does at its own end is not for this process
         jobs.forget()  # nor are its Accelerators

@@ -14,6 +14,11 @@ from polyaccel.launch.membership import Membership, greeting, join
 from polyaccel.launch.rendezvous import Rendezvous
 from polyaccel.launch.supervision import StopRequest, Worker, supervise
 
+_ENDS_WITH_MACHINE_0 = (
+    "polyaccel launch: machine 0 leads the job, which ends here without it\n"
+    "hint: launch it again on all machines, with any of them as machine 0: a script that begins with `if accelerator.has_checkpoint:"
+    " accelerator.load_state()` goes on from its newest checkpoint. --max-restarts lets the machines wait for machine 0 instead"
+)
 WorkersAt = Callable[[Rendezvous, str | None], Sequence[Worker]]
 
 
@@ -45,24 +50,38 @@ def run(
             settings.machine_rank, num_machines=settings.num_machines, num_processes=num_local, backend=backend
         )
         address = settings.main_process_ip
-        membership = join(
-            address, port, hello, timeout_s=float(settings.join_timeout_s), silence_s=silence_s, stop=stop
-        )
-        if membership is None:
-            return stop.code
-        with membership:
-            return _take_part(membership, workers_at, num_local, address, settings.grace_s, stop)
+        restarts = 0  # after losses of machine 0, which counts the others
+        while True:
+            membership = join(
+                address, port, hello, timeout_s=float(settings.join_timeout_s), silence_s=silence_s, stop=stop
+            )
+            if membership is None:
+                return stop.code
+            with membership:
+                code = _take_part(membership, workers_at, num_local, address, settings.grace_s, stop)
+            if code is not None:
+                return code
+            # Only machine 0 leads, so that a network that is cut never leaves two parts of a job that both train.
+            if settings.machine_rank == 0 or stop.is_set or restarts == membership.max_restarts:
+                print(_ENDS_WITH_MACHINE_0, file=sys.stderr)
+                return 1
+            restarts += 1
+            words = f"waiting up to {settings.join_timeout_s} s for it (restart {restarts} of {membership.max_restarts})"
+            print(f"polyaccel launch: {words}", file=sys.stderr)
 
 
 def _take_part(
     membership: Membership, workers_at: WorkersAt, num_local: int, address: str, grace_s: float, stop: StopRequest
-) -> int:
+) -> int | None:
+    """Follow the meeting's orders; returns the job's exit code, or None once machine 0 is lost and no process is left here."""
     interface = interface_of(membership.address)
     while True:
         order = membership.next_order()
         kind, words = order["type"], order.get("words", "")
         if words:
             print(f"polyaccel launch: {words}", file=sys.stderr)
+        if kind == "lost":
+            return None
         if kind == "finish":
             return int(order["code"])
         if kind == "start":

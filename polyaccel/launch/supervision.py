@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO, Any, Protocol
 
+from polyaccel.launch.guarding import Guardian
 from polyaccel.signals import PASSED_ON, Recipient
 
 _POLL_S = 0.02
@@ -52,6 +54,7 @@ def supervise(
     this process receives are passed on; after SIGTERM and SIGINT all workers have `grace_s` seconds to leave as they like, and
     nobody sends them a second one. With several workers, lines of output are prefixed by the worker's name, and the traceback
     of the first that failed is shown again at the end. A single worker keeps the terminal itself, for progress bars and debuggers.
+    Where this process is killed, its workers and what they started are killed too.
 
     `stop` listens for signals already, where several calls are one job; without it this call listens by itself. `peers`: the workers
     are a part of a job; they end with it, it is told of a failure at once, and says itself what has failed.
@@ -61,16 +64,17 @@ def supervise(
             return supervise(workers, grace_s=grace_s, stop=stop, peers=peers)
     running: list[_Running] = []
     first: tuple[_Running, int] | None = None
-    try:
-        for worker in workers:
-            if stop.is_set:
-                break
-            running.append(_Running(worker, prefixed=len(workers) > 1, patience_s=grace_s / 3))
-        first = _wait(running, stop, grace_s, peers)
-        if first is not None and peers is not None:
-            peers.failed(first[0].worker.name, first[1])
-    finally:
-        _end(running, stop, grace_s)
+    with Guardian() as guardian:
+        try:
+            for worker in workers:
+                if stop.is_set:
+                    break
+                running.append(_Running(worker, guardian, prefixed=len(workers) > 1, patience_s=grace_s / 3))
+            first = _wait(running, stop, grace_s, peers)
+            if first is not None and peers is not None:
+                peers.failed(first[0].worker.name, first[1])
+        finally:
+            _end(running, stop, grace_s)
     if first is None:
         return stop.code if len(running) < len(workers) else 0
     failed, code = first
@@ -83,7 +87,8 @@ def supervise(
 
 
 class StopRequest:
-    """Notes the signals that reach this process while its `with` block runs, to be passed on to the workers of the moment.
+    """Notes the signals that reach this process while its `with` block runs, to be passed on to the workers of the moment. SIGHUP, of a
+    terminal that has gone, counts as SIGTERM.
 
     `ends_process` says that this process exits after the block: the signals are ignored from then on, since the exit code is
     settled, and a late one would change it. Elsewhere than on the main thread nothing is noted.
@@ -104,6 +109,8 @@ class StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in PASSED_ON:
                 self._before[number] = signal.signal(number, self._note)
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+                self._before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -153,6 +160,8 @@ class StopRequest:
             time.sleep(_POLL_S)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # A terminal or an ssh connection that has gone: scripts know that they are to leave by SIGTERM.
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         # Nothing is sent from here: a worker that is being started would be left out.
         self._unannounced.append(number)
         self.deliver(number)
@@ -161,8 +170,9 @@ class StopRequest:
 class _Running:
     """A started worker and the threads that pass its output on."""
 
-    def __init__(self, worker: Worker, *, prefixed: bool, patience_s: float) -> None:
+    def __init__(self, worker: Worker, guardian: Guardian, *, prefixed: bool, patience_s: float) -> None:
         self.worker = worker
+        self._guardian = guardian
         self._tail: deque[str] = deque(maxlen=_KEPT_LINES)
         pipe = subprocess.PIPE if prefixed else None
         # A session of its own: a signal to our process group reaches it once, passed on by us, and at the very end its
@@ -176,6 +186,7 @@ class _Running:
             stderr=pipe,
             start_new_session=self._has_session,
         )
+        guardian.watch(self.process.pid, with_group=self._has_session)
         self._recipient = Recipient(self.process.pid, patience_s)
         self._observed = 0.0
         self._threads = []
@@ -225,6 +236,7 @@ class _Running:
         except ProcessLookupError:
             pass  # all of them are gone
         self.process.wait()
+        self._guardian.forget(self.process.pid)
         for thread in self._threads:
             thread.join(1.0)
 
@@ -245,8 +257,13 @@ def _pass_on(source: IO[bytes], target: IO[str], prefix: str, kept: deque[str] |
             if kept is not None:
                 kept.append(line)
             # One write per line: two processes' lines may alternate, but never mix.
-            target.write(prefix + (line if line.endswith("\n") else line + "\n"))
-            target.flush()
+            try:
+                target.write(prefix + (line if line.endswith("\n") else line + "\n"))
+                target.flush()
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                # The terminal has gone: a worker that saves before it leaves must not fail at what it prints.
 
 
 def _wait(

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 _LONGEST_LINE = 64 * 1024
 _BEATS = 4  # in the time after which a silent peer is lost
 

@@ -1,9 +1,11 @@
 """A function started in several processes, as from a notebook. Each case is a process of its own: pytest's own has used jax."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
+from launching import has_ended
 
 from polyaccel.launch.rendezvous import free_port
 from polyaccel.registry import load_backend
@@ -130,3 +132,21 @@ def test_processes_start_again_after_a_failure_and_two_machines_are_one_job(tmp_
     assert "LaunchError num_nodes=2 with no use_port" in done.stdout
     assert "2 processes cannot be forked from this one: it has an Accelerator" in done.stdout
     assert "places [(0, 2, 0), (1, 2, 1)]" in done.stdout  # tests may
+
+
+def test_forked_processes_end_with_a_notebook_that_is_killed(tmp_path):
+    done = run(
+        "import os, pathlib, signal, time\nfrom polyaccel import debug_launcher\n"
+        "def train():\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "    pathlib.Path('pid' + os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "    if os.environ['RANK'] == '0':\n"
+        "        while not pathlib.Path('pid1').exists() or not pathlib.Path('pid1').read_text(): time.sleep(0.01)\n"
+        "        os.kill(os.getppid(), signal.SIGKILL)\n"
+        "    time.sleep(60)\n"
+        f"os.chdir({str(tmp_path)!r})\ndebug_launcher(train)\n",
+        tmp_path,
+    )  # returns when nobody holds its output any more
+    assert done.returncode == -signal.SIGKILL
+    assert "the launcher was killed: so are its processes" in done.stderr
+    assert all(has_ended((tmp_path / name).read_text()) for name in ("pid0", "pid1"))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH
+from launching import LAUNCH, has_ended
 
 from polyaccel.launch.supervision import Worker, supervise
 from polyaccel.registry import load_backend
@@ -86,14 +86,37 @@ def test_what_a_killed_process_started_ends_with_it(tmp_path):
         "sys.exit(3)"
     )
     assert supervise([python("0", parent), python("1", fails)], grace_s=1) == 3
-    number = int(pid.read_text())
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and Path(f"/proc/{number}/stat").exists():
-        if Path(f"/proc/{number}/stat").read_text().split()[2] == "Z":
-            break  # dead; whoever inherited it has not asked yet
+    while not has_ended(pid.read_text()):
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{number}/stat").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_processes_of_a_launcher_that_is_killed_are_killed_with_what_they_started(tmp_path, count):
+    script = tmp_path / "stubborn.py"
+    script.write_text(
+        "import os, signal, subprocess, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '60'])\n"
+        f"with open({str(tmp_path / 'pids')!r}, 'a') as file: file.write(f'{{os.getpid()}} {{child.pid}} ')\ntime.sleep(60)\n"
+    )
+    command = [*ON_TORCH, "--num-processes", str(count), str(script)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 60
+        pids = []
+        while len(pids) < 2 * count:
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            pids = (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else []
+        job.kill()
+        words = job.stderr.read()  # nobody holds it any more
+    assert "polyaccel launch: the launcher was killed: so are its processes (" in words
+    assert all(pid in words for pid in pids[::2])
+    deadline = time.monotonic() + 5
+    while not all(map(has_ended, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def failing_twice(tmp_path):
@@ -145,8 +168,9 @@ def test_a_job_that_fails_again_tells_the_exit_code_and_the_traceback_of_the_pro
 
 
 @pytest.mark.parametrize("restarts", [0, 3])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_job_and_it_is_not_restarted(tmp_path, number, restarts):
+    """The processes get SIGTERM where the launcher's terminal has gone."""
     script = tmp_path / "waits.py"
     script.write_text(
         "import os, signal, sys, time\n"
@@ -157,7 +181,7 @@ def test_a_signal_ends_the_job_and_it_is_not_restarted(tmp_path, number, restart
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert {job.stdout.readline(), job.stdout.readline()} == {"[0] ready\n", "[1] ready\n"}
         job.send_signal(number)
-        assert job.wait(30) == 40 + number
+        assert job.wait(30) == 40 + (signal.SIGTERM if number == signal.SIGHUP else number)
         assert "restart" not in job.stderr.read()
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from launching import LAUNCH
+from launching import LAUNCH, has_ended
 from two_hosts import PATIENCE_S, Loopback, Namespaces, can_make_namespaces, hosts_of
 
 from polyaccel.config.schema import PREEMPTED
@@ -130,10 +130,10 @@ def waiting(tmp_path):
     """A script whose processes run for a minute in a job of two machines, and for a moment in one of a single machine."""
     script = tmp_path / "waits.py"
     script.write_text(
-        "import os, time\nsize, launcher = os.environ.get('WORLD_SIZE', '1'), os.getppid()\n"
-        "print('ready', os.environ.get('RANK', '0'), 'of', size, flush=True)\n"
+        "import os, time\nsize = os.environ.get('WORLD_SIZE', '1')\n"
+        "print('ready', os.environ.get('RANK', '0'), 'of', size, 'as', os.getpid(), flush=True)\n"
         "end = time.monotonic() + (60 if size == '2' else 0.1)\n"
-        "while time.monotonic() < end and os.getppid() == launcher: time.sleep(0.05)\n"
+        "while time.monotonic() < end: time.sleep(0.05)\n"
     )
     return script
 
@@ -157,24 +157,47 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_the_job_goes_on_without_i
     linked_hosts.place.cut()
     words = f"machine 1 ({linked_hosts.place.names[1]}) with process 1 is lost: no sign of life for 2 s (heartbeat_timeout_s)"
     assert first.saw(words) - cut < 4
-    assert second.saw("machine 0 is lost: no sign of life for 2 s") - cut < 4
-    assert second.code() == 1
+    assert second.saw(f"machine 0 ({linked_hosts.place.names[0]}) is lost: no sign of life for 2 s") - cut < 4
+    assert second.code() == 1, "only machine 0 leads: two halves of a job never both train"
+    assert "machine 1 did not reach machine 0 at" in second.output
     assert first.code() == 0, first.output
     assert "restart 1 of 1" in first.output
 
 
-def test_a_launcher_that_is_killed_is_noticed_at_once_and_may_come_back(neighbours, waiting):
+def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_may_come_back(neighbours, waiting):
     settings = ("--max-restarts", 1, "--grace-s", 1)
     first, second = neighbours.launch("torch", 2, 2, *settings, waiting)
     first.saw("ready 0 of 2")
-    second.saw("ready 1 of 2")
+    left = second.pid_of("ready 1 of 2 as ")
     killed = time.monotonic()
     second.kill()
     assert first.saw("with process 1 is lost: its launcher has ended") - killed < 2
+    while not has_ended(left):
+        assert time.monotonic() - killed < 5
+        time.sleep(0.02)
     again = neighbours.again(second)
     again.saw("ready 1 of 2")
+    first.saw("ready 0 of 2", times=2)
     first.process.send_signal(signal.SIGTERM)  # one signal ends the job everywhere
     assert [job.code() for job in (first, again)] == [143, 143]
+
+
+def test_machine_0_may_come_back_as_any_other_and_without_it_the_job_ends(neighbours, waiting):
+    first, second = neighbours.launch("torch", 2, 2, "--max-restarts", 1, "--grace-s", 1, waiting)
+    first.saw("ready 0 of 2")
+    second.saw("ready 1 of 2")
+    killed = time.monotonic()
+    first.kill()
+    lost = f"machine 0 ({neighbours.place.names[0]}) is lost: its launcher has ended"
+    assert second.saw(lost) - killed < 2
+    second.saw("waiting up to 600 s for it (restart 1 of 1)")
+    again = neighbours.again(first)
+    again.saw("ready 0 of 2")
+    second.saw("ready 1 of 2", times=2)
+    again.kill()
+    second.saw(lost, times=2)
+    assert second.code() == 1
+    assert "hint: launch it again on all machines" in second.output
 
 
 @pytest.mark.skipif("jax" not in ENGINES, reason="the other machine's engine is jax: the main environment runs it")

@@ -48,13 +48,20 @@ class Started:
     def output(self):
         return "".join(line for _, line in self.lines)
 
-    def saw(self, text):
-        """The time of the first line with this text, once it is there."""
+    def saw(self, text, times=1):
+        """The time of the first line with this text, once it is there; with `times`, of the so many-th."""
+        return self._line(text, times)[0]
+
+    def pid_of(self, text):
+        """The number that follows this text, once it is there."""
+        return int(self._line(text, 1)[1].partition(text)[2])
+
+    def _line(self, text, times):
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            found = next((at for at, line in list(self.lines) if text in line), None)
-            if found is not None:
-                return found
+            found = [(at, line) for at, line in list(self.lines) if text in line]
+            if len(found) >= times:
+                return found[times - 1]
             assert self._thread.is_alive(), self.output
             time.sleep(0.01)
         raise AssertionError(f"no {text!r} in: {self.output}")
