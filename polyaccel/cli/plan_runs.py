@@ -28,19 +28,24 @@ def run_worker(
     """Run `python -m polyaccel.cli.plan_worker` with these arguments, its output kept for the error alone.
 
     The time that passes is shown on stderr. Raises LaunchError where it fails, or is not done after `timeout_s` seconds; all of
-    its processes are ended then.
+    its processes are ended then. They end as well when this process does, however that ends: they hold a pipe of it.
     """
-    command = [sys.executable, "-m", "polyaccel.cli.plan_worker", *arguments]
-    with tempfile.TemporaryFile("w+b") as output:
+    theirs, ours = os.pipe()
+    command = [sys.executable, "-m", "polyaccel.cli.plan_worker", str(theirs), *arguments]
+    with os.fdopen(ours, "wb"), tempfile.TemporaryFile("w+b") as output:
         # A session of its own: loaders may have started processes, which hold on to the files of this one.
-        worker = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+        try:
+            worker = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                pass_fds=(theirs,),
+            )
+        finally:
+            os.close(theirs)
         start = time.monotonic()
         is_late = False
         try:

@@ -120,7 +120,9 @@ def _amounts(plan: StepPlan, chip: Chip | None) -> list[tuple[str, ...]]:
     if plan.buffer_bytes:
         rows.append(("  buffers", bytes_text(plan.buffer_bytes)))
     if plan.peak_bytes is not None:
-        rows.append(("  activations and other temporaries", bytes_text(plan.temporary_bytes)))
+        # XLA:TPU counts what lies in HBM; a small step's temporaries stay beside the matrix units from birth to last use.
+        elsewhere = (f"all in the fast memory of {chip.name}",) if chip is not None and not plan.temporary_bytes else ()
+        rows.append(("  activations and other temporaries", bytes_text(plan.temporary_bytes), *elsewhere))
         of_chip = (
             ""
             if chip is None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import runpy
+import signal
 import sys
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +27,9 @@ _TORCH = frozenset({"torch", "torchvision", "transformers", "timm"})
 
 
 def main(arguments: list[str]) -> int:
-    """`topology report script [its arguments]`: 0 when the report is written."""
-    topology, report, script, *rest = arguments
+    """`pipe topology report script [its arguments]`: 0 when the report is written. At the end of the pipe all of this ends."""
+    pipe, topology, report, script, *rest = arguments
+    threading.Thread(target=_end_with, args=(int(pipe),), daemon=True).start()
     backend: Any = choose_backend("jax")
     sys.argv = [script, *rest]
     sys.path[0] = str(Path(script).resolve().parent)  # as Python does for a script
@@ -39,6 +43,12 @@ def main(arguments: list[str]) -> int:
         return 1
     Path(report).write_text(json.dumps(as_json(plan, chip)), "utf-8")
     return 0
+
+
+def _end_with(pipe: int) -> None:
+    """End this process and those of its loaders when whoever holds the other end is gone; compiles run for minutes."""
+    os.read(pipe, 1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _with_peak(chip: Chip | None) -> Chip | None:

@@ -31,6 +31,14 @@ class TopologyName:
         """Devices that a program sees: chips of a slice."""
         return math.prod(self.sizes)
 
+    @property
+    def wraps(self) -> tuple[bool, ...]:
+        """Per dim whether its links close to a ring. How devices exchange depends on it, and a compiler takes a slice for a mesh unasked."""
+        if self.chip is None or self.chip.wraps_at is None:
+            return (False,) * len(self.sizes)
+        found = tuple(size % self.chip.wraps_at == 0 for size in self.sizes)
+        return found if all(found) or not self.chip.wraps_whole else (False,) * len(found)
+
 
 def topology_named(text: str) -> TopologyName:
     """What `--topology` names. Raises ConfigError for unknown chips, and for sizes that are no grid of theirs."""

@@ -107,3 +107,37 @@ def test_started_and_fused_exchanges_of_the_tpu_compiler_count_once():
         Collective("all-to-all", 4, 1, 512, 384),
         Collective("collective-permute", 8, 1, 512, 512),
     )
+
+
+STEPS = """HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%fused_computation.464 (param_0: bf16[32,256]) -> bf16[256,256] {
+  %param_0 = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.87 = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%param_0), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, \
+dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.290 (param_1: bf16[32,256]) -> bf16[256,256] {
+  %param_1 = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.89 = bf16[256,256]{1,0:T(8,128)(2,1)S(1)} all-gather(%param_1), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, \
+dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="0"}
+}
+
+%fused_computation.470 (param_2: bf16[32,256]) -> bf16[256,256] {
+  %param_2 = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.95 = bf16[256,256]{1,0:T(8,128)(2,1)} all-gather(%param_2), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, \
+dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main.93_spmd (param: bf16[32,256]) -> bf16[256,256] {
+  %param = bf16[32,256]{1,0:T(8,128)(2,1)} parameter(0)
+  %fusion.289 = bf16[256,256]{1,0:T(8,128)(2,1)} fusion(%param), kind=kCustom, calls=%fused_computation.464
+  %fusion.290 = bf16[256,256]{1,0:T(8,128)(2,1)} fusion(%param), kind=kCustom, calls=%async_collective_fusion.290
+  ROOT %fusion.291 = bf16[256,256]{1,0:T(8,128)(2,1)} fusion(%param), kind=kCustom, calls=%fused_computation.470
+}
+"""
+
+
+def test_the_steps_of_one_exchange_that_run_beside_other_work_count_once():
+    whole = 256 * 256 * 2
+    assert collectives_of(STEPS) == (Collective("all-gather", 8, 2, 2 * whole, 2 * whole * 7 // 8),)

@@ -64,6 +64,21 @@ def test_a_topology_is_a_chip_and_a_grid():
 
 
 @pytest.mark.parametrize(
+    ("text", "wraps"),
+    [
+        ("v5p:4x4x8", (True, True, True)),
+        ("v5p:2x4x4", (False, False, False)),  # less than a cube of 4x4x4
+        ("v5e:16x16", (True, True)),
+        ("v5e:8x16", (False, True)),
+        ("v5e:2x4", (False, False)),
+        ("cpu:16", (False,)),
+    ],
+)
+def test_a_slice_is_a_torus_where_its_chips_are_wired_as_one(text, wraps):
+    assert topology_named(text).wraps == wraps
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("v5f:4x4", "did you mean"),

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from polyaccel.planned.chips import Chip
     from polyaccel.planned.topologies import TopologyName
 
+_LIBTPU_DIMS = 3
+
 
 def environment(topology: TopologyName) -> dict[str, str]:
     """What the process of a plan starts with.
@@ -61,7 +63,9 @@ def devices_of(topology: TopologyName) -> list[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        found = list(topologies.get_topology_desc(topology_name=topology.text, platform="tpu").devices)
+        # Of a torus that it takes for a mesh, XLA:TPU makes all-reduces of all gathers and scatters over the whole slice.
+        wrap = tuple([int(is_ring) for is_ring in topology.wraps] + [0] * (_LIBTPU_DIMS - len(topology.wraps)))
+        found = list(topologies.get_topology_desc(topology_name=topology.text, platform="tpu", wrap=wrap).devices)
     except RuntimeError as error:
         raise ConfigError(
             f"--topology {topology.text} is unknown to the installed libtpu: {str(error).splitlines()[0]}",

@@ -32,6 +32,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _LISTED_GROUPS = re.compile(r"\breplica_groups=\{(?:\{([\d,]*)\})?")
 _IOTA_GROUPS = re.compile(r"\breplica_groups=\[(\d+),(\d+)\]<=")
+_CHAIN = re.compile(r'\bchain_id="(\w+)"')
 _PARTITIONS = re.compile(r"\bnum_partitions=(\d+)")
 _REPLICAS = re.compile(r"\breplica_count=(\d+)")
 
@@ -41,6 +42,7 @@ class _Exchange:
     kind: str
     group_size: int
     result_bytes: int
+    chain: str | None = None  # of an exchange that the TPU compiler runs in steps beside others: the same in its start, steps and end
 
 
 @dataclass(slots=True)
@@ -58,10 +60,15 @@ def collectives_of(text: str) -> tuple[Collective, ...]:
     num_devices = _number(_PARTITIONS, head) * _number(_REPLICAS, head)
     computations, entry = _computations(text, num_devices)
     found: list[Collective] = []
+    chains: set[str] = set()
     for name, times in _runs(computations, entry).items():
         # A fusion of the TPU compiler holds the sum and the slice that together are a reduce-scatter.
         is_scatter = name.startswith("all-reduce-scatter")
         for exchange in computations[name].exchanges:
+            if exchange.chain in chains:
+                continue
+            if exchange.chain is not None:
+                chains.add(exchange.chain)
             found.append(_collective(exchange, times, is_scatter=is_scatter))
     return merged([one for one in found if one.group_size > 1])
 
@@ -123,7 +130,8 @@ def _exchange(kind: str, result: str, line: str, num_devices: int) -> _Exchange:
             arrays = sizes if result.count("u32[]") == 0 else [s for s in sizes if s != 4]
             arrays = arrays or sizes
             sizes = arrays[len(arrays) // 2 :]
-    return _Exchange(kind, _group_size(kind, line, num_devices), sum(sizes))
+    chain = _CHAIN.search(line)
+    return _Exchange(kind, _group_size(kind, line, num_devices), sum(sizes), chain[1] if chain else None)
 
 
 def _bytes(dtype: str, dims: str) -> int:
