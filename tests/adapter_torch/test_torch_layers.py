@@ -109,7 +109,7 @@ def test_gradients_that_wait_for_their_exchange_can_be_dropped(answers, who):
 
 
 def test_exchanges_of_every_axis_wait_as_long_as_the_configuration_says(answers):
-    assert answers[0]["timeouts"] == [77, 77, 77]
+    assert answers[0]["timeouts"] == [77] * 4
 
 
 def test_a_model_is_created_without_memory_where_it_is_cut(answers):

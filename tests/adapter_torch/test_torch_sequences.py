@@ -30,25 +30,27 @@ def assert_close(given, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("mesh", sequence_job.MESHES)
-def test_twenty_steps_are_those_of_one_process(answers, mesh):
-    expected = of_one_process(sequence_job.twenty_steps)
+def test_training_is_that_of_one_process(answers, mesh):
+    expected = of_one_process(sequence_job.trained)
     for one in answers:
-        found = one[f"twenty steps, {mesh}"]
+        found = one[f"trained, {mesh}"]
         assert_close(found["losses"], expected["losses"])
         assert_close(found["norms"], expected["norms"], 1e-4)  # norms are near 2: the same in relation
 
 
 @pytest.mark.parametrize("mesh", sequence_job.MESHES)
 def test_inside_a_model_each_process_has_its_part_of_every_sequence(answers, mesh):
-    whole = of_one_process(sequence_job.twenty_steps)["bytes inside"]
+    of_layer, of_block = of_one_process(sequence_job.trained)["bytes inside"]
+    sizes = sequence_job.MESHES[mesh]
     for one in answers:
-        assert one[f"twenty steps, {mesh}"]["bytes inside"] == whole // sequence_job.MESHES[mesh]["sequence"]
+        found = one[f"trained, {mesh}"]["bytes inside"]
+        assert found == [of_layer // sizes["sequence"] // sizes.get("tensor", 1), of_block // sizes["sequence"]]
 
 
 def test_parameters_are_cut_by_the_other_axes_alone(answers):
-    whole = of_one_process(sequence_job.twenty_steps)["parameters"]
-    assert answers[0]["twenty steps, sequence 4"]["parameters"] == whole
-    assert answers[0]["twenty steps, fsdp 2 x sequence 2"]["parameters"] <= whole / 2 + 64
+    whole = of_one_process(sequence_job.trained)["parameters"]
+    assert answers[0]["trained, sequence 4"]["parameters"] == whole
+    assert answers[0]["trained, fsdp 2 x sequence 2"]["parameters"] <= whole / 2 + 64
 
 
 def test_micro_batches_are_added_up_before_their_exchange(answers):
@@ -83,12 +85,11 @@ def test_parts_of_a_sequence_have_noise_of_their_own_and_processes_agree(answers
 
 
 def test_what_cannot_be_cut_is_refused_by_name(answers):
-    odd, nothing, written, compiled, product, _ = answers[0]["refused"]
+    odd, nothing, written, compiled, _ = answers[0]["refused"]
     assert "Gpt was called with mesh.sequence=4, and its sequences have length 15, which does not divide" in odd
     assert "none of its inputs is a tensor (batch, length, ...)" in nothing
     assert "the model writes in place (mul_)" in written
     assert "compile=True" in compiled
-    assert "mesh.tensor=2 with mesh.sequence=2" in product
 
 
 def test_a_model_is_as_before_after_a_call_that_was_refused(answers):

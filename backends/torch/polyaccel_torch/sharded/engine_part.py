@@ -144,12 +144,6 @@ def _refuse_settings(plan: Plan, config: Config) -> None:
                 f" mesh.sequence={plan.mesh.sequence} cut models over processes",
                 "leave it out, or use a mesh of data and replica alone",
             )
-    if plan.mesh.tensor > 1 and plan.mesh.sequence > 1:
-        raise UnsupportedError(
-            f"mesh.tensor={plan.mesh.tensor} with mesh.sequence={plan.mesh.sequence}: torch gathers whole sequences inside layers that are"
-            " split",
-            "use mesh.fsdp or mesh.data with mesh.sequence",
-        )
     if plan.compile and plan.mesh.sequence > 1:
         raise UnsupportedError(
             f"compile=True ({config.sources.get('compile', 'default')}) with mesh.sequence={plan.mesh.sequence}: torch.compile does not"
