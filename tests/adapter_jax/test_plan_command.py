@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +123,49 @@ def test_a_step_that_takes_too_long_is_given_up(tmp_path, capsys):
     assert "not done after 6 seconds" in words
     assert "asleep" in words
     assert "--timeout" in words
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_plan_that_is_killed_leaves_nothing_running(tmp_path, sent):
+    pids = tmp_path / "pids"
+    script = tmp_path / "train.py"
+    # Without its engine, and with a process of its own, as loaders have.
+    script.write_text(
+        "import os, time\n"
+        "child = os.fork()\n"
+        f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(120)\n",
+        "utf-8",
+    )
+    plan = subprocess.Popen(
+        [sys.executable, "-m", "polyaccel.cli.main", "plan", str(script), "--topology", "cpu:1"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert waited(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+        plan.send_signal(sent)
+        plan.wait(10)
+        numbers = [int(text) for text in pids.read_text().split()]
+        assert waited(lambda: not any(map(is_running, numbers)))
+    finally:
+        plan.kill()
+        plan.wait(10)
+
+
+def waited(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")  # one that has ended waits for whoever asks
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_search_goes_on_after_a_mesh_that_cannot_be_planned_and_ends_with_the_first_that_fits(tmp_path, capsys):
