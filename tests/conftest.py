@@ -57,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=_ENGINES,
         help="leave out what is about other engines only: tests whose name in brackets, or marker `engine`, has one but not this one",
     )
+    group.addoption("--libtpu", metavar="FOLDER", help="where the compiler for TPUs is installed: pip install --target")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,12 +78,12 @@ def pytest_configure(config: pytest.Config) -> None:
         OMP_NUM_THREADS="1",  # two xdist workers with two threads each are slower than with one
     )
     if config.getoption("--device") == "cpu":
-        # Tests of torch_xla compile for minutes and run for seconds; without LLVM's optimizations that is half.
-        quick = " --xla_backend_optimization_level=0" if config.getoption("--engine") == "xla" else ""
         os.environ.update(
             CUDA_VISIBLE_DEVICES="",
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={_VIRTUAL_DEVICES}{quick}",
+            # Tests compile for minutes and run for seconds: without LLVM's optimizations, which change no program of XLA's, that is
+            # half. tests/parity/mesh_parity.py compiles as a user's script does.
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={_VIRTUAL_DEVICES} --xla_backend_optimization_level=0",
             PJRT_DEVICE="CPU",
             CPU_NUM_DEVICES=str(_VIRTUAL_DEVICES),
         )

@@ -1,18 +1,26 @@
-"""`polyaccel plan` with the real compiler for TPUs, where libtpu is installed: no TPU is needed."""
+"""`polyaccel plan` with the real compiler for TPUs: no TPU is needed. scripts/test installs it; by hand it is `--libtpu FOLDER`."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 
 import pytest
 
 from polyaccel.cli.main import main
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs polyaccel[tpu-plan]"),
-]
+
+@pytest.fixture(autouse=True)
+def libtpu(request, monkeypatch):
+    """On the path of the process that plans alone."""
+    folder = request.config.getoption("--libtpu")
+    if folder is None and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the compiler for TPUs: scripts/test installs it where there is one")
+    if folder is not None:
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
 
 SCRIPT = """
 import argparse
