@@ -374,7 +374,12 @@ Partitioning = Literal["pmap", "sharding"]
 
 @runtime_checkable
 class ProgramCall(Protocol):
-    """One piece of work on models, in whatever dialect it was written. The engine jits, shards, accumulates and updates."""
+    """One piece of work on models, in whatever dialect it was written. The engine jits, shards, accumulates and updates.
+
+    A global one may have more: `constants`, in words, that the processes of a job must have alike in what their gradients are computed
+    by: those of operations on global values, and those of model calls, which each replica may have differently; None where it gives
+    no gradients.
+    """
 
     models: tuple[ProgramModel, ...]
     inputs: Sequence[Any]  # array leaves of the arguments: arrays of the engine, or host (numpy) arrays

@@ -95,11 +95,56 @@ def refused(partitioning):
     }
 
 
+def trained(partitioning, loss_of, steps=1):
+    """What the processes are told, and in which step, when they train on this loss."""
+    run = accelerator(partitioning)
+    net = model()
+    net, optimizer = run.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    for step in range(steps):
+        try:
+            loss_of(run, net, run.process_index, step)
+        except PrepareError as error:
+            return [step, str(error)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return [steps, "nothing"]
+
+
+def exponents(run, net, process, step):
+    x, y = rows(process, step)
+    loss = functional.cross_entropy(net(x).view(-1, 5), y.reshape(-1))
+    run.backward(loss + net.first.weight.abs().pow(2 + process).sum())
+
+
+def options(run, net, process, step):
+    x, y = rows(process, step)
+    dropped = functional.dropout(net(x), p=0.25 * (1 + process))
+    run.backward(functional.cross_entropy(dropped.view(-1, 5), y.reshape(-1)))
+
+
+def looks(run, net, process, step):
+    """Process 0 looks at more, for its log, and every process has its own bounds, and exponents as tensors."""
+    x, y = rows(process, step)
+    out = net(x).view(-1, 5)
+    seen = (out.detach() ** 3).mean() if process == 0 else None
+    decay = net.first.weight.abs().pow(torch.tensor(2.0 + process)).sum()
+    run.backward(functional.cross_entropy(out.clamp(max=3 + process), y.reshape(-1)) + decay)
+    del seen
+
+
+def late(run, net, process, step):
+    run.backward(scaled_loss, net, rows(process, step), torch.tensor(2.0 + (process if step == 4 else 0)))
+
+
 def main():
     torch.set_num_threads(1)
     held = accelerator("auto")  # the job ends with the last Accelerator
     result = {name: loop(name) for name in ("pmap", "sharding")}
     result |= {f"refused {name}": refused(name) for name in ("pmap", "sharding")}
+    result["exponents"] = trained("pmap", exponents)
+    result["options"] = trained("sharding", options)
+    result["looks"] = trained("sharding", looks, 2)
+    result["late"] = trained("sharding", late, 9)
     print("RESULT " + json.dumps(result), flush=True)
     held.wait_for_everyone()
     held.end_training()

@@ -52,3 +52,27 @@ def test_a_program_of_all_processes_refuses_different_values_by_name(results):
 def test_replicas_take_the_values_of_their_own_process(results):
     for result in results:
         assert set(result["refused pmap"].values()) == {"not at all"}
+
+
+def test_constants_of_a_loop_that_differ_between_processes_are_named(results):
+    for result in results:
+        step, said = result["exponents"]
+        assert step == 0
+        assert "the loop of Shifted has pow(tensor, 2) on process 0 and pow(tensor, 3) on process 1" in said
+        step, said = result["options"]
+        assert step == 0
+        assert "the loop of Shifted has dropout(tensor, p=0.25, training=True, inplace=False) on process 0 and dropout(" in said
+        assert "p=0.5, training=True, inplace=False) on process 1" in said
+
+
+def test_what_one_process_alone_looks_at_is_its_own_business(results):
+    for result in results:
+        assert result["looks"] == [2, "nothing"]
+
+
+def test_a_value_that_differs_in_a_later_step_alone_is_named_within_32_calls(results):
+    """Compared after 1, 2, 4, 8, 16 calls and then every 32: step 4 is the fifth call."""
+    for result in results:
+        step, said = result["late"]
+        assert step == 7
+        assert "scaled_loss has an input float32 of shape (), 2.0 on process 0 and an input float32 of shape (), 3.0 on process 1" in said

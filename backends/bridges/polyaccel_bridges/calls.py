@@ -59,6 +59,12 @@ class TorchCall:
         self.draw = draw
         self._finish = finish
 
+    @property
+    def constants(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """See ProgramCall: those of a recorded loss."""
+        found: tuple[tuple[str, ...], tuple[str, ...]] | None = getattr(self.signature, "constants", None)
+        return found
+
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:
         """The program for inputs of these specs."""
         return self.signature.build(specs, with_grads=with_grads, num_shards=num_shards, shard_call=shard_call)

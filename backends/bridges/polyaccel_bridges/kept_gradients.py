@@ -45,6 +45,7 @@ class GradientsRecipe:
         self.tape = tape
         self.names: tuple[str, ...] = ()
         self.program: Any = None  # the latest
+        self.constants = tape.constants
         self.adding = AddingRecipe(self)
 
     def build(self, specs: Sequence[ArraySpec], *, with_grads: bool, num_shards: int, shard_call: Any) -> Any:

@@ -15,6 +15,7 @@ from .calls import TorchCall, handles
 from .descriptions import facts_of_models, shown
 from .input_gradients import receive
 from .kept_gradients import GradientsRecipe
+from .loop_constants import constants_of
 from .own_values import OWN
 from .tensors import STACKED, ArrayCell, DeviceTensor
 
@@ -84,6 +85,7 @@ class TapeRecipe:
         self.spent = _spent(self.parts)
         self.used = tuple(part.uses() for part in self.parts)
         self.input_grads: tuple[int, ...] = ()  # inputs whose gradients come out behind the wanted values
+        self.constants = None if loss is None or recorder.num_processes == 1 else constants_of(self.parts, loss)
         self.apart = GradientsRecipe(self)
 
     def wanted_inputs(self, part: int) -> list[int]:

@@ -36,6 +36,7 @@ from polyaccel_jax.dialect import compilation_cache
 from polyaccel_jax.flops import FlopMeter
 from polyaccel_jax.fused import FusedStep
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
+from polyaccel_jax.lockstep import Lockstep
 from polyaccel_jax.mesh import DeviceMesh
 from polyaccel_jax.precision import ScalerState, initial_scaler
 from polyaccel_jax.random_stream import RandomStream
@@ -99,6 +100,9 @@ class JaxEngine:
         collectives = JaxCollectives(self._devices, self.topology, config.timeout_s)
         self.collectives: Collectives = collectives
         self._own_collectives = collectives
+        self.lockstep: Lockstep | None = None
+        if rendezvous.num_processes > 1 and planner is None:
+            self.lockstep = Lockstep(collectives, reads_late=local[0].platform != "cpu")
         self._reads_whole = False
         self.note_exchange = (
             collectives.note_exchange

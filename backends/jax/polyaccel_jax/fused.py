@@ -192,6 +192,7 @@ class _Fused:
         self._run = engine.compiles.run
         self._note_exchange = engine.note_exchange
         self._is_whole = optimizer.covers_model
+        self._is_compared = engine.lockstep is not None
         self._hyperparameters = optimizer.hyperparameters
         self._others = tuple(model for model in work.models if model is not optimizer.model)
         self._idle: tuple[jax.Array, jax.Array] | None = (
@@ -207,6 +208,8 @@ class _Fused:
             base, counter = engine.stream.base, engine.stream.counter(call.draw)
             self.work.call = call  # a new input signature is built by the latest call
         is_whole = self._is_whole
+        if self._is_compared:
+            self.work.compare(call, call.inputs)
         self._note_exchange()
         loss, outputs, trained, state, changed, following, scaler, skipped, norm = self._run(
             self.jitted,

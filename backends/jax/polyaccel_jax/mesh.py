@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ class DeviceMesh:
         self.batch: Sharding = self.cut(0)
         if self.is_single_device:
             self.replicated = self.batch = SingleDeviceSharding(devices[0])
-        self._host_copies: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
+        self._host_copies: dict[int, tuple[weakref.ref[jax.Array], tuple[str, int] | None]] = {}
         self._is_lone = False
         self._array_type: type = jax.ShapeDtypeStruct
         if planner is not None:
@@ -261,7 +262,8 @@ class DeviceMesh:
     def _from_this_process(self, leaf: Any, shape: tuple[int, ...], axis: int | None) -> jax.Array:
         if axis is None:
             made = pieces.from_host(leaf, self.replicated)
-            self._host_copies[id(made)] = made
+            key, copies = id(made), self._host_copies
+            copies[key] = weakref.ref(made, lambda _: copies.pop(key, None)), _value_of(leaf)
             return made
         if self.num_feeds == 1 and shape[axis] % self.num_shards:  # every process has all of it
             return pieces.from_host(leaf, self.replicated)
@@ -270,7 +272,12 @@ class DeviceMesh:
 
     def is_host_copy(self, array: Any) -> bool:
         """Whether an array that is to be the same on all processes is made of what each of them had on its host."""
-        return self._host_copies.get(id(array)) is array
+        known = self._host_copies.get(id(array))
+        return known is not None and known[0]() is array
+
+    def host_value(self, array: Any) -> tuple[str, int] | None:
+        """Of a host copy: what it is in words, and a checksum of its value. None for any other array, and one that devices computed."""
+        return self._host_copies[id(array)][1] if self.is_host_copy(array) else None
 
     def _refuse_ambiguous(self, shape: tuple[int, ...], batch_size: int | None) -> None:
         if shape and batch_size is not None and shape[0] == batch_size * self.num_feeds:
@@ -338,3 +345,13 @@ def _arranged(plan: Plan, devices: list[jax.Device], num_processes: int) -> Mesh
 
 def _snapshot(leaf: Any) -> Any:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def _value_of(leaf: Any) -> tuple[str, int] | None:
+    if isinstance(leaf, jax.Array):
+        return None
+    host = np.asarray(leaf)
+    words = f"{host.dtype.name} of shape {host.shape}"
+    if host.size == 1:
+        words = f"{words}, {host.item()!r}"
+    return words, crc32(np.ascontiguousarray(host).reshape(-1).view(np.uint8).data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("polyaccel.jax")
 _MANY_SIGNATURES = 64
+_NUMBER = re.compile(r"-?(\d+(\.\d*)?(e[+-]?\d+)?|inf|nan)|True|False|None")
 
 Named = dict[str, jax.Array]
 Target = tuple[JaxModel, Collection[str] | None]  # parameters whose gradients are clipped; None: all of the model's
@@ -38,6 +40,8 @@ class Built:
     layout: Layout
     program: Program
     grad_names: tuple[tuple[str, ...], ...]
+    called: str = ""
+    constants: tuple[str, ...] = ()  # of a program that spans all processes
 
 
 class Work:
@@ -82,8 +86,34 @@ class Work:
                 lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)
             )
             wanted = self.by_model(dict.fromkeys(program.grad_names))  # type: ignore[arg-type]
-            found = self._programs[key] = Built(layout, program, tuple(tuple(names) for names in wanted))
+            called, constants = "", ()
+            if self.engine.lockstep is not None:
+                called, facts = self.call.describe(inputs)
+                if not self.is_global and layout.num_replicas == 1:
+                    constants = tuple(f"{name}={text}" for name, text in facts.items() if _NUMBER.fullmatch(text))
+            found = self._programs[key] = Built(
+                layout, program, tuple(tuple(names) for names in wanted), called, constants
+            )
         return found
+
+    def compare(self, call: ProgramCall, inputs: Sequence[Any]) -> None:
+        """Before this call runs: hold what must be alike on all processes against what the others have (see `Lockstep`).
+        In jobs of several processes alone."""
+        lockstep = self.engine.lockstep
+        assert lockstep is not None
+        inner: Any = call.call if isinstance(call, WeightedCall) else call
+        own = getattr(inner, "constants", None)
+        if own is None and (self.is_global or not self.with_grads):
+            return
+        built = self.program(inputs)
+        is_whole = built.layout.num_replicas == 1
+        constants = built.constants
+        if own is not None:
+            constants = own[0] + own[1] if is_whole else own[0]
+        value_of = self.engine.mesh.host_value
+        shared = [array for array, axis in zip(inputs, built.layout.axes, strict=True) if axis is None] if is_whole else []
+        values = [value for array in shared if (value := value_of(array)) is not None]
+        lockstep.note(built.called, constants, values)
 
     @property
     def is_outdated(self) -> bool:
@@ -168,6 +198,8 @@ class Steps:
             function = work.functions.get("forward") or _forward_function(work)
             inputs = engine.mesh.place(call.inputs, call.input_axes)
             work.program(inputs)
+            if engine.lockstep is not None:
+                work.compare(call, inputs)
             outputs, changed, following = engine.compiles.run(
                 function,
                 tuple([model.leaves for model in work.models]),
@@ -192,6 +224,8 @@ class Steps:
             accumulates = scale != 1.0 if window is None else engine.gradient_state.num_steps > 1
             held = self._held(work.models, work.program(inputs).grad_names, accumulates)
             function = work.functions.get(scale) or _backward_function(work, scale)
+            if engine.lockstep is not None:
+                work.compare(call, inputs)
             engine.note_exchange()
             loss, outputs, grads, changed, following, is_finite, total = engine.compiles.run(
                 function,
