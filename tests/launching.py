@@ -1,5 +1,6 @@
 """How tests start a job."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,3 +19,9 @@ def has_ended(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def with_devices(number):
+    """What the environment of a process needs beside this one's to show it so many virtual devices of jax."""
+    chosen = os.environ.get("XLA_FLAGS", "")  # as conftest.py has it, how to compile included; the last number counts
+    return {"XLA_FLAGS": f"{chosen} --xla_force_host_platform_device_count={number}"}

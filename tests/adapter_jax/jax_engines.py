@@ -24,6 +24,11 @@ def open_engine(num_devices=1, *, seed=0, rendezvous=None, **settings):
         engine = JaxEngine(config, Rendezvous(), jax.devices()[:num_devices])
     else:
         engine = JaxEngine(config, rendezvous)
+    return bound(engine, config, seed)
+
+
+def bound(engine, config, seed=0):
+    """The engine with the plan of its configuration, seeded."""
     known = JaxBackend.capabilities
     plan = make_plan(
         config,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -12,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from answering import answer, run_job
 from flax import linen, nnx
 from jax_engines import Mlp, batches, cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyaccel import EMA, Accelerator, ShardingRule
-from polyaccel.errors import PolyaccelError, PrepareError, UnsupportedError
+from polyaccel.errors import PrepareError, UnsupportedError
 
 sys.path.append(str(Path(__file__).parents[1] / "adapter_torch"))
 from small_gpt import LENGTH, VOCABULARY, Gpt, loss_fn
@@ -301,25 +300,25 @@ def _listed(state):
     return {name: np.asarray(value).ravel().astype(float).tolist() for name, value in state.items()}
 
 
+def plain_torch(make, data, loss_fn):
+    """(model, losses, gradient norms) of the loop that a torch user writes on one device, with clipping."""
+    model = make(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses, norms = [], []
+    for batch in data:
+        loss = loss_fn(model, batch)
+        loss.backward()
+        losses.append(loss.item())
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses, norms
+
+
 def main():
     torch.set_num_threads(1)
-    results = []
-    held = accelerator(None)  # the job ends with the last Accelerator
-    for name, *arguments in json.loads(sys.argv[1]):
-        print(f"{time.monotonic():.0f} s: {name} {arguments}", file=sys.stderr, flush=True)  # of one that does not end
-        results.append(globals()[name](*arguments))
-        jax.clear_caches()
-    held.wait_for_everyone()
-    file = (
-        Path(sys.argv[2]) / f"{held.num_processes}.{held.process_index}.json"
-    )  # more than a pipe takes that nobody reads yet
-    file.write_text(json.dumps(results))
-    print("RESULT " + json.dumps(str(file)), flush=True)
-    held.end_training()
+    answer(accelerator(None), globals(), jax.clear_caches)  # the job ends with the last Accelerator
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PolyaccelError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_job(main)

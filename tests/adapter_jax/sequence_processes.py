@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-
 import jax
 import optax
 import torch
+from answering import answer, run_job
 from flax import nnx
 from mesh_processes import MAX_NORM, SIZE, accelerator, gpt, tokens
 from test_jax_tensor_axis import Gpt, next_token_loss, token_batches
 from torch.utils.data import DataLoader, TensorDataset
-
-from polyaccel.errors import PolyaccelError
 
 FLAX_LENGTH = 32
 
@@ -78,20 +73,8 @@ def flax_gpt(mesh):
 
 def main():
     torch.set_num_threads(1)
-    results = []
-    held = accelerator(None)  # the job ends with the last Accelerator
-    for name, *arguments in json.loads(sys.argv[1]):
-        results.append(globals()[name](*arguments))
-        jax.clear_caches()
-    held.wait_for_everyone()
-    file = Path(sys.argv[2]) / f"{held.num_processes}.{held.process_index}.json"
-    file.write_text(json.dumps(results))
-    print("RESULT " + json.dumps(str(file)), flush=True)
-    held.end_training()
+    answer(accelerator(None), globals(), jax.clear_caches)  # the job ends with the last Accelerator
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except PolyaccelError as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    run_job(main)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import jax
 import mesh_processes as job
 import numpy as np
 import optax
 import pytest
-import torch
+from asked_jobs import answers_of
 from flax import nnx
 from jax_engines import batches, cross_entropy
 from safetensors.numpy import load_file
-from test_jax_processes import start
 
 from polyaccel.sharding.plan import local_shape, plan_shardings
 from polyaccel_torch.dialect.sharding_hints import hints_of
@@ -35,12 +32,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mesh_processes")
 
 
-def _run(plan, folder, **sizes):
-    files = start("mesh_processes.py", [json.dumps(plan), str(folder)], timeout=900, **sizes)
-    everyone = [json.loads(Path(file).read_text()) for file in files]
-    return [{name: result for (name, *_), result in zip(plan, results, strict=True)} for results in everyone]
-
-
 @pytest.fixture(scope="module")
 def two_processes(folder):
     """Two processes with two devices each."""
@@ -53,7 +44,7 @@ def two_processes(folder):
         ["linen_bf16", FSDP],
         ["other_rows", TENSOR],
     ]
-    return _run(plan, folder, num_processes=2, num_devices=2)
+    return answers_of("mesh_processes.py", plan, folder, num_processes=2, num_devices=2)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +56,7 @@ def four_processes(folder, two_processes):
         ["torch_resumed", FSDP, "auto", two_processes[0]["torch_gpt"]["path"]],
         ["metrics", PAIR],
     ]
-    return _run(plan, folder, num_processes=4, num_devices=1)
+    return answers_of("mesh_processes.py", plan, folder, num_processes=4, num_devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +171,7 @@ def test_a_linen_model_in_bf16_trains_in_pieces_and_its_metrics_count_samples_on
 
 
 def test_twenty_torch_steps_of_three_forms_are_those_of_plain_torch(two_processes):
-    model = job.gpt(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses, norms = [], []
-    for batch in job.tokens(20).split(job.SIZE):
-        loss = job.loss_fn(model, batch)
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), job.MAX_NORM).item())
-        optimizer.step()
-        optimizer.zero_grad()
+    model, losses, norms = job.plain_torch(job.gpt, job.tokens(20).split(job.SIZE), job.loss_fn)
     sizes = {"replica": 1, "data": 1, "sequence": 1, **SQUARE}
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     specs = plan_shardings(shapes, sizes, job.RULES, hints_of(model)).specs

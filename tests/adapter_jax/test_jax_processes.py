@@ -1,51 +1,19 @@
 """Several processes with several devices each: the numbers of one process, on CPU through gloo."""
 
-import json
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import optax
 import pytest
+from asked_jobs import HERE, free_port, start
 from flax import nnx
 from jax_engines import Mlp, Noisy, batches, open_engine, train, weights
 
 from polyaccel.errors import LaunchError, PrepareError
-from polyaccel.launch.rendezvous import Rendezvous
 
-HERE = Path(__file__).parent
 # fp32 sums in another order
 CLOSE = {"rtol": 0, "atol": 1e-6}
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def start(script, arguments, *, num_processes, num_devices, timeout=300):
-    port = free_port()
-    workers = []
-    for rank in range(num_processes):
-        place = Rendezvous(rank, num_processes, rank, num_processes, "127.0.0.1", port)
-        environment = {
-            **os.environ,
-            **(place.environment() if num_processes > 1 else {}),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        }
-        command = [sys.executable, str(HERE / script), *arguments]
-        workers.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [worker.communicate(timeout=timeout) for worker in workers]
-    for worker, (out, err) in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, out + err
-    lines = [line for out, _ in outputs for line in out.splitlines() if line.startswith("RESULT ")]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 @pytest.fixture(scope="module", params=["pmap", "sharding"])

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import optax
 import pytest
 import sequence_processes as job
-import torch
+from asked_jobs import answers_of
 from flax import nnx
-from test_jax_processes import start
+from mesh_processes import plain_torch
 from test_jax_tensor_axis import Gpt, next_token_loss, token_batches
 
 MESH = {"data": 2, "sequence": 2}
@@ -22,24 +19,14 @@ CLOSE = {"rtol": 0, "atol": 1e-5}  # fp32 sums in another order
 def results(tmp_path_factory):
     """Four processes with one device each: 0 and 1 have the two halves of one sequence, 2 and 3 those of another."""
     plan = [["torch_gpt", MESH], ["flax_gpt", MESH]]
-    arguments = [json.dumps(plan), str(tmp_path_factory.mktemp("sequences"))]
-    files = start("sequence_processes.py", arguments, num_processes=4, num_devices=1, timeout=900)
-    everyone = [json.loads(Path(file).read_text()) for file in files]
-    return [{name: result for (name, *_), result in zip(plan, results, strict=True)} for results in everyone]
+    folder = tmp_path_factory.mktemp("sequences")
+    return answers_of("sequence_processes.py", plan, folder, num_processes=4, num_devices=1)
 
 
 def test_six_torch_steps_of_two_forms_are_those_of_plain_torch(results):
-    model = job.gpt(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses, norms, given = [], [], job.pairs(6).tensors
-    for batch in zip(*(tensor.split(job.SIZE) for tensor in given), strict=True):
-        loss = job.loss_fn(model, batch)
-        loss.backward()
-        losses.append(loss.item())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), job.MAX_NORM).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    logits = model(batch[0]).detach().split(job.SIZE // 2)
+    data = list(zip(*(tensor.split(job.SIZE) for tensor in job.pairs(6).tensors), strict=True))
+    model, losses, norms = plain_torch(job.gpt, data, job.loss_fn)
+    logits = model(data[-1][0]).detach().split(job.SIZE // 2)
     for process, result in enumerate(results):
         result = result["torch_gpt"]
         np.testing.assert_allclose(result["losses"], losses, **CLOSE)

@@ -10,13 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax_engines import Mlp, Noisy, batches, cross_entropy, open_engine, train
+from jax_engines import Mlp, Noisy, batches, bound, cross_entropy, open_engine, train
 
-from polyaccel.accumulation import GradientState
 from polyaccel.config.resolve import resolve
 from polyaccel.errors import PlanError
 from polyaccel.launch.rendezvous import Rendezvous
-from polyaccel.plan import make_plan
 from polyaccel.planned.topologies import topology_named
 from polyaccel_jax.backend import JaxBackend
 from polyaccel_jax.engine import JaxEngine
@@ -30,20 +28,7 @@ FOUR = topology_named("cpu:4")
 def planning_engine(**settings):
     planner = Planner(FOUR)
     config = resolve({"backend": "jax", "compilation_cache": "off", **settings}, {})
-    engine = JaxEngine(config, Rendezvous(), jax.devices()[:4], planner)
-    known = JaxBackend.capabilities
-    plan = make_plan(
-        config,
-        engine.topology,
-        backend="jax",
-        mesh_axes=known.mesh_axes,
-        mixed_precision=known.mixed_precision,
-        features=known.features,
-    )
-    engine.bind(plan)
-    engine.gradient_state = GradientState(plan.gradient_accumulation_steps)
-    engine.seed(0)
-    return engine, planner
+    return bound(JaxEngine(config, Rendezvous(), jax.devices()[:4], planner), config), planner
 
 
 def planned(make=lambda: Mlp(nnx.Rngs(0)), *, form="fused", accumulation=1, loss_fn=cross_entropy, **settings):

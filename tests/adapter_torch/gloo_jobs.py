@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 
-def answers_of(script: Path, folder: Path, num_processes: int) -> list[dict[str, Any]]:
-    """Per process the JSON that `script folder` wrote to `<rank>.json` in the folder."""
+def answers_of(script: Path, folder: Path, num_processes: int, *, warnings: str = "ignore") -> list[dict[str, Any]]:
+    """Per process the JSON that `script folder` wrote to `<rank>.json` in the folder; `warnings` is what python's -W says."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -20,7 +20,7 @@ def answers_of(script: Path, folder: Path, num_processes: int) -> list[dict[str,
     place = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), str(folder)],
+            [sys.executable, "-W", warnings, str(script), str(folder)],
             env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,

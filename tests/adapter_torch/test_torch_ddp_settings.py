@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import ddp_job
 import pytest
 import torch
+from gloo_jobs import answers_of
 
 from polyaccel import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from polyaccel.errors import ConfigError, PlanError
@@ -22,27 +18,7 @@ JOB = Path(ddp_job.__file__)
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list[dict]:
     """What process 0 and process 1 answered."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(JOB), str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=180)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return answers_of(JOB, tmp_path_factory.mktemp("ddp"), 2, warnings="default")
 
 
 def means(answers, step):

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch_job
+from gloo_jobs import answers_of
 from torch import nn
 from torch_network import X, Y, mean_squared_error, network
 
@@ -26,27 +22,7 @@ JOB = Path(torch_job.__file__)
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> list[dict]:
     """What process 0 and process 1 answered."""
-    folder = tmp_path_factory.mktemp("job")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(JOB), str(folder)],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=180)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return answers_of(JOB, tmp_path_factory.mktemp("job"), 2, warnings="error")
 
 
 def one_process(steps_per_update: int = 1) -> dict:

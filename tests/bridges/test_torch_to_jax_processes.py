@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from launching import with_devices
 
 SCRIPT = """
 import json
@@ -85,7 +86,7 @@ def test_two_processes_train_like_one_torch_process_on_the_whole_batch():
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            **with_devices(2),
         }
         workers.append(
             subprocess.Popen(

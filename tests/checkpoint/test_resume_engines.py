@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import with_devices
 
 from polyaccel.checkpoint import open_checkpoint
 from polyaccel.launch.rendezvous import Rendezvous, free_port
@@ -30,7 +31,7 @@ def job(engine: str, num_processes: int, **arguments) -> list[dict]:
     members = []
     for rank in range(num_processes):
         place = Rendezvous(rank, num_processes, rank, num_processes, "127.0.0.1", port).environment()
-        environment = {**os.environ, **(place if num_processes > 1 else {}), "XLA_FLAGS": "", "CPU_NUM_DEVICES": "2"}
+        environment = {**os.environ, **(place if num_processes > 1 else {}), **with_devices(1), "CPU_NUM_DEVICES": "2"}
         command = [sys.executable, resumed.__file__, json.dumps({"backend": engine, **arguments})]
         members.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

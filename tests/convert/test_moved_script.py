@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launching import with_devices
 
 SCRIPT = Path(__file__).with_name("accelerate_script.py")
 # Other kernels round in another order; the losses are near 0.5, and a dozen updates of AdamW follow each other.
@@ -16,7 +17,7 @@ UNBROKEN = 12  # batches of the two epochs before load_state
 
 
 def numbers(script, tmp_path, **variables):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **variables}
+    environment = {**os.environ, **with_devices(1), **variables}
     (tmp_path / "project").mkdir()
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "project")],

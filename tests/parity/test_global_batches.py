@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from launching import launch_command
+from launching import launch_command, with_devices
 
 SCRIPT = Path(__file__).with_name("global_batches.py")
 HAS_JAX, HAS_XLA = (importlib.util.find_spec(name) is not None for name in ("jax", "torch_xla"))
@@ -21,11 +21,7 @@ def answers(backend: str, processes: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "rows.json"
         devices = str(2 // processes)
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "CPU_NUM_DEVICES": devices,
-        }
+        environment = {**os.environ, **with_devices(devices), "CPU_NUM_DEVICES": devices}
         command = launch_command(backend, processes, SCRIPT, output)
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from launching import launch_command
+from launching import launch_command, with_devices
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 100
@@ -28,11 +28,7 @@ def losses(task, backend, devices=1, processes=1, partitioning=None, precision=N
     """The first STEPS losses of an example, launched on an engine."""
     with tempfile.TemporaryDirectory() as folder:
         curve = Path(folder) / "curve.json"
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "CPU_NUM_DEVICES": str(devices),
-        }
+        environment = {**os.environ, **with_devices(devices), "CPU_NUM_DEVICES": str(devices)}
         command = launch_command(backend, processes)
         if partitioning:
             command += ["--partitioning", partitioning]

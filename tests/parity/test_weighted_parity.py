@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import weighted_training as training
-from launching import launch_command
+from launching import launch_command, with_devices
 
 # float32 sums over some hundred tokens in another order; the gradients themselves go up to 0.1
 CLOSE = {"rtol": 0, "atol": 1e-6}
@@ -58,7 +58,7 @@ def two_processes(tmp_path_factory):
 
 def answers_of(backend, folder):
     """What each of two processes of an engine answered."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, **with_devices(2)}
     command = launch_command(backend, 2, training.__file__, folder)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
