@@ -11,8 +11,9 @@ import sys
 
 def main() -> None:
     """Note what comes in, one line per process (`group 12`, `process 12`, `gone 12`), until the launcher has ended."""
+    # A scheduler signals every process of a job, and this one is to see the others end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process of a job, and this one is to see the others end
+        signal.signal(number, signal.SIG_IGN)
     kinds: dict[int, str] = {}
     for line in sys.stdin.buffer:
         kind, _, number_text = line.decode("ascii").partition(" ")

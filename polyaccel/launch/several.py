@@ -66,7 +66,9 @@ def run(
                 print(_ENDS_WITH_MACHINE_0, file=sys.stderr)
                 return 1
             restarts += 1
-            words = f"waiting up to {settings.join_timeout_s} s for it (restart {restarts} of {membership.max_restarts})"
+            words = (
+                f"waiting up to {settings.join_timeout_s} s for it (restart {restarts} of {membership.max_restarts})"
+            )
             print(f"polyaccel launch: {words}", file=sys.stderr)
 
 

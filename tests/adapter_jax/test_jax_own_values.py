@@ -61,7 +61,10 @@ def test_constants_of_a_loop_that_differ_between_processes_are_named(results):
         assert "the loop of Shifted has pow(tensor, 2) on process 0 and pow(tensor, 3) on process 1" in said
         step, said = result["options"]
         assert step == 0
-        assert "the loop of Shifted has dropout(tensor, p=0.25, training=True, inplace=False) on process 0 and dropout(" in said
+        assert (
+            "the loop of Shifted has dropout(tensor, p=0.25, training=True, inplace=False) on process 0 and dropout("
+            in said
+        )
         assert "p=0.5, training=True, inplace=False) on process 1" in said
 
 
@@ -75,4 +78,7 @@ def test_a_value_that_differs_in_a_later_step_alone_is_named_within_32_calls(res
     for result in results:
         step, said = result["late"]
         assert step == 7
-        assert "scaled_loss has an input float32 of shape (), 2.0 on process 0 and an input float32 of shape (), 3.0 on process 1" in said
+        assert (
+            "scaled_loss has an input float32 of shape (), 2.0 on process 0 and an input float32 of shape (), 3.0 on process 1"
+            in said
+        )

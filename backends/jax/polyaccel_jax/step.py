@@ -111,7 +111,9 @@ class Work:
         if own is not None:
             constants = own[0] + own[1] if is_whole else own[0]
         value_of = self.engine.mesh.host_value
-        shared = [array for array, axis in zip(inputs, built.layout.axes, strict=True) if axis is None] if is_whole else []
+        shared = (
+            [array for array, axis in zip(inputs, built.layout.axes, strict=True) if axis is None] if is_whole else []
+        )
         values = [value for array in shared if (value := value_of(array)) is not None]
         lockstep.note(built.called, constants, values)
 
