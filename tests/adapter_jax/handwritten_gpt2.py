@@ -1,11 +1,13 @@
 """GPT-2 as one would write it in jax alone: arrays in a dict, one shard_map, AdamW on the shards. What `polyaccel plan` is held against.
 
-The same model and mixed precision as transformers' GPT2LMHeadModel under bf16: float32 parameters and residual stream, matrix products
-in bfloat16, softmax, normalization and loss in float32, attention probabilities computed again in the backward pass.
+The same model and precision as transformers' GPT2LMHeadModel: float32 parameters and residual stream, matrix products in the dtype of
+`Size`, softmax, normalization and loss in float32. Weights are gathered where they are used, and again in the backward pass, which
+computes attention probabilities (with `remat` whole blocks) again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -25,6 +27,8 @@ class Size:
     vocab: int = 50257
     length: int = 1024
     batch: int = 4  # of one device
+    dtype: str = "bfloat16"  # of matrix products
+    remat: bool = False
 
 
 def shapes(size):
@@ -62,10 +66,6 @@ def norm(x, scale, bias):
     return (x - mean) * lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + 1e-5) * scale + bias
 
 
-def linear(x, w, b):
-    return x.astype(jnp.bfloat16) @ w.astype(jnp.bfloat16) + b.astype(jnp.bfloat16)
-
-
 @jax.checkpoint
 def attend(query, key, value):  # (batch, heads, length, head)
     length = query.shape[2]
@@ -75,28 +75,51 @@ def attend(query, key, value):  # (batch, heads, length, head)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
-def block(x, p, size):
-    batch, length, width = x.shape
-    qkv = linear(norm(x, p["ln_1.scale"], p["ln_1.bias"]), p["attn.w"], p["attn.b"])
-    split = [
-        part.reshape(batch, length, size.heads, width // size.heads).transpose(0, 2, 1, 3)
-        for part in jnp.split(qkv, 3, axis=-1)
-    ]
-    attended = attend(*split).transpose(0, 2, 1, 3).reshape(batch, length, width)
-    x = x + linear(attended, p["attn_out.w"], p["attn_out.b"])
-    hidden = linear(norm(x, p["ln_2.scale"], p["ln_2.bias"]), p["mlp.w"], p["mlp.b"])
-    hidden = jax.nn.gelu(hidden, approximate=True)
-    return x + linear(hidden, p["mlp_out.w"], p["mlp_out.b"])
+class Model:
+    """Forward and loss of one device, whose parameters are parts along `dims`."""
+
+    def __init__(self, size, dims):
+        self.size, self.dims = size, dims
+        self.dtype = jnp.dtype(size.dtype)
+
+    def whole(self, part, name, dtype):
+        part = part.astype(dtype)
+        return part if self.dims[name] is None else lax.all_gather(part, AXIS, axis=self.dims[name], tiled=True)
+
+    def linear(self, x, p, name):
+        @jax.checkpoint
+        def product(x, w, b):  # what is kept for the backward pass is x and the part
+            return x @ self.whole(w, f"{name}.w", self.dtype) + self.whole(b, f"{name}.b", self.dtype)
+
+        return product(x.astype(self.dtype), p[f"{name}.w"], p[f"{name}.b"])
+
+    def norm(self, x, p, name):
+        scale, bias = (self.whole(p[f"{name}.{part}"], f"{name}.{part}", jnp.float32) for part in ("scale", "bias"))
+        return norm(x, scale, bias)
+
+    def block(self, x, p, layer):
+        batch, length, width = x.shape
+        qkv = self.linear(self.norm(x, p, f"{layer}.ln_1"), p, f"{layer}.attn")
+        split = [
+            part.reshape(batch, length, self.size.heads, -1).transpose(0, 2, 1, 3)
+            for part in jnp.split(qkv, 3, axis=-1)
+        ]
+        attended = attend(*split).transpose(0, 2, 1, 3).reshape(batch, length, width)
+        x = x + self.linear(attended, p, f"{layer}.attn_out")
+        hidden = jax.nn.gelu(self.linear(self.norm(x, p, f"{layer}.ln_2"), p, f"{layer}.mlp"), approximate=True)
+        return x + self.linear(hidden, p, f"{layer}.mlp_out")
+
+    def loss(self, p, tokens):
+        x = self.whole(p["wte"], "wte", jnp.float32)[tokens] + self.whole(p["wpe"], "wpe", jnp.float32)
+        for layer in range(self.size.layers):
+            block = functools.partial(self.block, layer=layer)
+            x = jax.checkpoint(block)(x, p) if self.size.remat else block(x, p)
+        x = self.norm(x, p, "ln_f").astype(self.dtype)
+        logits = jax.checkpoint(lambda x, w: x @ self.whole(w, "wte", self.dtype).T)(x, p["wte"])
+        return cross_entropy(logits.astype(jnp.float32), tokens)
 
 
-def loss_of(params, tokens, size):
-    x = params["wte"][tokens] + params["wpe"]
-    for layer in range(size.layers):
-        prefix = f"{layer}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        x = block(x, own, size)
-    x = norm(x, params["ln_f.scale"], params["ln_f.bias"])
-    logits = (x.astype(jnp.bfloat16) @ params["wte"].astype(jnp.bfloat16).T).astype(jnp.float32)
+def cross_entropy(logits, tokens):
     targets = jnp.concatenate([tokens[:, 1:], jnp.full_like(tokens[:, :1], -100)], axis=1)
     top = lax.stop_gradient(logits.max(-1, keepdims=True))
     total = jnp.log(jnp.exp(logits - top).sum(-1)) + top[..., 0]
@@ -112,20 +135,13 @@ def compiled(devices, size):
     dims = {name: cut(shape, len(devices)) for name, shape in shapes(size).items()}
     specs = {name: PartitionSpec() if dim is None else PartitionSpec(*[None] * dim, AXIS) for name, dim in dims.items()}
 
+    model = Model(size, dims)
+
     def replica(params, first, second, count, tokens):
-        whole = {
-            name: value if dims[name] is None else lax.all_gather(value, AXIS, axis=dims[name], tiled=True)
-            for name, value in params.items()
-        }
-        loss, grads = jax.value_and_grad(loss_of)(whole, tokens, size)
+        # What was gathered is summed and scattered by its own gradient; the others are summed here.
+        loss, grads = jax.value_and_grad(model.loss)(params, tokens)
         grads = {
-            name: (
-                lax.psum(grad, AXIS)
-                if dims[name] is None
-                else lax.psum_scatter(grad, AXIS, scatter_dimension=dims[name], tiled=True)
-            )
-            / len(devices)
-            for name, grad in grads.items()
+            name: (lax.psum(grad, AXIS) if dims[name] is None else grad) / len(devices) for name, grad in grads.items()
         }
         first = {name: 0.9 * first[name] + 0.1 * grad for name, grad in grads.items()}
         second = {name: 0.999 * second[name] + 0.001 * grad * grad for name, grad in grads.items()}
