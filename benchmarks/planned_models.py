@@ -104,11 +104,9 @@ KEPT = (
 
 
 def table(rows):
-    lines = [
-        "| model | slice | parameters | optimizer | temporaries | peak | of the chip | TFLOP | of 6ND | gathered | reduced | sent | step, not less than | MFU, at most |"
-        " compile |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    columns = ["model", "slice", "parameters", "optimizer", "temporaries", "peak", "of the chip", "TFLOP", "of 6ND"]
+    columns += ["gathered", "reduced", "sent", "step, not less than", "MFU, at most", "compiled in"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     for key, row in rows.items():
         name, topology = key.split()
         if row["refusal"]:

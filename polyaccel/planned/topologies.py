@@ -33,7 +33,7 @@ class TopologyName:
 
     @property
     def wraps(self) -> tuple[bool, ...]:
-        """Per dim whether its links close to a ring. How devices exchange depends on it, and a compiler takes a slice for a mesh unasked."""
+        """Per dim whether its links close to a ring: how devices exchange depends on it, and compilers take a slice for a mesh."""
         if self.chip is None or self.chip.wraps_at is None:
             return (False,) * len(self.sizes)
         found = tuple(size % self.chip.wraps_at == 0 for size in self.sizes)

@@ -42,7 +42,9 @@ class _Exchange:
     kind: str
     group_size: int
     result_bytes: int
-    chain: str | None = None  # of an exchange that the TPU compiler runs in steps beside others: the same in its start, steps and end
+    chain: str | None = (
+        None  # of an exchange that the TPU compiler runs in steps beside others: the same in its start, steps and end
+    )
 
 
 @dataclass(slots=True)
