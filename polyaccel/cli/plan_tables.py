@@ -22,7 +22,7 @@ def page(plan: StepPlan, chip: Chip | None) -> str:
         reason = next((line for line in plan.refusal.splitlines() if line.strip()), "no reason")
         lines += ["does not fit; the compiler says:", f"  {reason.strip()}"]
     if fits(plan, chip) is False:
-        lines.append("hint: --search tries other meshes, --scale larger slices")
+        lines.append("hint: --search --first names the nearest mesh that fits, --scale N,M --first the nearest slice")
     if plan.collectives:
         exchanges = [
             (
@@ -75,7 +75,7 @@ def comparison(plans: Sequence[tuple[Chip | None, StepPlan]], failed: Sequence[t
     if False in answers:
         first = next((plan for (_, plan), answer in zip(plans, answers, strict=True) if answer), None)
         lines.append(
-            "none of them fits" if first is None else f"the first that fits: {first.topology} {_variant(first)}"
+            "none of them fits" if first is None else f"the nearest that fits: {first.topology} {_variant(first)}"
         )
     return "\n".join(lines)
 

@@ -60,12 +60,18 @@ def test_a_page_of_a_refused_step_gives_the_reason_and_the_way_out():
     assert "peak" not in text
 
 
-def test_a_comparison_names_the_first_that_fits():
+def test_temporaries_that_need_no_hbm_are_said_to_lie_elsewhere():
+    assert "all in the fast memory of v5e" in page(plan(temporary_bytes=0), V5E)
+    assert "fast memory" not in page(plan(), V5E)
+    assert "fast memory" not in page(plan(temporary_bytes=0), None)
+
+
+def test_a_comparison_names_the_nearest_that_fits():
     lines = comparison([(V5E, plan(temporary_bytes=20 * GIB, parts=4)), (V5E, plan())]).splitlines()
     assert "data=4 fsdp=4" in lines[1]
     assert " no " in lines[1]
     assert " yes " in lines[2]
-    assert lines[-1] == "the first that fits: v5e:4x4 fsdp=16"
+    assert lines[-1] == "the nearest that fits: v5e:4x4 fsdp=16"
     assert comparison([(V5E, plan(refusal="too large"))]).endswith("none of them fits")
 
 
