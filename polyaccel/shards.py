@@ -67,7 +67,7 @@ class StatefulEngine(Protocol):
     def read_gradients(self, handle: Any) -> Iterator[Shard]:
         """A model's accumulated gradients, free of any loss scale, every element once over all processes.
 
-        Dim 0 is added to the parameter's shape: one entry per process where each has gradients of its own between updates, else
+        Dim 0 is added to the parameter's shape: one entry per data shard where each has gradients of its own between updates, else
         one. Parameters without a gradient are left out.
         """
         ...

@@ -1,6 +1,6 @@
 """Gradients of an open accumulation window for a run of any number of processes.
 
-They are saved with one entry per process that had gradients of its own. As many processes take back their own; any other number takes
+They are saved with one entry per data shard that had gradients of its own. As many data shards take back their own; any other number takes
 their mean, which is what the exchange at the end of the window would have made of them. So it is with the weights that they carry.
 """
 
@@ -16,7 +16,7 @@ from polyaccel.weighting import UNWEIGHTED
 
 
 def gradients_for(saved: Saved, group: str, place: tuple[int, int] | None) -> Iterator[Shard]:
-    """The gradients of process `place[0]` of `place[1]`, without the dim of processes; None: those of the global batch."""
+    """The gradients of data shard `place[0]` of `place[1]`, without the dim of shards; None: those of the global batch."""
     for name, (dtype, shape) in saved.arrays(group).items():
         pieces = list(saved.shards(group, [name]))
         if shape[0] == 1 or (place is not None and shape[0] == place[1]):
@@ -41,7 +41,7 @@ def restore_weights(run: Run, is_open: bool, totals: list[float] | None) -> None
     run.window.window_weights = UNWEIGHTED if is_open and totals is None else None
     if totals is not None:
         topology = run.engine.topology
-        is_same = run.has_own_gradients and len(totals) == topology.num_processes
+        is_same = run.data_shard is not None and len(totals) == topology.num_processes
         run.engine.write_weight(totals[topology.process_index] if is_same else sum(totals) / len(totals))
 
 

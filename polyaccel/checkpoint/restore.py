@@ -55,11 +55,11 @@ def restore(saved: Saved, run: Run, *, left_out: Collection[str] = ()) -> list[s
         part.public.load_state_dict(_put(saved, part.group, values))
     if saved.shared["scaler"] is not None:
         engine.write_scaler(saved.shared["scaler"])
-    topology = engine.topology
-    place = (topology.process_index, topology.num_processes) if run.has_own_gradients else None
     for part in run.models:
         group = gradients_group(part)
-        engine.write_gradients(part.handle, gradients_for(saved, group, place) if group in saved.groups else ())
+        engine.write_gradients(
+            part.handle, gradients_for(saved, group, run.data_shard) if group in saved.groups else ()
+        )
     window = saved.shared["window"]
     run.window.step, run.window.sync_gradients = window["step"], window["sync_gradients"]
     restore_weights(run, window["is_open"], window.get("weights"))

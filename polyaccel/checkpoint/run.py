@@ -39,7 +39,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The live run. `window` is its GradientState; `has_own_gradients`: between updates each process has gradients of its own."""
+    """The live run. `window` is its GradientState; `data_shard`: which of how many has this process's gradients in an open window, None
+    where they are those of the global batch."""
 
     engine: Engine
     models: tuple[Part, ...]
@@ -50,7 +51,7 @@ class Run:
     window: Any
     backend: str
     seed: int
-    has_own_gradients: bool
+    data_shard: tuple[int, int] | None
 
     @property
     def is_in_window(self) -> bool:

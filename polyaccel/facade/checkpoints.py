@@ -214,7 +214,12 @@ class Checkpoints(Parts):
             window=self.gradient_state,
             backend=self.backend,
             seed=self.config.seed,
-            # Where parameters are cut, so are their gradients, which are then those of the global batch.
-            has_own_gradients="gradient_sync" in self._features
-            and self.plan.mesh.fsdp * self.plan.mesh.tensor * self.plan.mesh.sequence == 1,
+            data_shard=self._data_shard(),
         )
+
+    def _data_shard(self) -> tuple[int, int] | None:
+        """Which of how many data shards has the gradients of this process between updates; None where all of them have the same."""
+        if "gradient_sync" not in self._features or self.config.sync_each_batch:
+            return None
+        topology, num_sharing = self._engine.topology, self.plan.num_processes_per_shard
+        return topology.process_index // num_sharing, topology.num_processes // num_sharing

@@ -13,8 +13,8 @@ import torch
 from small_gpt import SAMPLES, VOCABULARY, Gpt, accelerator, gpt, loader, loss_fn, train
 from torch import nn
 
-from polyaccel import set_seed
-from polyaccel.errors import CheckpointError, PolyaccelError
+from polyaccel import ShardingRule, set_seed
+from polyaccel.errors import PolyaccelError
 from polyaccel.utils import DistributedDataParallelKwargs
 
 MESHES = {
@@ -74,14 +74,30 @@ def resumed(mesh, folder, other):
     return losses + more
 
 
-def saved_in_a_window(mesh, folder):
-    run, model, optimizer, batches = started({"mesh": mesh, "gradient_accumulation_steps": 5})
-    train(run, model, optimizer, batches, 2)
-    try:
-        run.save_state(folder / "window", blocking=True)
-    except CheckpointError as error:
-        return error.message
-    return None
+def interrupted(mesh, folder, *others, **settings):
+    """Losses and norms of six batches in windows of two; and of the last three from a checkpoint inside a window, there and on other
+    meshes."""
+    settings = {**settings, "gradient_accumulation_steps": 2}
+    run, model, optimizer, batches = started({"mesh": mesh, **settings})
+
+    def saved_after_three():
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            if number == 3:
+                run.save_state(folder / "window", blocking=True)
+
+    found = [train(run, model, optimizer, saved_after_three(), 6)]
+    for other in (mesh, *others):
+        run, *parts = started({"mesh": other, **settings}, seed=5)
+        run.load_state(folder / "window")
+        found.append(train(run, *parts, 3))
+    return found
+
+
+def interrupted_narrow(mesh, folder):
+    """With parameters that lie whole on every process beside those that are cut."""
+    rules = [ShardingRule("*.ln_1.*", None)]
+    return interrupted(mesh, folder, mixed_precision="bf16", sharding_rules=rules)
 
 
 def fused(mesh, folder):
@@ -173,7 +189,8 @@ QUESTIONS = {
     "bf16": (narrow, MESHES["fsdp 4"]),
     "resumed": (resumed, MESHES["fsdp 2 x tensor 2"], MESHES["data 2 x fsdp 2"]),
     "resumed on tensor": (resumed, MESHES["fsdp 4"], MESHES["data 2 x tensor 2"]),
-    "saved in a window": (saved_in_a_window, MESHES["fsdp 4"]),
+    "interrupted": (interrupted, MESHES["fsdp 2 x tensor 2"], MESHES["data 2 x fsdp 2"], MESHES["tensor 4"]),
+    "interrupted, bf16": (interrupted_narrow, MESHES["fsdp 4"]),
     "late": (made_without_values, MESHES["data 2 x fsdp 2"]),
     "noise": (noise, MESHES["fsdp 2 x tensor 2"]),
     "metrics": (metrics, MESHES["fsdp 2 x tensor 2"]),

@@ -114,8 +114,21 @@ def test_saved_weights_are_whole_and_load_anywhere(folder, answers):
     assert len(saved) == len(list(of_one_process()[2].parameters()))
 
 
-def test_gradients_that_wait_for_their_exchange_cannot_be_saved(answers):
-    assert "have not averaged" in answers[0]["saved in a window"]
+@pytest.mark.parametrize("question", ["interrupted", "interrupted, bf16"])
+def test_a_run_that_was_stopped_inside_a_window_goes_on_exactly(answers, question):
+    for one in answers:
+        (losses, norms), (more, norms_of_more), *_ = one[question]
+        assert more == losses[3:]
+        assert norms_of_more == norms[1:]
+
+
+def test_an_open_window_continues_on_any_mesh(answers):
+    losses, norms, *_ = of_one_process(6, gradient_accumulation_steps=2)
+    for one in answers:
+        _, _, *others = one["interrupted"]
+        for more, norms_of_more in others:
+            assert_close(more, losses[3:])
+            assert_close(norms_of_more, norms[1:], 1e-4)
 
 
 def test_a_model_without_values_computes_them_in_parts(answers):

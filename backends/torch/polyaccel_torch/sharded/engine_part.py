@@ -36,6 +36,7 @@ class Sharding:
         _refuse_settings(plan, config)
         self.mesh = ShardedMesh(plan, device, timedelta(seconds=config.timeout_s))
         self._placing = Placing(self.mesh, plan, device)
+        self._averages_each_batch = config.sync_each_batch
 
     # -- prepare -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Sharding:
 
     def write_gradients(self, module: nn.Module, shards: Iterable[Shard], *, scale: float) -> None:
         """See `state.write_gradients`."""
-        state.write_gradients(module, shards, scale=scale)
+        state.write_gradients(module, shards, self.mesh, scale=scale, are_own=not self._averages_each_batch)
 
     def whole_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """See `state.whole_state_dict`."""

@@ -150,12 +150,39 @@ def _set_averaging(part: FSDPModule, is_averaging: bool) -> None:
         others.is_averaging = is_averaging
 
 
-def _cut_parameters(part: FSDPModule) -> Iterator[Any]:
-    """FSDP2's record of every parameter that it cuts in a model."""
+def _groups(part: FSDPModule) -> Iterator[Any]:
     modules: list[nn.Module] = list(part.modules())  # type: ignore[attr-defined]
     for state in (module._get_fsdp_state() for module in modules if isinstance(module, FSDPModule)):
-        for group in state._fsdp_param_groups:
-            yield from group.fsdp_params
+        yield from state._fsdp_param_groups
+
+
+def _cut_parameters(part: FSDPModule) -> Iterator[Any]:
+    """FSDP2's record of every parameter that it cuts in a model."""
+    for group in _groups(part):
+        yield from group.fsdp_params
+
+
+def records_of(part: FSDPModule) -> dict[int, tuple[Any, torch.dtype]]:
+    """By the id of the parameter that the model shows, FSDP2's record of it, and the dtype in which its gradients are added up."""
+    found = {}
+    for group in _groups(part):
+        kind = group.mp_policy.reduce_dtype or group.mp_policy.param_dtype
+        found.update({id(one.sharded_param): (one, kind or one.sharded_param.dtype) for one in group.fsdp_params})
+    return found
+
+
+def own_gradient(record: Any) -> Any:
+    """What backward passes without an exchange have left of a parameter's gradient, whole; None without one."""
+    if record.unsharded_accumulated_grad is not None:
+        return record.unsharded_accumulated_grad
+    return getattr(getattr(record, "_unsharded_param", None), "grad", None)
+
+
+def has_accumulated(part: FSDPModule) -> None:
+    """Note that a model has gradients of each data shard's own, which were not computed here."""
+    _have_accumulated.add(part)
+    if (others := repeated.of_model.get(part)) is not None:  # type: ignore[call-overload]
+        others.has_own = True
 
 
 def drop_own_gradients(parameters: Iterable[torch.Tensor]) -> None:
@@ -195,8 +222,4 @@ def has_own_gradients(part: FSDPModule) -> bool:
     others = repeated.of_model.get(part)  # type: ignore[call-overload]
     if others is not None and others.has_own:
         return True
-    return any(
-        record.unsharded_accumulated_grad is not None
-        or getattr(getattr(record, "_unsharded_param", None), "grad", None) is not None
-        for record in _cut_parameters(part)
-    )
+    return any(own_gradient(record) is not None for record in _cut_parameters(part))

@@ -73,9 +73,18 @@ class ShardedMesh:
         """The processes that differ from this one along `axis` alone."""
         return self.devices.get_group(axis)
 
-    def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether this process is the one that saves its piece of a tensor: the first of those that hold the same."""
-        cut = axes_of(tensor)
+    @property
+    def data_shard(self) -> tuple[int, int]:
+        """Which part of the batch is this process's, and of how many."""
+        number = self.sizes["replicas"] * self.sizes["fsdp"]
+        return self.coordinate["replicas"] * self.sizes["fsdp"] + self.coordinate["fsdp"], number
+
+    def owns(self, tensor: torch.Tensor, *, each_data_shard: bool = False) -> bool:
+        """Whether this process is the one that saves its piece of a tensor: the first of those that hold the same.
+
+        `each_data_shard`: every data shard has a tensor of its own.
+        """
+        cut = {*axes_of(tensor), *(("replicas", "fsdp") if each_data_shard else ())}
         return all(position == 0 for axis, position in self.coordinate.items() if axis not in cut)
 
 

@@ -29,8 +29,12 @@ class RepeatedGradients:
 
     @property
     def has_own(self) -> bool:
-        """Whether a backward has left gradients that differ between processes."""
+        """Whether a backward, or a checkpoint, has left gradients that differ between processes."""
         return not self._is_averaged and any(parameter.grad is not None for parameter in self._parameters)
+
+    @has_own.setter
+    def has_own(self, has_own: bool) -> None:
+        self._is_averaged = not has_own
 
     @torch.no_grad()
     def _average(self, parameter: torch.Tensor) -> None:

@@ -1,52 +1,85 @@
-"""A product with a bias (`nn.Linear`) on sequences in parts: torch weighs what it could exchange for the bias, and gathers sequences
-for it where a layer's inputs are cut too. Here only summands are exchanged, and the bias is added to their sum."""
+"""Products of matrices of which rows, columns or what is summed up lie in pieces: those of `nn.Linear`, forward and backward.
+
+torch weighs every way to lay operands out, also a bias, and may gather sequences in a layer whose inputs are cut too. Here pieces are
+multiplied where they lie, only sums are exchanged, and a bias is added to a sum once.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from polyaccel_torch.sharded.layouts import laid_out, local_as, mesh_of, reduced, whole
+from polyaccel_torch.sharded.layouts import Placements, laid_out, local_as, mesh_of, reduced, whole
+
+
+def mm(op: Any, given: dict[str, Any]) -> Any:
+    """(m, k) @ (k, n); what the pieces do not agree in is gathered of the second."""
+    mesh = mesh_of(given)
+    rows, columns, places = _agreed(given["self"], given["mat2"], mesh)
+    return _result(op(rows.to_local(), columns.to_local()), mesh, places, rows, columns)
 
 
 def addmm(op: Any, given: dict[str, Any]) -> Any:
-    """beta * bias (n,) + alpha * (m, k) @ (k, n), which are DTensors or whole tensors; a bias of two dims is one too."""
+    """beta * bias + alpha * (m, k) @ (k, n), with a bias (n,), or of two dims."""
     mesh = mesh_of(given)
-    bias, rows, columns = (_as_dtensor(given[name], mesh) for name in ("self", "mat1", "mat2"))
-    rows, columns = (one.redistribute(placements=reduced(one, mesh)) for one in (rows, columns))
-    of_bias, of_columns, of_result = whole(mesh), whole(mesh), whole(mesh)
-    for axis, (left, right) in enumerate(zip(rows.placements, columns.placements, strict=True)):
-        if _dim(left) == 1 or _dim(right) == 0 or bias.dim() != 1:
-            return _by_its_parts(given, bias, rows, columns)
-        if _dim(left) == 0:
-            of_result[axis] = left
-        elif right == Shard(1):
-            of_bias[axis], of_columns[axis], of_result[axis] = Shard(0), right, right
-    local = op(
-        local_as(bias, mesh, of_bias),
-        rows.to_local(),
-        local_as(columns, mesh, of_columns),
-        beta=given["beta"],
-        alpha=given["alpha"],
-    )
-    shape = torch.Size((rows.shape[0], columns.shape[1]))
-    return DTensor.from_local(local, mesh, of_result, run_check=False, shape=shape, stride=(shape[1], 1))
+    rows, columns, places = _agreed(given["mat1"], given["mat2"], mesh)
+    bias = given["self"]
+    if bias.dim() != 1 or any(isinstance(place, Partial) for place in places):
+        product = _result(torch.mm(rows.to_local(), columns.to_local()), mesh, places, rows, columns)
+        product = product.redistribute(placements=reduced(product, mesh))
+        if given["alpha"] != 1:
+            product = product * given["alpha"]
+        return torch.ops.aten.add.Tensor(product, bias if given["beta"] == 1 else bias * given["beta"])
+    of_bias = [Shard(0) if place == Shard(1) else Replicate() for place in places]
+    options = {"beta": given["beta"], "alpha": given["alpha"]}
+    local = op(local_as(bias, mesh, of_bias), rows.to_local(), columns.to_local(), **options)
+    return _result(local, mesh, places, rows, columns)
 
 
-def _by_its_parts(given: dict[str, Any], bias: Any, rows: Any, columns: Any) -> Any:
-    product = torch.ops.aten.mm.default(rows, columns)
-    product = product.redistribute(placements=reduced(product, product.device_mesh))
-    if given["alpha"] != 1:
-        product = product * given["alpha"]
-    return torch.ops.aten.add.Tensor(product, bias if given["beta"] == 1 else bias * given["beta"])
+def _agreed(left: Any, right: Any, mesh: DeviceMesh) -> tuple[Any, Any, list[Placement]]:
+    """Operands whose pieces can be multiplied, and how the result then lies."""
+    left, right = (one if isinstance(one, DTensor) else laid_out(one, mesh, whole(mesh)) for one in (left, right))
+    rows, columns, result = list(reduced(left, mesh)), list(reduced(right, mesh)), whole(mesh)
+    for axis in range(mesh.ndim):
+        if not _fit(rows[axis], columns[axis]):
+            columns[axis] = Replicate()
+        if _dim(rows[axis]) == 1 and isinstance(columns[axis], Replicate):
+            if rows[axis] == Shard(1):
+                columns[axis] = Shard(0)
+            else:
+                rows[axis] = Replicate()
+        elif _dim(columns[axis]) == 0 and isinstance(rows[axis], Replicate):
+            if columns[axis] == Shard(0):
+                rows[axis] = Shard(1)
+            else:
+                columns[axis] = Replicate()
+        if _dim(rows[axis]) == 1:
+            result[axis] = Partial()
+        elif _dim(rows[axis]) == 0:
+            result[axis] = rows[axis]
+        elif columns[axis] == Shard(1):
+            result[axis] = columns[axis]
+        else:
+            columns[axis] = Replicate()
+    return left.redistribute(placements=rows), right.redistribute(placements=columns), result
 
 
-def _as_dtensor(tensor: Any, mesh: Any) -> Any:
-    return tensor if isinstance(tensor, DTensor) else laid_out(tensor, mesh, whole(mesh))
+def _fit(row: Placement, column: Placement) -> bool:
+    """Whether at most one of the two is cut, or both along what is summed up, in the same way."""
+    if isinstance(row, Replicate) or isinstance(column, Replicate):
+        return True
+    same = getattr(row, "split_factor", 1) == getattr(column, "split_factor", 1)
+    return _dim(row) == 1 and _dim(column) == 0 and same
 
 
 def _dim(place: Placement) -> int | None:
     """That a tensor is cut along."""
-    return None if isinstance(place, Replicate) else getattr(place, "dim", None)
+    return getattr(place, "dim", None)
+
+
+def _result(local: torch.Tensor, mesh: DeviceMesh, places: Placements, rows: Any, columns: Any) -> DTensor:
+    shape = torch.Size((rows.shape[0], columns.shape[1]))  # pieces may differ in size
+    return DTensor.from_local(local, mesh, places, run_check=False, shape=shape, stride=(shape[1], 1))

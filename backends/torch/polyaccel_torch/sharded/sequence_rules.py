@@ -21,7 +21,7 @@ from polyaccel import trees
 from polyaccel_torch.sharded.layouts import Placements, laid_out, local_as, mesh_of, reduced, whole
 from polyaccel_torch.sharded.mesh import with_layout_of
 from polyaccel_torch.sharded.sequence_attention import attention, attention_backward
-from polyaccel_torch.sharded.sequence_products import addmm
+from polyaccel_torch.sharded.sequence_products import addmm, mm
 
 _SUM, _MEAN, _NONE = 2, 1, 0  # ATen's Reduction
 _OF_OPTIMIZERS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
@@ -41,6 +41,7 @@ def know_sequences(device_type: str) -> None:
         aten.cat.default: _cat,
         aten.unbind.int: _unbind,
         aten.fill_.Tensor: _fill,
+        aten.mm.default: mm,
         aten.addmm.default: addmm,
     }
     on_whole = (

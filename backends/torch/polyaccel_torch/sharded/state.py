@@ -10,12 +10,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from polyaccel.errors import CheckpointError
 from polyaccel.protocols import Shard
 from polyaccel_torch import state
 from polyaccel_torch.dialect.modules import named_tensors
 from polyaccel_torch.dialect.states import by_parameter, shard_of, slots
-from polyaccel_torch.sharded import fsdp
+from polyaccel_torch.sharded import fsdp, own_gradients
 from polyaccel_torch.sharded.mesh import ShardedMesh, local_of, settle
 from polyaccel_torch.sharded.pieces import LocalPieces, as_like, box_of, whole_of
 
@@ -90,16 +89,13 @@ def write_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter], s
 
 
 def read_gradients(module: nn.Module, mesh: ShardedMesh, *, scale: float) -> Iterator[Shard]:
-    """This process's part of the gradients, which are those of the global batch, as the only entry of a new dim 0.
-
-    Raises CheckpointError in a window whose gradients have not been averaged.
+    """This process's part of the gradients, divided by `scale`, with a new dim 0: one entry, or one per data shard in a window whose
+    gradients have not been averaged. Every process must call it.
     """
     part = fsdp.averaging_part(module)
     if part is not None and fsdp.has_own_gradients(part):
-        raise CheckpointError(
-            f"{type(module).__name__} has accumulated gradients that its processes have not averaged, and cannot be saved now",
-            "save after the update that closes the window, or set sync_each_batch=True",
-        )
+        yield from own_gradients.read(module, part, mesh, scale=scale)
+        return
     for name, tensor in named_tensors(module):
         if tensor.grad is not None:
             grad = settle(tensor)
@@ -107,8 +103,17 @@ def read_gradients(module: nn.Module, mesh: ShardedMesh, *, scale: float) -> Ite
                 yield Shard(name, (1, *shard.global_shape), (0, *shard.offset), shard.dtype, shard.data[None])
 
 
-def write_gradients(module: nn.Module, shards: Iterable[Shard], *, scale: float) -> None:
-    """Replace the gradients, times `scale`; parameters without one get None."""
+def write_gradients(
+    module: nn.Module, shards: Iterable[Shard], mesh: ShardedMesh, *, scale: float, are_own: bool
+) -> None:
+    """Replace the gradients, times `scale`; parameters without one get None. `are_own`: they are those of this process's data shard, which
+    the end of the window averages; else those of the global batch."""
+    part = fsdp.averaging_part(module)
+    if part is not None and are_own:
+        own_gradients.write(module, part, mesh, shards, scale=scale)
+        return
+    if part is not None:
+        fsdp.drop_own_gradients(module.parameters())
     live = dict(named_tensors(module))
     given = LocalPieces(shards, lambda name, shape: _box(live.get(name), shape))
     for name, tensor in live.items():
