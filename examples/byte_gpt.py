@@ -14,6 +14,7 @@ carries; the text differs between Python versions, so its sha256 is printed.
 import argparse
 import hashlib
 import math
+from itertools import islice
 from pydoc_data.topics import topics
 
 import torch
@@ -109,6 +110,7 @@ def main():
     parser.add_argument("--project", help="folder of checkpoints")
     parser.add_argument("--save-every", type=int, help="updates from one checkpoint to the next")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --project")
+    parser.add_argument("--test-batches", type=int, help="held-out batches at the end (default: all), 0 for no test")
     parser.add_argument("--curve", help="write losses and speed to this JSON file")
     args = parser.parse_args()
 
@@ -169,13 +171,15 @@ def main():
 
     model.eval()
     losses = []
-    for window in test_loader:
+    for window in islice(test_loader, args.test_batches):
         with torch.no_grad():
             losses.append(accelerator.reduce(next_byte_loss(model, window), "mean"))
-    bits = sum(float(loss) for loss in losses) / len(losses) / math.log(2)
-    accelerator.print(f"final loss {float(curve.losses[-1]):.4f}, {bits:.3f} bits per byte on held-out text")
+    accelerator.print(f"final loss {float(curve.losses[-1]):.4f}")
+    found = {"bits_per_byte": sum(float(loss) for loss in losses) / len(losses) / math.log(2)} if losses else {}
+    if found:
+        accelerator.print(f"{found['bits_per_byte']:.3f} bits per byte on held-out text")
     if accelerator.is_main_process:
-        curve.save(bits_per_byte=bits)
+        curve.save(**found)
     accelerator.end_training()
 
 

@@ -40,15 +40,17 @@ def test_digits_in_flax_are_learned(backend):
 
 def test_the_gpt_learns_in_bf16(tmp_path):
     curve = tmp_path / "curve.json"
-    run("byte_gpt.py", "--updates", "20", "--mixed-precision", "bf16", "--curve", str(curve), backend="jax")
+    few = ("--updates", "20", "--test-batches", "8")
+    run("byte_gpt.py", *few, "--mixed-precision", "bf16", "--curve", str(curve), backend="jax")
     result = json.loads(curve.read_text())
     assert result["losses"][0] > 5.3  # ln 256 = 5.55: nothing is known yet
     assert result["losses"][-1] < 4.2
     assert len(result["losses"]) == 40
+    assert result["bits_per_byte"] < 6.5  # of eight
 
 
 def test_the_gpt_continues_from_its_newest_checkpoint(tmp_path):
-    saved = ("--project", str(tmp_path), "--dropout", "0")
+    saved = ("--project", str(tmp_path), "--dropout", "0", "--test-batches", "1")
     run("byte_gpt.py", "--updates", "2", "--save-every", "1", *saved, backend="torch")
     said = run(
         "byte_gpt.py", "--updates", "5", "--resume", *saved, "--curve", str(tmp_path / "rest.json"), backend="torch"
