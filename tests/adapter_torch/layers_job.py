@@ -241,6 +241,62 @@ def dropped(mesh, how):
     return float(run.clip_grad_norm_(model.parameters(), 1e9))
 
 
+class PreciseBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.product = nn.LayerNorm(8, dtype=torch.float64), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.product(self.norm(x.double()).float())
+
+
+class Precise(nn.Module):
+    """Norms in float64, within blocks and beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([PreciseBlock() for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(8, dtype=torch.float64), nn.Linear(8, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x.double()).float())
+
+
+class Unnamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8, dtype=torch.float64))
+
+
+def several_dtypes(mesh):
+    """Losses and norms of a model whose norms are in another dtype; what was said of models that do not keep dtypes apart."""
+    run = accelerator(mesh=mesh, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
+    model = Precise()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    model, optimizer = run.prepare(model, optimizer)
+    losses, norms = [], []
+    for number in range(4):
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(number)).chunk(run.num_data_shards)
+        with run.accumulate(model):
+            loss = model(x[run.process_index % len(x)]).square().mean()
+            run.backward(loss)
+            if run.sync_gradients:
+                norms.append(float(run.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(float(run.gather(loss.detach()).mean()))
+    said = []
+    for refused in (Unnamed(), nn.Sequential(nn.Linear(8, 8), nn.ParameterList([torch.ones(2).double()]))):
+        try:
+            run.prepare(refused)
+        except PolyaccelError as error:
+            said.append(error.message)
+    return {"losses": losses, "norms": norms, "said": said}
+
+
 def timeouts(mesh):
     """Seconds that exchanges wait, of each group of the mesh."""
     waits = InitProcessGroupKwargs(timeout=timedelta(seconds=77))
@@ -283,6 +339,7 @@ QUESTIONS = {
     "nothing dropped": (dropped, FSDP, None),
     "dropped by the optimizer": (dropped, FSDP, "optimizer"),
     "dropped by the model": (dropped, FSDP, "model"),
+    "several dtypes": (several_dtypes, FSDP),
     "timeouts": (timeouts, TENSOR),
     "created": (created, FSDP, Mlp),
     "created on data": (created, {"data": 2}, Mlp),

@@ -108,6 +108,19 @@ def test_gradients_that_wait_for_their_exchange_can_be_dropped(answers, who):
     assert answers[0][f"dropped by the {who}"] == answers[0]["nothing dropped"]
 
 
+def test_norms_of_another_dtype_are_averaged_by_themselves(answers):
+    expected = alone("several dtypes")
+    for one in answers:
+        assert_close(one["several dtypes"]["losses"], expected["losses"])
+        assert_close(one["several dtypes"]["norms"], expected["norms"])
+
+
+def test_dtypes_that_no_module_keeps_apart_are_refused_by_name(answers):
+    together, listed = answers[0]["several dtypes"]["said"]
+    assert "scale (float32) and shift (float64) belong to one Unnamed" in together
+    assert "1.0 (float64) belongs to a ParameterList, which is not called" in listed
+
+
 def test_exchanges_of_every_axis_wait_as_long_as_the_configuration_says(answers):
     assert answers[0]["timeouts"] == [77] * 4
 

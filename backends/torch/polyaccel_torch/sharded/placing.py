@@ -25,6 +25,7 @@ from polyaccel_torch.sharded.mesh import ShardedMesh, settle
 from polyaccel_torch.sharded.pieces import piece_of
 from polyaccel_torch.sharded.sequence import cut_sequences, keep_whole
 from polyaccel_torch.sharded.tensor import Specs, split_layers, splittable
+from polyaccel_torch.sharded.units import units_of
 
 if TYPE_CHECKING:
     from polyaccel.plan import Plan
@@ -46,7 +47,7 @@ class Placing:
 
         Process 0's values count. A model on the meta device gets them from its layers' `reset_parameters()`; no process ever holds
         more of it than one block, and what belongs to none. Raises, before anything is changed, PrepareError for what cannot be cut, and
-        PlanError or UnsupportedError for a sharding rule that cannot be carried out.
+        PlanError or UnsupportedError for a sharding rule that cannot be carried out, and for dtypes that cannot be averaged apart.
         """
         before = dict(model.named_parameters())
         for name, parameter in before.items():
@@ -58,19 +59,23 @@ class Placing:
         specs = self._specs(model)
         late = LateValues(model, {**before, **dict(model.named_buffers())})
         blocks = fsdp.blocks_of(model)
+        kept = {id(parameter) for name, parameter in before.items() if self._stays_whole(name)}
+        units = (
+            units_of(model, blocks, lambda parameter: id(parameter) not in kept) if self.mesh.data is not None else {}
+        )
         open_block = ""
         for name, slots in _tensors(model):
             block = next((path for path in blocks if name.startswith(f"{path}.")), "")
             if open_block not in ("", block):
-                self._cut(model, blocks[open_block], open_block, specs, before)
+                self._cut(model, open_block, specs, before, units)
             open_block = block
             self._fill(slots, late[name])
         if open_block:
-            self._cut(model, blocks[open_block], open_block, specs, before)
-        self._cut(model, model, "", specs, before)
+            self._cut(model, open_block, specs, before, units)
+        self._cut(model, "", specs, before, units)
         saved = model.state_dict(keep_vars=True)
-        if kept := tuple(name for name, _ in model.named_buffers() if name in saved):
-            model.register_forward_pre_hook(functools.partial(_follow_first, kept))
+        if followed := tuple(name for name, _ in model.named_buffers() if name in saved):
+            model.register_forward_pre_hook(functools.partial(_follow_first, followed))
         if self.mesh.data is not None:
             fsdp.complete(model)
         if self.mesh.sequence is not None:
@@ -143,8 +148,15 @@ class Placing:
                 dist.broadcast(state, first, group=group)
                 torch.cuda.set_rng_state(state.cpu(), self._device)
 
-    def _cut(self, model: nn.Module, part: nn.Module, path: str, specs: Specs, before: dict[str, nn.Parameter]) -> None:
-        prefix = f"{path}." if path else ""
+    def _cut(
+        self,
+        model: nn.Module,
+        path: str,
+        specs: Specs,
+        before: dict[str, nn.Parameter],
+        units: dict[str, list[nn.Module]],
+    ) -> None:
+        part, prefix = model.get_submodule(path), f"{path}." if path else ""
         # Of the model itself, what no block has taken: the blocks hold DTensors by now.
         own = {
             name: specs[prefix + name]
@@ -162,7 +174,8 @@ class Placing:
             whole = {part.get_parameter(name) for name in own if self._stays_whole(prefix + name)}
             if part is model:
                 whole = {parameter for name, parameter in model.named_parameters() if self._stays_whole(name)}
-            fsdp.shard(part, self.mesh.data, self._precision, placement, whole, is_offloaded=self._is_offloaded)
+            for unit in (*units[path], part):
+                fsdp.shard(unit, self.mesh.data, self._precision, placement, whole, is_offloaded=self._is_offloaded)
             if part is model and whole:
                 groups = [self.mesh.group(axis) for axis in ("replicas", "fsdp") if self.mesh.sizes[axis] > 1]
                 repeated.of_model[model] = repeated.RepeatedGradients(list(whole), groups)
