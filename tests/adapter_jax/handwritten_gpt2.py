@@ -1,8 +1,8 @@
 """GPT-2 as one would write it in jax alone: arrays in a dict, one shard_map, AdamW on the shards. What `polyaccel plan` is held against.
 
-The same model and precision as transformers' GPT2LMHeadModel: float32 parameters and residual stream, matrix products in the dtype of
+The same model and precision as planned_gpt2.py: float32 parameters and residual stream, matrix products in the dtype of
 `Size`, softmax, normalization and loss in float32. Weights are gathered where they are used, and again in the backward pass, which
-computes attention probabilities (with `remat` whole blocks) again.
+computes attention probabilities and GELU (with `remat` whole blocks) again.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def attend(query, key, value):  # (batch, heads, length, head)
     return jnp.einsum("bhqk,bhkd->bhqd", weights, value)
 
 
+@jax.checkpoint
+def gelu(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
 class Model:
     """Forward and loss of one device, whose parameters are parts along `dims`."""
 
@@ -106,7 +111,7 @@ class Model:
         ]
         attended = attend(*split).transpose(0, 2, 1, 3).reshape(batch, length, width)
         x = x + self.linear(attended, p, f"{layer}.attn_out")
-        hidden = jax.nn.gelu(self.linear(self.norm(x, p, f"{layer}.ln_2"), p, f"{layer}.mlp"), approximate=True)
+        hidden = gelu(self.linear(self.norm(x, p, f"{layer}.ln_2"), p, f"{layer}.mlp"))
         return x + self.linear(hidden, p, f"{layer}.mlp_out")
 
     def loss(self, p, tokens):
