@@ -21,6 +21,7 @@ from jax.extend.core import Literal
 
 from polyaccel.sharding.blocks import blocks_of_names
 from polyaccel_jax.jaxprs import CALLS, RECOMPUTED, bind
+from polyaccel_jax.round_trips import RoundTrips
 
 _LAYOUTS = frozenset({"transpose", "reshape", "squeeze", "copy", "copy_p", "stop_gradient", "expand_dims"})
 # Of a whole parameter: up to this it is gathered once, since it takes next to nothing and each exchange has its latency.
@@ -72,7 +73,9 @@ def run_with_late_gathers(
         return function(dict(zip(names, given, strict=True)), *jax.tree.unflatten(structure, leaves))
 
     traced, result = jax.make_jaxpr(flat, return_shape=True)(given, leaves)
-    flattened = jax.make_jaxpr(lambda *values: _inlined(traced.jaxpr, traced.consts, values))(*traced.in_avals)
+    flattened = jax.make_jaxpr(lambda *values: _inlined(traced.jaxpr, traced.consts, values, RoundTrips()))(
+        *traced.in_avals
+    )
     views = {
         var: _View((name, var.aval.dtype))
         for name, var in zip(names, flattened.jaxpr.invars, strict=False)
@@ -97,7 +100,7 @@ def _window(whole: Mapping[str, Any]) -> int:
     return max(totals or sizes.values())
 
 
-def _inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], trips: RoundTrips) -> list[Any]:
     """Run a jaxpr with its calls inside it; what is to be computed again stands behind a barrier, as when jax compiles it."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
@@ -109,13 +112,13 @@ def _inlined(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
         with eqn.ctx.manager:
             if name in CALLS and CALLS[name] in eqn.params:
                 inner = eqn.params[CALLS[name]]
-                outs = _inlined(inner.jaxpr, inner.consts, inputs)
+                outs = _inlined(inner.jaxpr, inner.consts, inputs, trips)
             elif name in RECOMPUTED:
                 if eqn.params["differentiated"]:
                     inputs = _behind_barrier(inputs, eqn.params["prevent_cse"])
-                outs = _inlined(eqn.params["jaxpr"], (), inputs)
+                outs = _inlined(eqn.params["jaxpr"], (), inputs, trips)
             else:
-                outs = bind(eqn, inputs)
+                outs = trips.bind(eqn, inputs)
         values.update(zip(eqn.outvars, outs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
