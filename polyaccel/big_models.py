@@ -14,7 +14,7 @@ from typing import Any
 
 from polyaccel.checkpoint.locate import locate_weights
 from polyaccel.errors import ConfigError, UnsupportedError
-from polyaccel.registry import choose_backend
+from polyaccel.registry import served_by
 
 Model = Any  # torch.nn.Module
 Device = Any  # an accelerator's index, "cpu", "disk", a torch.device or its name
@@ -345,10 +345,4 @@ def served(name: str) -> Any:
 
 
 def _backend() -> Any:
-    backend: Any = choose_backend("torch")
-    if not hasattr(backend, "big_models"):
-        raise UnsupportedError(
-            f"backend 'torch' is {type(backend).__name__} here, which serves no big models",
-            "use polyaccel's own adapter",
-        )
-    return backend.big_models()
+    return served_by("torch", "big_models", "serves no big models")

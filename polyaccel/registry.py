@@ -110,6 +110,19 @@ def load_tree_files(name: str) -> TreeFiles:
     return files
 
 
+def served_by(backend_name: str, part: str, what: str) -> Any:
+    """The module that a backend gives for a part of Accelerate's surface, by the name of its method. Imports the framework.
+
+    Raises what `choose_backend` raises, and UnsupportedError, saying `what` it does not do, for a third party's adapter without it.
+    """
+    backend: Any = choose_backend(backend_name)
+    if not hasattr(backend, part):
+        raise UnsupportedError(
+            f"backend {backend_name!r} is {type(backend).__name__} here, which {what}", "use polyaccel's own adapter"
+        )
+    return getattr(backend, part)()
+
+
 def load_bridge(source: Dialect, target: Dialect, *, backend: str) -> Bridge:
     """The bridge between two dialects. Raises UnsupportedError, naming the backend, when none is installed."""
     for entry in _entries(BRIDGES).values():

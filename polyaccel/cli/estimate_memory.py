@@ -136,13 +136,10 @@ def _size(shape: InputShape) -> int:
 
 
 def _ask(question: Question, dialect: str) -> Answer:
-    from polyaccel.errors import UnsupportedError
-    from polyaccel.registry import choose_backend
+    from polyaccel.registry import served_by
 
-    backend: Any = choose_backend("torch" if dialect == "torch" else "jax")
-    if not hasattr(backend, "estimator"):
-        raise UnsupportedError(f"{type(backend).__name__} estimates no memory", "use polyaccel's own adapter")
-    answer: Answer = backend.estimator().answer(question)
+    estimator = served_by("torch" if dialect == "torch" else "jax", "estimator", "estimates no memory")
+    answer: Answer = estimator.answer(question)
     return answer
 
 

@@ -15,7 +15,7 @@ from polyaccel.compat.state import GradientState, PartialState
 from polyaccel.data import DataSharding, PreparedLoader
 from polyaccel.data.spec import LoaderSpec
 from polyaccel.errors import ConfigError, UnsupportedError
-from polyaccel.registry import choose_backend
+from polyaccel.registry import served_by
 
 _SERVED = ("BatchSamplerShard", "IterableDatasetShard", "SeedableRandomSampler", "SkipBatchSampler", "get_sampler")
 
@@ -43,13 +43,7 @@ def __getattr__(name: str) -> Any:
 
 def _torch() -> Any:
     """The torch adapter's part. Raises BackendUnavailableError, with the line that installs it, where torch is not here."""
-    backend: Any = choose_backend("torch")
-    if not hasattr(backend, "own_loaders"):
-        raise UnsupportedError(
-            f"backend 'torch' is {type(backend).__name__} here, which makes no loaders but those of prepare",
-            "use polyaccel's own adapter, or accelerator.prepare",
-        )
-    return backend.own_loaders()
+    return served_by("torch", "own_loaders", "makes no loaders but those of prepare")
 
 
 class _Name(ABC):

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from polyaccel.data.sharding import DataSharding
 from polyaccel.errors import UnsupportedError
+
+
+class DataShards(Protocol):
+    """What a Plan says about the data shards of the job and of this process."""
+
+    @property
+    def num_data_shards(self) -> int: ...
+    @property
+    def first_data_shard(self) -> int: ...
+    @property
+    def num_local_data_shards(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,16 @@ class LoaderSpec:
     prefetch: int = 2
     read_in_background: bool = False
     lift: Callable[[Any, Any], Any] | None = None
+
+    def sharding(self, plan: DataShards) -> DataSharding:
+        """The part of every global batch that a process with this plan reads."""
+        return DataSharding(
+            num_shards=plan.num_data_shards,
+            first_shard=plan.first_data_shard,
+            num_local_shards=plan.num_local_data_shards,
+            split_batches=self.split_batches,
+            even_batches=self.even_batches,
+        )
 
     def check_iterable(self, loader: Any, *, is_alone: bool) -> None:
         """Raises UnsupportedError for a setting that `loader`, which is no torch loader and has no indices, cannot follow.

@@ -311,14 +311,7 @@ class FakeEngine:
         return scheduler
 
     def prepare_loader(self, loader: FakeLoader, spec: LoaderSpec) -> PreparedLoader:
-        sharding = DataSharding(
-            num_shards=self.plan.num_data_shards,
-            first_shard=self.plan.first_data_shard,
-            num_local_shards=self.plan.num_local_data_shards,
-            split_batches=spec.split_batches,
-            even_batches=spec.even_batches,
-        )
-        return PreparedLoader(_HostBatches(loader, sharding), observer=self.gradient_state)
+        return PreparedLoader(_HostBatches(loader, spec.sharding(self.plan)), observer=self.gradient_state)
 
     def unwrap(self, handle: FakeModel) -> FakeModel:
         return handle

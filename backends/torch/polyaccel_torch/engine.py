@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from polyaccel import trees
-from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
+from polyaccel.data import PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, ParameterAverage, RetainedLoss, Shard, StepSpec
 from polyaccel_torch import compiling, data_parallel, joining, looking, parallel, recomputing, state, tpu
@@ -195,17 +195,10 @@ class TorchEngine:
     def prepare_loader(self, loader: Any, spec: LoaderSpec) -> PreparedLoader:
         """This process's share of every global batch, on its device; on a GPU copied there `spec.prefetch` batches ahead."""
         refuse_prepared(loader)
-        plan = self._bound
         is_host_loader = hasattr(loader, "shard") and hasattr(loader, "loader")  # a bridge made it
         host = loader if is_host_loader else loaders.TorchHostLoader(loader)
         batches = host.shard(
-            DataSharding(
-                num_shards=plan.num_data_shards,
-                first_shard=plan.first_data_shard,
-                num_local_shards=plan.num_local_data_shards,
-                split_batches=spec.split_batches,
-                even_batches=spec.even_batches,
-            ),
+            spec.sharding(self._bound),
             spec=spec,
             exchange=self.collectives.all_gather_object if self.topology.num_processes > 1 else None,
             process_index=self.topology.process_index,

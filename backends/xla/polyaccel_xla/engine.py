@@ -21,7 +21,7 @@ from torch_xla import runtime as xr
 from torch_xla.core import xla_model as xm
 
 from polyaccel.config.resolve import user_cache_folder
-from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
+from polyaccel.data import PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.errors import BackendUnavailableError, LaunchError, PrepareError, UnsupportedError
 from polyaccel.protocols import ArraySpec, LoaderSpec, LossCall, RetainedLoss, Shard, StepSpec
 from polyaccel.topology import Topology
@@ -30,6 +30,7 @@ from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, mark_prepared, remove_autocast
 from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
+from polyaccel_xla import norms as _norms  # registers them
 from polyaccel_xla import state
 from polyaccel_xla.batch_norm import correct_running_variance
 from polyaccel_xla.collectives import SpmdCollectives, join, leave
@@ -239,14 +240,7 @@ class XlaEngine:
     def prepare_loader(self, loader: DataLoader[Any], spec: LoaderSpec) -> PreparedLoader:
         """Batches cut over the data shards; transfers start `spec.prefetch` batches ahead, and each batch begins a new graph."""
         refuse_prepared(loader)
-        plan = self._plan
-        sharding = DataSharding(
-            num_shards=plan.num_data_shards,
-            first_shard=plan.first_data_shard,
-            num_local_shards=plan.num_local_data_shards,
-            split_batches=spec.split_batches,
-            even_batches=spec.even_batches,
-        )
+        sharding = spec.sharding(self._plan)
         several = self.topology.num_processes > 1
         host = TorchHostLoader(loader).shard(
             sharding,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from polyaccel.data import DataSharding, PreparedLoader, prepared_loader, refuse_prepared
+from polyaccel.data import PreparedLoader, prepared_loader, refuse_prepared
 from polyaccel.protocols import LoaderSpec
 from polyaccel_jax.dialect.batch_trees import flatten, is_placeable
 from polyaccel_jax.dialect.iterables import HostIterable
@@ -21,14 +21,7 @@ def prepare(loader: Any, spec: LoaderSpec, engine: Any) -> PreparedLoader:
     prepared before, and UnsupportedError where process 0 is to read an iterable for the others.
     """
     refuse_prepared(loader)
-    plan = engine.plan
-    sharding = DataSharding(
-        num_shards=plan.num_data_shards,
-        first_shard=plan.first_data_shard,
-        num_local_shards=plan.num_local_data_shards,
-        split_batches=spec.split_batches,
-        even_batches=spec.even_batches,
-    )
+    sharding = spec.sharding(engine.plan)
     topology = engine.topology
     if hasattr(loader, "shard") and hasattr(loader, "loader"):  # a HostLoader
         host = loader.shard(
