@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
+from backward_programs import kept_by
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,19 +51,7 @@ def trained(remat: str) -> tuple[list[float], dict[str, np.ndarray], int]:
     accelerator = Accelerator(backend="jax", compilation_cache="off", remat=remat)
     module = Stack()
     model, optimizer = accelerator.prepare(module, torch.optim.SGD(module.parameters(), lr=1e-2))
-    engine: Any = accelerator._engine
-    run = engine.compiles.run
-    compiled: dict[Any, Any] = {}
-
-    def measured(function: Any, *args: Any) -> Any:
-        if len(args) < 7:  # not the backward program
-            return run(function, *args)
-        if function not in compiled:
-            compiled[function] = function.lower(*args).compile()  # used for the steps too: one compilation
-        return compiled[function](*args)
-
-    engine.compiles.run = measured
-
+    compiled = kept_by(accelerator._engine)
     losses = []
     for x in np.random.default_rng(0).normal(size=(3, BATCH, LENGTH, WIDTH)).astype(np.float32):
         loss = model(torch.from_numpy(x))

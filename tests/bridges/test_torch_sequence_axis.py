@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_torch_tensor_axis import BATCH, LENGTH, VOCAB, Gpt, llama
+from backward_programs import kept_by
+from test_torch_tensor_axis import Gpt, llama, twenty_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,29 +24,9 @@ def trained(make: Callable[[], nn.Module], **settings: Any) -> tuple[np.ndarray,
     accelerator = Accelerator(backend="jax", compilation_cache="off", **settings)
     module = make()
     model, optimizer = accelerator.prepare(module, torch.optim.AdamW(module.parameters(), lr=1e-3))
-    engine: Any = accelerator._engine
-    compiled: dict[Any, Any] = {}
-    jitted = engine.compiles.run
-
-    def counted(function: Any, *args: Any) -> Any:
-        if len(args) < 7:
-            return jitted(function, *args)
-        if function not in compiled:
-            compiled[function] = function.lower(*args).compile()  # used for the steps too: one compilation
-        return compiled[function](*args)
-
-    engine.compiles.run = counted
-    losses = []
-    for rows in np.random.default_rng(0).integers(0, VOCAB, (20, BATCH, LENGTH + 1)):
-        tokens = torch.from_numpy(rows)
-        out = model(tokens[:, :-1])
-        logits = out if isinstance(out, torch.Tensor) else out.logits
-        loss = F.cross_entropy(logits.reshape(-1, VOCAB), tokens[:, 1:].reshape(-1))
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return np.array(losses), max(one.cost_analysis()["flops"] for one in compiled.values())
+    compiled = kept_by(accelerator._engine)
+    losses = twenty_steps(accelerator, model, optimizer)
+    return losses, max(one.cost_analysis()["flops"] for one in compiled.values())
 
 
 @pytest.mark.parametrize(
