@@ -17,7 +17,7 @@ from polyaccel.registry import load_backend
 HERE = Path(__file__).parent
 ENGINES = [name for name in ("torch", "jax") if load_backend(name).probe().is_usable]
 pytestmark = pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
-UPDATES, EVERY = 12, 4
+UPDATES, EVERY = 16, 4
 GLOBAL_BATCH = ("--micro-batches-per-update", 4)
 NAMESPACES = "needs root and network namespaces (apt-get install iproute2)"
 
@@ -66,6 +66,14 @@ def reached(losses, update, jobs):
         time.sleep(0.02)
 
 
+def went_on(losses, updates, jobs):
+    """Returns when the training has taken so many updates more."""
+    before = len(losses.read_text().splitlines())
+    while len(losses.read_text().splitlines()) < before + updates:
+        assert all(job.process.poll() is None for job in jobs), "\n\n".join(job.output for job in jobs)
+        time.sleep(0.02)
+
+
 def taken(losses):
     """Update -> all the losses that were computed for it, in their order."""
     rows = sorted(
@@ -88,8 +96,9 @@ def kill_process(losses, index):
 def test_a_job_on_two_hosts_outlives_a_killed_process_and_a_signal_and_ends_on_one_host(
     hosts, backend, undisturbed, tmp_path
 ):
+    """On torch it outlives its machine 0 as well. (There two processes on each host are as good, and take twice as long.)"""
     losses, project = tmp_path / "losses", tmp_path / "project"
-    processes, devices = (4, 1) if backend == "torch" else (2, 2)
+    processes, devices = 2, 1 if backend == "torch" else 2
     settings = (*GLOBAL_BATCH, "--mesh.fsdp", -1, "--preemption", "save", "--max-restarts", 2, "--grace-s", 20)
 
     def launch(machines, count, pause_s):
@@ -103,10 +112,12 @@ def test_a_job_on_two_hosts_outlives_a_killed_process_and_a_signal_and_ends_on_o
     words = f"process {last} on machine 1 ({hosts.place.names[1]}) was killed by SIGKILL"
     assert jobs[0].saw(words) - killed < 5
     assert all(job.saw(f"{words}; restart 1 of 2 in 1 s") for job in jobs)
-    before = len(losses.read_text().splitlines())
-    while len(losses.read_text().splitlines()) < before + 2:
-        assert all(job.process.poll() is None for job in jobs), "\n\n".join(job.output for job in jobs)
-        time.sleep(0.02)
+    went_on(losses, 2, jobs)
+    if backend == "torch":
+        jobs[0].kill()
+        assert jobs[1].saw(f"machine 0 ({hosts.place.names[0]}) is lost: its launcher has ended")
+        jobs[0] = hosts.again(jobs[0])  # as its scheduler does
+        went_on(losses, 2, jobs)
     jobs[1].process.send_signal(signal.SIGTERM)  # one machine is wanted back
     codes = [job.code() for job in jobs]
     assert codes == [PREEMPTED, PREEMPTED], "\n\n".join(job.output for job in jobs)
@@ -118,7 +129,7 @@ def test_a_job_on_two_hosts_outlives_a_killed_process_and_a_signal_and_ends_on_o
     assert losses.read_text().endswith("end 0x0p+0\n")
     ours, expected = taken(losses), taken(undisturbed)
     assert list(ours) == list(expected) == list(range(1, UPDATES + 1))
-    assert len(ours[EVERY + 1]) == 2, "computed again after the restart"
+    assert len(ours[EVERY + 1]) >= 2, "computed again after the restart"
     assert all(len(set(found)) == 1 for found in ours.values()), "to the last bit"
     assert all(len(found) == 1 for update, found in ours.items() if update > stopped_at), "the signal cost no update"
     for update, found in ours.items():
@@ -132,7 +143,7 @@ def waiting(tmp_path):
     script.write_text(
         "import os, time\nsize = os.environ.get('WORLD_SIZE', '1')\n"
         "print('ready', os.environ.get('RANK', '0'), 'of', size, 'as', os.getpid(), flush=True)\n"
-        "end = time.monotonic() + (60 if size == '2' else 0.1)\n"
+        "end = time.monotonic() + (60 if size in '24' else 0.1)\n"
         "while time.monotonic() < end: time.sleep(0.05)\n"
     )
     return script
@@ -166,18 +177,18 @@ def test_a_host_that_is_cut_off_is_noticed_in_time_and_the_job_goes_on_without_i
 
 def test_a_launcher_that_is_killed_takes_its_processes_with_it_and_may_come_back(neighbours, waiting):
     settings = ("--max-restarts", 1, "--grace-s", 1)
-    first, second = neighbours.launch("torch", 2, 2, *settings, waiting)
-    first.saw("ready 0 of 2")
-    left = second.pid_of("ready 1 of 2 as ")
+    first, second = neighbours.launch("torch", 2, 4, *settings, waiting)
+    first.saw("ready 0 of 4")
+    left = [second.pid_of(f"ready {index} of 4 as ") for index in (2, 3)]
     killed = time.monotonic()
     second.kill()
-    assert first.saw("with process 1 is lost: its launcher has ended") - killed < 2
-    while not has_ended(left):
+    assert first.saw("with processes 2, 3 is lost: its launcher has ended") - killed < 2
+    while not all(map(has_ended, left)):
         assert time.monotonic() - killed < 5
         time.sleep(0.02)
     again = neighbours.again(second)
-    again.saw("ready 1 of 2")
-    first.saw("ready 0 of 2", times=2)
+    again.saw("ready 3 of 4")
+    first.saw("ready 0 of 4", times=2)
     first.process.send_signal(signal.SIGTERM)  # one signal ends the job everywhere
     assert [job.code() for job in (first, again)] == [143, 143]
 
