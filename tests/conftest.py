@@ -10,6 +10,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ NEEDS = {
 # A developer's own settings, or a launcher around pytest, must not decide what a test sees.
 _FOREIGN = ("POLYACCEL_", "ACCELERATE_", "JAX_", "TORCHELASTIC_", "PJRT_", "XLA_")
 _FOREIGN_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
+
+# Files of minutes and few tests, most of them in processes of their own. xdist would begin them last, and one of its workers would wait
+# for the other: with `--no-loadscope-reorder`, as scripts/test calls it, the order below counts.
+BEGUN_FIRST = (
+    "parity/test_parity.py",
+    "launch/test_slurm.py",
+    "launch/test_preempted_jobs.py",
+    "launch/test_two_hosts.py",
+    "adapter_jax/test_jax_mesh_processes.py",
+    "checkpoint/test_kill_runs.py",
+    "checkpoint/test_preemption_processes.py",
+    "bridges/test_torch_remat.py",
+    "adapter_jax/test_jax_sequence_processes.py",
+)
 
 _VIRTUAL_DEVICES = 4
 _ENGINES = ("torch", "xla", "jax")
@@ -64,6 +79,9 @@ def pytest_configure(config: pytest.Config) -> None:
     missing = [name for name in _names(config.getoption("--require")) if not _is_installed(name)]
     if missing:
         raise pytest.UsageError(f"--require: not installed here: {', '.join(missing)}")
+    gone = [name for name in BEGUN_FIRST if not (TESTS / name).exists()]
+    if gone:
+        raise pytest.UsageError(f"BEGUN_FIRST in tests/conftest.py has what is no file any more: {', '.join(gone)}")
     if hasattr(config, "workerinput"):
         return  # an xdist worker inherits the environment that its parent set below
     for name in list(os.environ):
@@ -112,6 +130,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         about = {item: _engines_of(item) for item in items}
         config.hook.pytest_deselected(items=[item for item in items if about[item] and engine not in about[item]])
         items[:] = [item for item in items if not about[item] or engine in about[item]]
+    if hasattr(config, "workerinput"):  # alone, files come as they stand
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: (_turn(item.path), -counts[item.path]))
+
+
+def _turn(path: Path) -> int:
+    """When a file is begun; behind those of BEGUN_FIRST the one with the most tests comes first, as xdist would have it."""
+    name = path.relative_to(TESTS).as_posix() if path.is_relative_to(TESTS) else ""
+    return BEGUN_FIRST.index(name) if name in BEGUN_FIRST else len(BEGUN_FIRST)
 
 
 def _engines_of(item: pytest.Item) -> set[str]:
