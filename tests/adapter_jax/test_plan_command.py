@@ -131,10 +131,7 @@ def test_a_plan_that_is_killed_leaves_nothing_running(tmp_path, sent):
     script = tmp_path / "train.py"
     # Without its engine, and with a process of its own, as loaders have.
     script.write_text(
-        "import os, time\n"
-        "child = os.fork()\n"
-        f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
-        "time.sleep(120)\n",
+        f"import os, time\nchild = os.fork()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')\ntime.sleep(120)\n",
         "utf-8",
     )
     plan = subprocess.Popen(
