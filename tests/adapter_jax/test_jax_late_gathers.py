@@ -13,8 +13,9 @@ import pytest
 from flax import nnx
 from jax_engines import open_engine
 
+from polyaccel import ShardingRule
 from polyaccel.protocols import StepSpec
-from polyaccel_jax.late_gathers import run_with_late_gathers
+from polyaccel_jax.late_gathers import Whole, run_with_late_gathers
 
 WIDTH, NUM_LAYERS = 128, 4
 
@@ -31,15 +32,19 @@ def forward(params, x, dtype=jnp.float32, wrap=lambda layer: layer):
     return (x.astype(jnp.float32) ** 2).mean()
 
 
-def run(function, params, *args):
-    """What `function` gives, and the gathers that it took: (layer, dtype), in their order. There is one device: a part is whole."""
+def run(function, params, *args, axis=-1, dropped=0):
+    """The gathers that `function` took: (layer, dtype), in their order; of slices without `dropped` dims.
+
+    There is one device: a part is whole. `axis`: the dim along which it would be one.
+    """
     gathers = []
 
-    def gather(name, part):
+    def gather(name, part, num_dropped):
+        assert dropped in (None, num_dropped)
         gathers.append((name.split(".")[2], part.dtype.name))
         return part
 
-    whole = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+    whole = {name: Whole(value.shape, value.dtype, axis % value.ndim) for name, value in params.items()}
     found = jax.jit(lambda params, *args: run_with_late_gathers(function, params, whole, gather, *args))(params, *args)
     expected = jax.jit(function)(params, *args)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -104,13 +109,49 @@ def test_weights_of_a_loop_are_gathered_once_before_it():
     assert gathers == [("0", "float32")]
 
 
+def stacked_forward(params, x, dtype=jnp.float32, wrap=lambda turn: turn):
+    """Layers of one stack; a turn also counts, and hands on a literal."""
+
+    def turn(carry, w):
+        x, count, scale = carry
+        return (jnp.tanh(x @ w.T.astype(dtype) * scale.astype(dtype)), count + 1, scale), x.astype(jnp.float32).sum()
+
+    (x, count, _), sums = jax.lax.scan(wrap(turn), (x.astype(dtype), 0, jnp.float32(1)), params["m.blocks.w"])
+    return (x.astype(jnp.float32) ** 2).mean() * count + sums.mean()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("wrap", [lambda turn: turn, jax.checkpoint], ids=["plain", "remat"])
+def test_a_loop_over_stacked_layers_gathers_in_its_turns(dtype, wrap):
+    params = {"m.blocks.w": jnp.stack(list(layers().values()))}
+    function = jax.value_and_grad(lambda params, x: stacked_forward(params, x, dtype, wrap))
+    gathers = run(function, params, X, dropped=1)
+    assert gathers == [("w", jnp.dtype(dtype).name)] * 2  # one of the forward loop, and one of the backward loop
+
+
+def test_layers_that_are_cut_between_each_other_are_gathered_before_the_loop():
+    params = {"m.blocks.w": jnp.stack(list(layers().values()))}
+    assert run(jax.value_and_grad(stacked_forward), params, X, axis=0) == [("w", "float32")]
+
+
+def test_a_loop_that_returns_its_layers_returns_whole_ones():
+    params = {"m.blocks.w": jnp.stack(list(layers().values()))}
+
+    def function(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), (w, w.T)), x, params["m.blocks.w"])
+
+    assert (
+        run(function, params, X, dropped=None) == [("w", "float32")] * 2
+    )  # a layer in the loop, and all of them behind it
+
+
 def test_gathers_in_the_backward_pass_wait_for_it():
     params = layers()
-    whole = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items()}
+    whole = {name: Whole(value.shape, value.dtype, value.ndim - 1) for name, value in params.items()}
     function = jax.value_and_grad(forward)
-    traced = jax.make_jaxpr(lambda params, x: run_with_late_gathers(function, params, whole, lambda _, part: part, x))(
-        params, X
-    )
+    traced = jax.make_jaxpr(
+        lambda params, x: run_with_late_gathers(function, params, whole, lambda _, part, dropped: part, x)
+    )(params, X)
     barriers = [eqn for eqn in traced.jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
     assert len(barriers) == 2
     for part, operand in (eqn.outvars for eqn in barriers):
@@ -140,10 +181,23 @@ class Stack(nnx.Module):
         return self.head(x)
 
 
-def trained(num_devices, **settings):
+class Scanned(nnx.Module):
+    """The same blocks as one, stacked."""
+
+    def __init__(self, rngs, dtype=None):
+        make = nnx.vmap(lambda rngs: Block(rngs, dtype), in_axes=0, out_axes=0)
+        self.blocks = nnx.split_rngs(splits=3)(make)(rngs)
+        self.head = nnx.Linear(WIDTH, 8, rngs=rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return self.head(run(self.blocks, x))
+
+
+def trained(num_devices, make=Stack, **settings):
     """Losses of five steps, and the step as it goes to the compiler."""
     engine = open_engine(num_devices, **settings)
-    model = engine.prepare_model(Stack(nnx.Rngs(0)))
+    model = engine.prepare_model(make(nnx.Rngs(0)))
     optimizer = engine.prepare_optimizer(optax.adamw(1e-3), model)
 
     def loss_fn(model, batch):
@@ -167,25 +221,55 @@ def trained(num_devices, **settings):
 
 
 def gathered(text):
-    """How often arrays of each type are gathered in a replica program."""
-    return Counter(re.findall(r"all_gather\"?\(.*?-> tensor<([^>]*)>", text))
+    """How often weights of blocks are gathered, by their dtype."""
+    shapes = f"{WIDTH}x{2 * WIDTH}|{2 * WIDTH}x{WIDTH}"
+    return Counter(re.findall(rf"all_gather\"?\(.*?-> tensor<(?:{shapes})x(\w+)>", text))
 
 
 @pytest.fixture(scope="module")
 def losses_of_one_device():
-    return trained(1)[0]
+    return {make: trained(1, make)[0] for make in (Stack, Scanned)}
 
 
-@pytest.mark.parametrize("mesh", [{"fsdp": 4}, {"data": 2, "fsdp": 2}], ids=str)
-def test_a_flax_model_in_replicas_gathers_twice_and_trains_as_on_one_device(losses_of_one_device, mesh):
-    losses, text = trained(4, mesh=mesh, partitioning="pmap")
-    np.testing.assert_allclose(losses, losses_of_one_device, rtol=0, atol=1e-5)
+MESHES = [
+    pytest.param({"fsdp": 4}, "pmap", id="replicas"),
+    pytest.param({"data": 2, "fsdp": 2}, "sharding", id="one program"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "partitioning"), MESHES)
+def test_a_flax_model_gathers_twice_and_trains_as_on_one_device(losses_of_one_device, mesh, partitioning):
+    losses, text = trained(4, mesh=mesh, partitioning=partitioning)
+    np.testing.assert_allclose(losses, losses_of_one_device[Stack], rtol=0, atol=1e-5)
     # Two of each of three blocks, and again in their backward pass, but for the last block.
-    assert gathered(text)[f"{WIDTH}x{2 * WIDTH}xf32"] + gathered(text)[f"{2 * WIDTH}x{WIDTH}xf32"] == 10
-    assert text.count("stablehlo.reduce_scatter") == 3 * 6 + 2
+    assert gathered(text) == {"f32": 10}
+    assert text.count("stablehlo.reduce_scatter") == (3 * 6 + 2 if partitioning == "pmap" else 0)
 
 
-def test_a_flax_model_in_bf16_gathers_half_the_bytes():
-    _, text = trained(4, mesh={"fsdp": 4}, partitioning="pmap", mixed_precision="bf16")
-    kinds = {kind for kind in gathered(text) if kind.startswith(f"{WIDTH}x{2 * WIDTH}")}
-    assert kinds == {f"{WIDTH}x{2 * WIDTH}xbf16"}
+@pytest.mark.parametrize(("mesh", "partitioning"), MESHES)
+def test_stacked_layers_are_gathered_and_their_gradients_scattered_one_at_a_time(
+    losses_of_one_device, mesh, partitioning
+):
+    losses, text = trained(4, Scanned, mesh=mesh, partitioning=partitioning)
+    np.testing.assert_allclose(losses, losses_of_one_device[Scanned], rtol=0, atol=1e-5)
+    assert gathered(text) == {"f32": 4}  # of one layer, in the forward loop and in the backward loop
+    whole = re.findall(rf"all_gather\"?\(.*?-> tensor<3x({WIDTH}x{2 * WIDTH}|{2 * WIDTH}x{WIDTH})x", text)
+    assert not whole
+    if partitioning == "pmap":
+        parts = re.findall(r"reduce_scatter\"?\(.*?-> tensor<(\w+)xf32>", text, flags=re.DOTALL)
+        assert f"{WIDTH}x{WIDTH // 2}" in parts
+        assert not any(part.startswith(f"3x{WIDTH}x") for part in parts)
+
+
+def test_a_product_of_fsdp_and_tensor_gathers_what_tensor_leaves(losses_of_one_device):
+    rules = [ShardingRule("*.up.kernel", ("fsdp", "tensor")), ShardingRule("*.down.kernel", ("tensor", "fsdp"))]
+    losses, text = trained(4, mesh={"fsdp": 2, "tensor": 2}, sharding_rules=rules)
+    np.testing.assert_allclose(losses, losses_of_one_device[Stack], rtol=0, atol=1e-5)
+    kinds = Counter(re.findall(r"all_gather\"?\(.*?-> tensor<([^>]*)>", text))
+    assert kinds[f"{WIDTH}x{WIDTH}xf32"] == 10
+
+
+@pytest.mark.parametrize("partitioning", ["pmap", "sharding"])
+def test_a_flax_model_in_bf16_gathers_half_the_bytes(partitioning):
+    _, text = trained(4, mesh={"fsdp": 4}, partitioning=partitioning, mixed_precision="bf16")
+    assert gathered(text) == {"bf16": 10}

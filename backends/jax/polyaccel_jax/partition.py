@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,13 @@ from jax.sharding import NamedSharding
 from polyaccel.errors import PlanError
 from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax.constraints import Constrainer
-from polyaccel_jax.late_gathers import run_with_late_gathers
-from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, axes_of
+from polyaccel_jax.late_gathers import Whole, run_with_late_gathers
+from polyaccel_jax.mesh import DATA_AXES, DeviceMesh, as_partition, axes_of
 from polyaccel_jax.sequences import Sequences, labels_of_inputs
 from polyaccel_jax.splits import LENGTH, Labels, Split
 
 Specs = tuple[ArraySpec, ...]
+Named = dict[str, jax.Array]
 _TPU_LANES = 128  # elements of the innermost dim that lie together
 
 
@@ -106,6 +107,16 @@ def _labels_of(
     return tuple(labels)
 
 
+class Arguments(NamedTuple):
+    """What a program is called with."""
+
+    params: Named
+    buffers: Named
+    key: jax.Array
+    inputs: list[jax.Array]
+    loss_scale: jax.Array | None
+
+
 def build(mesh: DeviceMesh, layout: Layout, call: ProgramCall, *, with_grads: bool) -> Program:
     """The program of a call for this layout."""
     specs = layout.specs if call.is_global else layout.replica_specs
@@ -114,44 +125,11 @@ def build(mesh: DeviceMesh, layout: Layout, call: ProgramCall, *, with_grads: bo
     )
 
 
-def run(
-    mesh: DeviceMesh,
-    layout: Layout,
-    program: Program,
-    is_global: bool,
-    params: dict[str, jax.Array],
-    buffers: dict[str, jax.Array],
-    key: jax.Array,
-    inputs: Sequence[jax.Array],
-    loss_scale: jax.Array | None,
-) -> ProgramResult:
+def run(mesh: DeviceMesh, layout: Layout, program: Program, is_global: bool, args: Arguments) -> ProgramResult:
     """Run a program on global arrays inside a trace; gradients and buffers come out equal on all devices."""
     if layout.num_replicas > 1 and not is_global:
-        return _run_replicas(mesh, layout, program, params, buffers, key, inputs, loss_scale)
-    if layout.labels is not None:
-        inputs = [Sequences(mesh).constrained(Split(*one)).value for one in zip(inputs, layout.labels, strict=True)]
-    elif not mesh.is_single_device:
-        inputs = [_lay(mesh, value, axis) for value, axis in zip(inputs, layout.axes, strict=True)]
-    if mesh.num_parts > 1:
-        # Whole over `fsdp` where it is used: without a word, the partitioner may cut layers instead, along dims that nobody chose.
-        params = {
-            name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
-            for name, value in params.items()
-        }
-    if mesh.cuts_layers or layout.labels is not None:
-        result = _run_constrained(mesh, layout, program, params, buffers, key, inputs, loss_scale)
-    else:
-        result = program(params, buffers, key, inputs, loss_scale)
-    if not mesh.is_single_device:
-        result.loss = None if result.loss is None else _lay(mesh, result.loss, None)
-        result.outputs = [
-            _lay(mesh, value, axis) for value, axis in zip(result.outputs, program.output_axes, strict=True)
-        ]
-        result.grads = {
-            name: lax.with_sharding_constraint(value, mesh.kept(value, name)) for name, value in result.grads.items()
-        }
-        result.buffers = {name: _lay(mesh, value, None) for name, value in result.buffers.items()}
-    return result
+        return _run_replicas(mesh, layout, program, args)
+    return _run_globally(mesh, layout, program, args)
 
 
 def _fields(program: Program, *args: Any) -> tuple[Any, ...]:
@@ -160,32 +138,82 @@ def _fields(program: Program, *args: Any) -> tuple[Any, ...]:
     return result.loss, result.outputs, result.grads, result.buffers
 
 
-def _run_constrained(
-    mesh: DeviceMesh,
-    layout: Layout,
-    program: Program,
-    params: dict[str, jax.Array],
-    buffers: dict[str, jax.Array],
-    key: jax.Array,
-    inputs: Sequence[jax.Array],
-    loss_scale: jax.Array | None,
-) -> ProgramResult:
-    """The program, with constraints on its products with weights that `tensor` cuts, and on what follows sequences."""
-    sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
+# -- one program of global arrays ------------------------------------------------------------------------------------------
 
+
+def _run_globally(mesh: DeviceMesh, layout: Layout, program: Program, args: Arguments) -> ProgramResult:
+    if mesh.is_single_device:
+        return program(*args)
     run: Callable[..., Any] = functools.partial(_fields, program)
-    args = (params, buffers, key, list(inputs), loss_scale)
-    leaves = jax.tree.leaves(params)
     if layout.labels is not None:
-        known: list[Labels] = [()] * len(jax.tree.leaves(args))
-        first = len(jax.tree.leaves((params, buffers, key)))
+        inputs = [
+            Sequences(mesh).constrained(Split(*one)).value for one in zip(args.inputs, layout.labels, strict=True)
+        ]
+    else:
+        inputs = [_lay(mesh, value, axis) for value, axis in zip(args.inputs, layout.axes, strict=True)]
+    if mesh.cuts_layers or layout.labels is not None:
+        run = functools.partial(_constrained, mesh, layout, run)
+
+    def laid(*args: Any) -> tuple[Any, ...]:
+        loss, outputs, grads, buffers = run(*args)
+        return (
+            None if loss is None else _lay(mesh, loss, None),
+            [_lay(mesh, value, axis) for value, axis in zip(outputs, program.output_axes, strict=True)],
+            {name: lax.with_sharding_constraint(value, mesh.kept(value, name)) for name, value in grads.items()},
+            {name: _lay(mesh, value, None) for name, value in buffers.items()},
+        )
+
+    args = args._replace(inputs=inputs)
+    return ProgramResult(*(laid(*args) if mesh.num_parts == 1 else _gathering(mesh, laid, *args)))
+
+
+def _gathering(mesh: DeviceMesh, run: Callable[..., Any], params: Named, *args: Any) -> Any:
+    """`run`, with parameters that are whole over `fsdp` where they are used.
+
+    Without a word, the partitioner may cut layers instead, along dims that nobody chose. It moves what is only constrained to be whole
+    away from its place; a collective that the program itself asks for stays.
+    """
+    kept = {name: mesh.spec_of(value.shape, name) for name, value in params.items()}
+    used = {name: mesh.used_spec(value.shape, name) for name, value in params.items()}
+
+    def gather(name: str, part: jax.Array, dropped: int) -> jax.Array:
+        before, after = kept[name][dropped:], used[name][dropped:]
+        axis = before.index("fsdp")
+        gathered = jax.shard_map(
+            lambda part: lax.all_gather(part, "fsdp", axis=axis, tiled=True),
+            mesh=mesh.mesh,
+            in_specs=as_partition(before),
+            out_specs=as_partition((*before[:axis], None, *before[axis + 1 :])),
+            check_vma=False,
+        )(part)
+        return lax.with_sharding_constraint(gathered, mesh.sharding_of(after))
+
+    whole = {
+        name: Whole(value.shape, value.dtype, kept[name].index("fsdp"))
+        for name, value in params.items()
+        if "fsdp" in kept[name]
+    }
+    params = {
+        name: value if name in whole else lax.with_sharding_constraint(value, mesh.sharding_of(used[name]))
+        for name, value in params.items()
+    }
+    return run_with_late_gathers(run, params, whole, gather, *args)
+
+
+def _constrained(mesh: DeviceMesh, layout: Layout, run: Callable[..., Any], *args: Any) -> Any:
+    """`run`, with constraints on its products with weights that `tensor` cuts, and on what follows sequences."""
+    params, num_leaves = args[0], len(jax.tree.leaves(args))
+    sizes = [spec.shape[axis] for spec, axis in zip(layout.specs, layout.axes, strict=True) if axis is not None]
+    if layout.labels is not None:
+        known: list[Labels] = [()] * num_leaves
+        first = len(jax.tree.leaves(args[:3]))
         known[first : first + len(layout.labels)] = layout.labels
         run = functools.partial(Sequences(mesh).run, run, known)
     if not mesh.cuts_layers:
-        return ProgramResult(*run(*args))
+        return run(*args)
     tags: list[Any] = [mesh.used_spec(value.shape, name) for name, value in sorted(params.items())]
-    tags += [None] * (len(jax.tree.leaves(args)) - len(leaves))
-    return ProgramResult(*Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args))
+    tags += [None] * (num_leaves - len(tags))
+    return Constrainer(mesh, sizes[0] if sizes else None).run(run, tags, *args)
 
 
 def _lay(mesh: DeviceMesh, value: jax.Array, axis: int | None) -> jax.Array:
@@ -194,45 +222,41 @@ def _lay(mesh: DeviceMesh, value: jax.Array, axis: int | None) -> jax.Array:
     return lax.with_sharding_constraint(value, NamedSharding(mesh.mesh, mesh.spec(axis)))
 
 
-def _run_replicas(
-    mesh: DeviceMesh,
-    layout: Layout,
-    program: Program,
-    params: dict[str, jax.Array],
-    buffers: dict[str, jax.Array],
-    key: jax.Array,
-    inputs: Sequence[jax.Array],
-    loss_scale: jax.Array | None,
-) -> ProgramResult:
-    cut = {name: mesh.kept_axis(value.shape, name) for name, value in params.items()}
+# -- a replica on every data shard -----------------------------------------------------------------------------------------
+
+
+def _run_replicas(mesh: DeviceMesh, layout: Layout, program: Program, args: Arguments) -> ProgramResult:
+    cut = {name: mesh.kept_axis(value.shape, name) for name, value in args.params.items()}
     whole = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in params.items() if cut[name] is not None
+        name: Whole(value.shape, value.dtype, axis)
+        for name, value in args.params.items()
+        if (axis := cut[name]) is not None
     }
 
-    def gather(name: str, part: jax.Array) -> jax.Array:
-        return lax.all_gather(part, "fsdp", axis=cut[name], tiled=True)
+    def gather(name: str, part: jax.Array, dropped: int) -> jax.Array:
+        return lax.all_gather(part, "fsdp", axis=whole[name].axis - dropped, tiled=True)
 
-    def replica(params: Any, buffers: Any, key: Any, inputs: Any, loss_scale: Any) -> tuple[Any, ...]:
+    def own(*args: Any) -> tuple[Any, ...]:
+        loss, outputs, grads, buffers = _fields(program, *args)
+        grads = {name: _averaged(value, mesh.kept_axis(value.shape, name), mesh) for name, value in grads.items()}
+        return loss, outputs, grads, buffers
+
+    def replica(args: Arguments) -> tuple[Any, ...]:
         index = lax.axis_index(DATA_AXES)
-        args = (buffers, jax.random.fold_in(key, index), inputs, loss_scale)
-        result = ProgramResult(
-            *run_with_late_gathers(functools.partial(_fields, program), params, whole, gather, *args)
-        )
+        args = args._replace(key=jax.random.fold_in(args.key, index))
+        loss, outputs, grads, buffers = run_with_late_gathers(own, args.params, whole, gather, *args[1:])
         outputs = [
             _over_shards(value) if axis is None else value
-            for value, axis in zip(result.outputs, program.output_axes, strict=True)
+            for value, axis in zip(outputs, program.output_axes, strict=True)
         ]
-        grads = {
-            name: _averaged(value, mesh.kept_axis(value.shape, name), mesh) for name, value in result.grads.items()
-        }
-        return lax.pmean(result.loss, DATA_AXES), outputs, grads, _of_first_shard(result.buffers, index)
+        return lax.pmean(loss, DATA_AXES), outputs, grads, _of_first_shard(buffers, index)
 
     everywhere = mesh.spec(None)
-    specs = {name: mesh.kept_spec(value.shape, name) for name, value in params.items()}
-    loss, outputs, grads, new_buffers = jax.shard_map(
+    specs = {name: mesh.kept_spec(value.shape, name) for name, value in args.params.items()}
+    loss, outputs, grads, buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,
-        in_specs=(specs, everywhere, everywhere, [mesh.spec(axis) for axis in layout.axes], everywhere),
+        in_specs=(Arguments(specs, everywhere, everywhere, [mesh.spec(axis) for axis in layout.axes], everywhere),),
         out_specs=(
             everywhere,
             [mesh.spec(axis) for axis in program.output_axes],
@@ -240,8 +264,8 @@ def _run_replicas(
             everywhere,
         ),
         check_vma=False,  # replicas differentiate on their own; the averaging above is all there is between them
-    )(params, buffers, key, list(inputs), loss_scale)
-    return ProgramResult(loss, outputs, grads, new_buffers)
+    )(args)
+    return ProgramResult(loss, outputs, grads, buffers)
 
 
 def _averaged(value: jax.Array, axis: int | None, mesh: DeviceMesh) -> jax.Array:
@@ -279,6 +303,9 @@ def _of_first_shard(values: dict[str, jax.Array], index: jax.Array) -> dict[str,
 
     summed = lax.psum({name: masked(value) for name, value in values.items()}, DATA_AXES)
     return {name: restored(summed[name], value) for name, value in values.items()}
+
+
+# -- pieces of a global program that run on every data shard ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from polyaccel.protocols import ArraySpec, Program, ProgramCall, ProgramResult
 from polyaccel_jax import partition
 from polyaccel_jax.agreed import require_same_rows, require_same_values
 from polyaccel_jax.handles import JaxModel, JaxOptimizer
-from polyaccel_jax.partition import Layout, specs_of
+from polyaccel_jax.partition import Arguments, Layout, specs_of
 from polyaccel_jax.precision import all_finite, next_scaler
 from polyaccel_jax.random_stream import draw_key, next_counter
 from polyaccel_jax.weights import WeightedCall, WindowWeights, mean_of
@@ -147,9 +147,8 @@ class Work:
             all_params.update({f"{model.name}.{name}": leaf for name, leaf in zip(names, leaves, strict=True)})
             all_buffers.update({f"{model.name}.{name}": value for name, value in held.items()})
         key = draw_key(base, counter)
-        result = partition.run(
-            self.engine.mesh, layout, program, self.is_global, all_params, all_buffers, key, inputs, loss_scale
-        )
+        args = Arguments(all_params, all_buffers, key, list(inputs), loss_scale)
+        result = partition.run(self.engine.mesh, layout, program, self.is_global, args)
         return result, self.engine.constrain(next_counter(counter)) if program.draws_randomly else None
 
     def by_model(self, values: Named) -> tuple[Named, ...]:
