@@ -6,7 +6,7 @@ import numpy as np
 import own_values_processes as job
 import pytest
 import torch
-from test_jax_processes import start
+from asked_jobs import start
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
