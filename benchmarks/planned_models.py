@@ -110,7 +110,7 @@ def table(rows):
     for key, row in rows.items():
         name, topology = key.split()
         if row["refusal"]:
-            kept = [f"{row[item] / 1e9:.2f}" for item in ("parameter_bytes", "optimizer_bytes")]
+            kept = [f"{row[item] / 1e9:.3g}" for item in ("parameter_bytes", "optimizer_bytes")]
             lines.append(
                 f"| {name} | {topology} | {' | '.join(kept)} | does not fit: {row['refusal']}"
                 + " |" * 10
@@ -127,7 +127,7 @@ def table(rows):
         from polyaccel.planned.chips import CHIPS
 
         chip = CHIPS[topology.partition(":")[0]]
-        cells = [f"{size:.2f}" for size in sizes]
+        cells = [f"{size:.3g}" for size in sizes]
         cells += [f"{row['peak_bytes'] / chip.hbm_bytes:.0%}", f"{row['matrix_flops'] / 1e12:.2f}"]
         cells += [f"{row['matrix_flops'] / six:.2f}"]
         cells += [f"{size / 1e9:.2f}" for size in (kinds.get("all-gather", 0), reduced, sent)]
