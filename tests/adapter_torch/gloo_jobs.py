@@ -28,7 +28,7 @@ def answers_of(script: Path, folder: Path, num_processes: int, *, warnings: str 
         for rank in range(num_processes)
     ]
     try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [worker.communicate(timeout=600)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from polyaccel.errors import PolyaccelError
 
 MESHES = {
-    "data 2 x sequence 2": {"data": 2, "sequence": 2},
     "fsdp 2 x sequence 2": {"data": 1, "fsdp": 2, "sequence": 2},
     "tensor 2 x sequence 2": {"data": 1, "tensor": 2, "sequence": 2},
     "sequence 4": {"data": 1, "sequence": 4},
@@ -238,7 +237,7 @@ def evaluated_at_any_length(settings, folder):
         return float(model(torch.ones(2, 7, WIDTH).cumsum(1), torch.zeros(2, 7, dtype=torch.long)).double().sum())
 
 
-DATA_SEQUENCE = MESHES["data 2 x sequence 2"]
+DATA_SEQUENCE = {"data": 2, "sequence": 2}
 QUESTIONS = {
     **{f"trained, {name}": (trained, mesh) for name, mesh in MESHES.items()},
     "accumulated": (accumulated, DATA_SEQUENCE),
