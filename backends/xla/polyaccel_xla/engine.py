@@ -30,11 +30,11 @@ from polyaccel_torch.dialect.averages import ModuleAverage
 from polyaccel_torch.dialect.loaders import TorchHostLoader
 from polyaccel_torch.dialect.modules import add_autocast, check_placeable, mark_prepared, remove_autocast
 from polyaccel_torch.dialect.optimizers import PreparedOptimizer, check_parameters
-from polyaccel_xla import norms as _norms  # registers them
 from polyaccel_xla import state
 from polyaccel_xla.batch_norm import correct_running_variance
 from polyaccel_xla.collectives import SpmdCollectives, join, leave
 from polyaccel_xla.looking import XlaTracer
+from polyaccel_xla.norms import use_formulas
 from polyaccel_xla.spmd import Placement
 from polyaccel_xla.step import (
     Update,
@@ -78,6 +78,7 @@ def open_engine(config: Config, rendezvous: Rendezvous) -> XlaEngine:
         xr.use_spmd()  # for the whole process; tensors that already live on one device are then repeated on all
     num_processes = xr.process_count()  # starts the runtime
     _check_autograd_knows_the_devices()
+    use_formulas()
     if rendezvous.num_processes not in (1, num_processes):
         raise LaunchError(
             f"the launcher started {rendezvous.num_processes} processes, but the {xr.device_type()} runtime of torch_xla connects"
