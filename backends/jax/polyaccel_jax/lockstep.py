@@ -43,8 +43,9 @@ class Lockstep:
 
     def note(self, called: str, constants: tuple[str, ...], values: Sequence[tuple[str, int]]) -> None:
         """A program is about to run. Raises PrepareError, on all processes and naming what differs, where an earlier one differed."""
-        if self._asked is not None:
-            self._read(*self._asked)
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            self._read(*asked)
         said = Said(called, constants, tuple(values))
         self._calls.append(said)
         known = self._sums.get(constants)
@@ -54,12 +55,13 @@ class Lockstep:
         self._count += 1
         if self._count % _EVERY == 0 or (self._count < _EVERY and self._count & (self._count - 1) == 0):
             sums = self._collectives.all_gather(np.asarray([self._sum], np.uint32))
-            self._asked, self._calls = (sums, self._calls), []
-            if not self._reads_late or self._count == 1:
-                self._read(*self._asked)
+            calls, self._calls = self._calls, []
+            if self._reads_late and self._count > 1:
+                self._asked = (sums, calls)
+            else:
+                self._read(sums, calls)
 
     def _read(self, sums: Any, calls: list[Said]) -> None:
-        self._asked = None
         everyones = np.asarray(sums)
         if (everyones == everyones[0]).all():
             return

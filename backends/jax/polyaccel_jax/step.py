@@ -86,7 +86,8 @@ class Work:
                 lambda: partition.build(mesh, layout, self.call, with_grads=self.with_grads)
             )
             wanted = self.by_model(dict.fromkeys(program.grad_names))  # type: ignore[arg-type]
-            called, constants = "", ()
+            called = ""
+            constants: tuple[str, ...] = ()
             if self.engine.lockstep is not None:
                 called, facts = self.call.describe(inputs)
                 if not self.is_global and layout.num_replicas == 1:
