@@ -1,8 +1,9 @@
 """One GPT on every mesh of four devices that an engine declares, through `polyaccel launch`: what one device makes of it must come out.
 
-    python tests/parity/mesh_parity.py --engines torch jax [--forms function] [--output benchmarks/results/mesh_parity.json]
+    python tests/parity/mesh_parity.py --engines torch jax [--forms function loss fused flax] [--output benchmarks/results/mesh_parity.json]
     PJRT_DEVICE=CPU python tests/parity/mesh_parity.py --engines xla        # in the xla environment; --reference: losses to compare with
 
+Forms: how the script says its step (`backward(loss)`, `backward(function, ...)`, `train_step`), and the same model in Flax, on jax alone.
 Prints per engine and mesh the largest difference of a loss from torch on one process, and the bytes of one device beside the plan's.
 """
 
@@ -107,10 +108,17 @@ def row_of(engine: str, mesh: dict[str, int], form: str, reference: list[float])
     }
 
 
+def with_row(path: Path, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file as they are now, which another run may be adding to, with this one in the place of an older one."""
+    rows = json.loads(path.read_text()).get("rows", []) if path.exists() else []
+    same = {name: row[name] for name in ("engine", "mesh", "form")}.items()
+    return [*(one for one in rows if not same <= one.items()), row]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--engines", nargs="+", choices=["torch", "jax", "xla"], default=["torch", "jax"])
-    parser.add_argument("--forms", nargs="+", choices=["loss", "function", "fused"], default=["function"])
+    parser.add_argument("--forms", nargs="+", choices=["loss", "function", "fused", "flax"], default=["function"])
     parser.add_argument("--only", nargs="*", default=[], help="meshes, as they are printed")
     parser.add_argument("--output", help="write the rows to this JSON file, beside those of other engines that it has")
     args = parser.parse_args()
@@ -120,15 +128,14 @@ def main() -> None:
     path = Path(args.output) if args.output else None
     before = json.loads(path.read_text()) if path and path.exists() else {}
     reference = before.get("losses") or trained("torch", {})["losses"]
-    rows = before.get("rows", [])
     print(f"{'engine':7}{'mesh':28}{'form':10}{'difference':>11}{'parameters':>12}{'plan':>11}{'state':>12}")
     for engine, form in itertools.product(args.engines, args.forms):
+        if form == "flax" and engine != "jax":
+            continue
         for mesh in meshes_of(declared_axes(engine)):
             if args.only and named(mesh) not in args.only:
                 continue
             row = row_of(engine, mesh, form, reference)
-            same = {"engine": engine, "mesh": mesh, "form": form}.items()
-            rows = [*(one for one in rows if not same <= one.items()), row]
             print(f"{engine:7}{named(mesh):28}{form:10}", end="")
             if "error" in row:
                 print(row["error"])
@@ -136,8 +143,8 @@ def main() -> None:
                 kept = f"{row['parameters']:12,}{row['predicted']:11,}{row['state']:12,}"
                 print(f"{row['difference']:11.1e}{kept}", flush=True)
             if path is not None:  # row by row: all of them take a while
-                found = {"machine": machine(), "steps": len(reference), "losses": reference, "rows": rows}
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                found = {"machine": machine(), "steps": len(reference), "losses": reference}
+                path.write_text(json.dumps({**found, "rows": with_row(path, row)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
