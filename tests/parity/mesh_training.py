@@ -32,7 +32,7 @@ def batches(num_steps: int) -> TensorDataset:
 
 
 def train(accelerator: Accelerator, form: str, num_steps: int) -> tuple[list[float], Any, Any]:
-    """Losses of so many steps, the model and the optimizer. form: "loss", "function" (of `backward`) or "fused"."""
+    """Losses of so many steps of the torch script, the model and the optimizer. form: "loss", "function" (of `backward`) or "fused"."""
     set_seed(0)
     model = GPT(layers=LAYERS, width=WIDTH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -106,15 +106,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("output")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--form", choices=["loss", "function", "fused"], default="function")
+    parser.add_argument("--form", choices=["loss", "function", "fused", "flax"], default="function")
     args = parser.parse_args()
     torch.set_num_threads(1)
     shapes = {name: tuple(parameter.shape) for name, parameter in GPT(layers=LAYERS, width=WIDTH).named_parameters()}
     accelerator = Accelerator(split_batches=True)
-    losses, model, optimizer = train(accelerator, args.form, args.steps)
+    if args.form == "flax":
+        import mesh_flax
+
+        set_seed(0)
+        loader = DataLoader(batches(args.steps), batch_size=BATCH)
+        found = mesh_flax.train(accelerator, lambda: GPT(layers=LAYERS, width=WIDTH), loader, MAX_NORM)
+        losses, model, optimizer, shapes = found
+    else:
+        losses, model, optimizer = train(accelerator, args.form, args.steps)
     sizes = accelerator.plan.mesh.sizes
     parameters, state = held_bytes(accelerator, model, optimizer)
-    found = {
+    report = {
         "mesh": sizes,
         "losses": losses,
         "whole": predicted_bytes(shapes, {}),
@@ -123,7 +131,7 @@ def main() -> None:
         "state": state,
     }
     if accelerator.is_main_process:
-        Path(args.output).write_text(json.dumps(found))
+        Path(args.output).write_text(json.dumps(report))
     accelerator.end_training()
 
 

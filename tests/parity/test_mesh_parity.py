@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 
 import pytest
-from mesh_parity import AXES, declared_axes, largest_difference, meshes_of, named, trained
+from mesh_parity import AXES, declared_axes, largest_difference, meshes_of, named, trained, with_row
 from mesh_training import train
 
 from polyaccel import Accelerator
@@ -41,3 +42,12 @@ def test_the_table_has_every_mesh_that_an_engine_declares():
     meshes = [named(mesh) for mesh in meshes_of(declared_axes("torch"))]
     assert {"data 4", "fsdp 4", "tensor 4", "data 2 x fsdp 2", "data 2 x tensor 2", "fsdp 2 x tensor 2"} <= {*meshes}
     assert len(meshes_of(frozenset(AXES))) == 10
+
+
+def test_a_row_takes_the_place_of_its_own_alone_in_a_table_that_another_run_writes_to(tmp_path):
+    table = tmp_path / "rows.json"
+    mine = {"engine": "jax", "mesh": {"data": 4}, "form": "flax"}
+    assert with_row(table, mine) == [mine]
+    others = [{**mine, "engine": "torch"}, {**mine, "mesh": {"fsdp": 4}}, {**mine, "form": "loss"}]
+    table.write_text(json.dumps({"rows": [{**mine, "error": "older"}, *others]}))
+    assert with_row(table, mine) == [*others, mine]
