@@ -99,7 +99,7 @@ def test_a_job_on_two_hosts_outlives_a_killed_process_and_a_signal_and_ends_on_o
     """On torch it outlives its machine 0 as well. (There two processes on each host are as good, and take twice as long.)"""
     losses, project = tmp_path / "losses", tmp_path / "project"
     processes, devices = 2, 1 if backend == "torch" else 2
-    settings = (*GLOBAL_BATCH, "--mesh.fsdp", -1, "--preemption", "save", "--max-restarts", 2, "--grace-s", 20)
+    settings = (*GLOBAL_BATCH, "--mesh.fsdp", -1, "--preemption", "save", "--max-restarts", 2, "--grace-s", 40)
 
     def launch(machines, count, pause_s):
         script = (HERE / "hosts_training.py", losses, project, UPDATES, EVERY, pause_s)
