@@ -101,10 +101,10 @@ def run_loop(eqn: Any, loop: Loop, jaxpr: Any, inputs: Sequence[Any]) -> dict[An
     params = eqn.params
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, xs = inputs[:num_consts], inputs[num_consts + num_carry :]
-    # A literal has the dtype that the jaxpr says.
-    init = [
-        jnp.asarray(value, atom.aval.dtype) if isinstance(atom, Literal) else value
-        for atom, value in list(zip(eqn.invars, inputs, strict=True))[num_consts : num_consts + num_carry]
+    stop, avals = num_consts + num_carry, params["jaxpr"].in_avals
+    init = [  # a literal has the dtype that the jaxpr says
+        jnp.asarray(inputs[index], avals[index].dtype) if isinstance(eqn.invars[index], Literal) else inputs[index]
+        for index in range(num_consts, stop)
     ]
 
     def turn(carry: Sequence[Any], xs: Sequence[Any]) -> tuple[list[Any], dict[int, Any]]:

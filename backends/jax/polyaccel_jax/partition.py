@@ -164,14 +164,28 @@ def _run_globally(mesh: DeviceMesh, layout: Layout, program: Program, args: Argu
         )
 
     args = args._replace(inputs=inputs)
-    return ProgramResult(*(laid(*args) if mesh.num_parts == 1 else _gathering(mesh, laid, *args)))
+    if mesh.num_parts == 1:
+        return ProgramResult(*laid(*args))
+    if layout.num_replicas > 1:  # model calls in pieces that run on every data shard: each uses all parameters at once
+        return ProgramResult(*laid(_used(mesh, args.params), *args[1:]))
+    return ProgramResult(*_gathering(mesh, laid, *args))
+
+
+def _used(mesh: DeviceMesh, params: Named) -> Named:
+    """Parameters that are whole over `fsdp`, for XLA to gather.
+
+    Without a word, the partitioner may cut layers instead, along dims that nobody chose.
+    """
+    return {
+        name: lax.with_sharding_constraint(value, mesh.sharding_of(mesh.used_spec(value.shape, name)))
+        for name, value in params.items()
+    }
 
 
 def _gathering(mesh: DeviceMesh, run: Callable[..., Any], params: Named, *args: Any) -> Any:
-    """`run`, with parameters that are whole over `fsdp` where they are used.
+    """`run`, with parameters that are gathered over `fsdp` where they are used.
 
-    Without a word, the partitioner may cut layers instead, along dims that nobody chose. It moves what is only constrained to be whole
-    away from its place; a collective that the program itself asks for stays.
+    The partitioner moves what is only constrained to be whole away from its place; a collective that the program itself asks for stays.
     """
     kept = {name: mesh.spec_of(value.shape, name) for name, value in params.items()}
     used = {name: mesh.used_spec(value.shape, name) for name, value in params.items()}
@@ -193,10 +207,7 @@ def _gathering(mesh: DeviceMesh, run: Callable[..., Any], params: Named, *args: 
         for name, value in params.items()
         if "fsdp" in kept[name]
     }
-    params = {
-        name: value if name in whole else lax.with_sharding_constraint(value, mesh.sharding_of(used[name]))
-        for name, value in params.items()
-    }
+    params = {**params, **_used(mesh, {name: value for name, value in params.items() if name not in whole})}
     return run_with_late_gathers(run, params, whole, gather, *args)
 
 
@@ -256,7 +267,9 @@ def _run_replicas(mesh: DeviceMesh, layout: Layout, program: Program, args: Argu
     loss, outputs, grads, buffers = jax.shard_map(
         replica,
         mesh=mesh.mesh,
-        in_specs=(Arguments(specs, everywhere, everywhere, [mesh.spec(axis) for axis in layout.axes], everywhere),),
+        in_specs=(
+            Arguments._make([specs, everywhere, everywhere, [mesh.spec(axis) for axis in layout.axes], everywhere]),
+        ),
         out_specs=(
             everywhere,
             [mesh.spec(axis) for axis in program.output_axes],
