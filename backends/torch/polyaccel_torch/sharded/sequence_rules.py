@@ -31,7 +31,7 @@ _OF_OPTIMIZERS = ("aten::_foreach_", "aten::_fused_", "aten::_amp_")
 def know_sequences(device_type: str) -> None:
     """Tell DTensor these rules; once in a process. They hold for all DTensors, and are right for all of them."""
     aten = torch.ops.aten
-    rules: dict[Any, Callable[[dict[str, Any]], Any]] = {
+    rules: dict[Any, Callable[[Any, dict[str, Any]], Any]] = {
         aten._scaled_dot_product_flash_attention_for_cpu.default: attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
         aten.nll_loss_forward.default: _nll_loss,
@@ -63,7 +63,7 @@ def know_sequences(device_type: str) -> None:
         aten.randint_like.low_dtype,
     )
     # torch's own context_parallel and loss_parallel extend this table; there is no public name for it.
-    handlers = DTensor._op_dispatcher._custom_op_handlers
+    handlers: dict[Any, Any] = DTensor._op_dispatcher._custom_op_handlers
     handlers.update(_without_rules())
     handlers.update(dict.fromkeys(on_whole, _on_whole_inputs))
     handlers.update({op: functools.partial(_handled, rule) for op, rule in rules.items()})
