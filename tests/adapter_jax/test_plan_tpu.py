@@ -79,6 +79,28 @@ model, optimizer = accelerator.prepare(accelerator.create_model(Deep), optax.sgd
 accelerator.train_step(lambda model, x: (model(x) ** 2).mean(), model, optimizer)(np.zeros((64, WIDTH), np.float32))
 """
 
+STACKED = """
+import sys
+import jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from polyaccel import Accelerator
+
+WIDTH, NUM_LAYERS = 4096, 16
+accelerator = Accelerator(partitioning=sys.argv[1], mixed_precision="bf16")
+
+class Stacked(nnx.Module):
+    def __init__(self):
+        make = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, WIDTH, rngs=rngs))
+        self.layers = nnx.split_rngs(splits=NUM_LAYERS)(make)(nnx.Rngs(0))
+
+    def __call__(self, x):
+        run = nnx.scan(lambda layer, x: nnx.tanh(layer(x)), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return run(self.layers, x.astype(jnp.bfloat16))
+
+model, optimizer = accelerator.prepare(accelerator.create_model(Stacked), optax.sgd(1e-3))
+accelerator.train_step(lambda model, x: (model(x) ** 2).mean(), model, optimizer)(np.zeros((64, WIDTH), np.float32))
+"""
+
 
 def plan(tmp_path, capsys, *arguments, topology="v5e:2x4", source=SCRIPT):
     script = tmp_path / "train.py"
@@ -115,6 +137,15 @@ def test_gathered_parameters_do_not_stay(tmp_path, capsys):
     assert code == 0
     # In bfloat16 they are 268 MB, and the gradient of one layer is 67 MB before it is scattered.
     assert report["temporary_bytes"] < 0.9 * 2 * report["num_parameters"]
+
+
+@pytest.mark.parametrize("partitioning", ["pmap", "sharding"])
+def test_stacked_layers_are_whole_one_at_a_time(tmp_path, capsys, partitioning):
+    code, report = plan(tmp_path, capsys, partitioning, source=STACKED)
+    assert code == 0
+    # In bfloat16 they are 537 MB; the gradient of one layer is 67 MB before it is scattered, and its parts of all layers are 134 MB.
+    assert report["temporary_bytes"] < 0.6 * 2 * report["num_parameters"]
+    assert report["matrix_flops"] == pytest.approx(3 * 16 * 2 * 8 * 4096**2)
 
 
 def test_a_step_that_is_too_large_does_not_fit(tmp_path, capsys):
