@@ -63,9 +63,9 @@ def trained(num_devices, **options):
     return np.array(losses), Counter(re.findall(r"all_gather\"?\(.*?-> tensor<([^>]*)>", texts[0]))
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_blocks_are_gathered_twice_and_the_numbers_are_those_of_one_device(dtype):
-    options = {} if dtype == "f32" else {"mixed_precision": "bf16"}
+@pytest.mark.parametrize(("dtype", "remat"), [("f32", "none"), ("bf16", "none"), ("bf16", "full")])
+def test_blocks_are_gathered_twice_and_the_numbers_are_those_of_one_device(dtype, remat):
+    options = {"remat": remat} if dtype == "f32" else {"mixed_precision": "bf16", "remat": remat}
     losses, gathered = trained(4, mesh={"fsdp": 4}, **options)
     expected, none = trained(1, **options)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-5 if dtype == "f32" else 2e-2)

@@ -20,28 +20,27 @@ def barrier(num_made: int, *values: Any) -> Sequence[Any]:
     """All but the last of `values`, in a way that keeps XLA from seeing that they are what they are, and from starting before the last.
 
     The first `num_made` were computed, the others are inputs of the program. `jax.checkpoint` has the same barrier, which XLA's
-    CPU compiler takes away before it looks for equal operations: there, a branch that is never taken stands in its place.
+    CPU compiler takes away before it looks for equal operations: there, a branch that is never taken stands in its place. Not for
+    inputs, to copy which would cost what is to be saved: theirs is the barrier that `polyaccel_jax.late_gathers` sees through.
     """
     *arrays, trigger = values
-    if not num_made or not trigger.size:
+    made, given = arrays[:num_made], arrays[num_made:]
+    if not made or not trigger.size:
         return _barrier(*values)
-    result: Sequence[Any] = lax.platform_dependent(
-        *arrays, trigger, cpu=lambda *given: _branch(num_made, *given), default=_barrier
-    )
-    return result
+    held: Sequence[Any] = lax.platform_dependent(*made, trigger, cpu=_branch, default=_barrier)
+    return [*held, *_barrier(*given, trigger)]
 
 
 def _barrier(*values: Any) -> list[Any]:
     return list(lax.optimization_barrier(values))[:-1]
 
 
-def _branch(num_made: int, *values: Any) -> list[Any]:
-    *arrays, trigger = values
+def _branch(*values: Any) -> Sequence[Any]:
+    *made, trigger = values
     one = trigger.reshape(-1)[0]
     is_never = jnp.sin(lax.convert_element_type(one.real, jnp.float32)) > 2  # which XLA does not know
-    made, given = arrays[:num_made], arrays[num_made:]  # to copy the weights would cost what is to be saved
-    held = lax.cond(is_never, lambda *v: [jnp.zeros_like(one) for one in v], lambda *v: list(v), *made)
-    return [*held, *given]
+    held: Sequence[Any] = lax.cond(is_never, lambda *v: [jnp.zeros_like(one) for one in v], lambda *v: list(v), *made)
+    return held
 
 
 def hold_back_recomputation(graph: Graph) -> None:
