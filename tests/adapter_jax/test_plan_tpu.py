@@ -1,4 +1,4 @@
-"""`polyaccel plan` with the real compiler for TPUs: no TPU is needed. scripts/test installs it; by hand it is `--libtpu FOLDER`."""
+"""`polyaccel plan` with the real compiler for TPUs: no TPU is needed. scripts/test installs it; by hand it is `--libtpu=FOLDER`."""
 
 from __future__ import annotations
 
