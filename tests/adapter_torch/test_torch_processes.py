@@ -190,3 +190,7 @@ def test_a_process_waits_for_threads_that_still_compute_before_it_ends_and_not_f
         stop.set()
         thread.join()
         assert taken >= seconds
+
+
+def test_processes_that_leave_one_after_the_other_meet_again(answers):
+    assert answers[0]["left_and_joined_again"] == answers[1]["left_and_joined_again"] == [[0, 1], [0, 1]]

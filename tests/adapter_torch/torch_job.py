@@ -242,6 +242,18 @@ def frozen_models_are_not_wrapped():
     ]
 
 
+def left_and_joined_again() -> list[list[int]]:
+    """Process 0 leaves late, and then process 1."""
+    run, found = first, []
+    for late in range(2):
+        if run.process_index == late:
+            time.sleep(0.5)
+        run.end_training()
+        run = accelerator()
+        found.append(run.gather(torch.tensor([run.process_index])).tolist())
+    return found
+
+
 def a_process_that_does_not_come():
     run = accelerator()
     run._engine.collectives.calls.timeout_s = 1
@@ -273,6 +285,7 @@ QUESTIONS = (
     mistakes,
     states,
     frozen_models_are_not_wrapped,
+    left_and_joined_again,
     a_process_that_does_not_come,  # last: the group has failed afterwards
 )
 

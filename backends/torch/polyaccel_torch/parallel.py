@@ -156,6 +156,17 @@ def _num_exchanges(group: weakref.ref[Any]) -> int:
     return 0 if found is None else int(found._get_sequence_number_for_group())
 
 
+@dataclass(slots=True)
+class _Store:
+    store: dist.Store
+    num_groups: int = 0  # every process of the job makes as many
+
+
+# By address, until the process ends: one that makes another Accelerator after `end_training` may be there before others have left the
+# first, whose store would be gone with them.
+_stores: dict[str, _Store] = {}
+
+
 def _connect(
     place: Rendezvous, device: torch.device, process_group: str, timeout: timedelta, exchange_timeout: timedelta
 ) -> None:
@@ -163,12 +174,15 @@ def _connect(
     host = f"[{place.address}]" if ":" in place.address else place.address
     url = f"tcp://{host}:{place.port}"
     try:
-        # torchrun's agent may serve the store already; this function knows, where a TCPStore of our own would not.
-        store, _, _ = next(find_store(url, place.process_index, place.num_processes, timeout=timeout))
-        store.set_timeout(timeout)
+        if url not in _stores:
+            # torchrun's agent may serve the store already; this function knows, where a TCPStore of our own would not.
+            _stores[url] = _Store(next(find_store(url, place.process_index, place.num_processes, timeout=timeout))[0])
+        store = _stores[url]
+        store.num_groups += 1
+        store.store.set_timeout(timeout)
         dist.init_process_group(
             process_group,
-            store=store,
+            store=dist.PrefixStore(f"group_{store.num_groups}", store.store),
             rank=place.process_index,
             world_size=place.num_processes,
             timeout=exchange_timeout,
