@@ -2,47 +2,41 @@
 
 import threading
 
-import numpy as np
 import pytest
 
 from polyaccel.errors import PrepareError
+from polyaccel.store import MemoryStore
+from polyaccel_jax import lockstep as module
 from polyaccel_jax.lockstep import Lockstep
 
 
-class Exchange:
-    """Both give a value and get both."""
+class Store(MemoryStore):
+    """That counts what is written."""
 
     def __init__(self):
-        self.given = [None, None]
-        self.barrier = threading.Barrier(2, timeout=20)
-        self.num_calls = 0
+        super().__init__()
+        self.written = []
 
-    def of(self, process):
-        return _Side(self, process)
-
-
-class _Side:
-    def __init__(self, exchange, process):
-        self.exchange, self.process = exchange, process
-
-    def all_gather_object(self, value):
-        self.exchange.given[self.process] = value
-        self.exchange.barrier.wait()
-        both = list(self.exchange.given)
-        self.exchange.barrier.wait()
-        self.exchange.num_calls += not self.process
-        return both
-
-    def all_gather(self, array):
-        return np.concatenate(self.all_gather_object(array))
+    def set(self, key, value):
+        self.written.append(key)
+        super().set(key, value)
 
 
-def told(differs_at, *, reads_late=False, calls=100, constants=(("pow(tensor, 2)",),) * 2):
-    """Per process the call in which it was told, and what; and how often they exchanged."""
-    exchange, found = Exchange(), [None, None]
+def sides(monkeypatch, store):
+    """The Locksteps of two processes that have met: each counts its own."""
+    made = []
+    for process in (0, 1):
+        monkeypatch.setattr(module, "_number", iter([0]))
+        made.append(Lockstep(store, process, 2))
+    return made
 
-    def run(process):
-        lockstep = Lockstep(exchange.of(process), reads_late=reads_late)
+
+def told(monkeypatch, differs_at, *, calls=100, constants=(("pow(tensor, 2)",),) * 2):
+    """Per process the call in which it was told, and what; and the store."""
+    store, found = Store(), [None, None]
+    meets = threading.Barrier(2, timeout=60)  # as the program of every call does
+
+    def run(process, lockstep):
         for call in range(1, calls + 1):
             value = ("float32 of shape (4,)", 7 + (process if call == differs_at else 0))
             try:
@@ -50,33 +44,48 @@ def told(differs_at, *, reads_late=False, calls=100, constants=(("pow(tensor, 2)
             except PrepareError as error:
                 found[process] = call, str(error)
                 return
+            meets.wait()
         found[process] = calls, "nothing"
 
-    threads = [threading.Thread(target=run, args=(process,)) for process in (0, 1)]
+    threads = [
+        threading.Thread(target=run, args=(process, one)) for process, one in enumerate(sides(monkeypatch, store))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return *found, exchange.num_calls
+    return *found, store
 
 
-@pytest.mark.parametrize(("differs_at", "early", "late"), [(1, 1, 1), (3, 4, 5), (5, 8, 9), (40, 64, 65)])
-def test_a_difference_is_told_to_all_at_the_next_comparison(differs_at, early, late):
-    """Where devices need not be waited for, one call later; never in the first, before which nothing was computed."""
+@pytest.mark.parametrize(("differs_at", "noticed"), [(1, 1), (3, 5), (5, 9), (40, 65)])
+def test_a_difference_is_told_to_both_in_the_call_after_the_next_comparison(monkeypatch, differs_at, noticed):
+    """In the first call at once: nothing has been computed before it."""
     words = "the loop of Net has an input float32 of shape (4,) with other values on process 1 than on process 0"
-    for reads_late, call in ((False, early), (True, late)):
-        first, second, _ = told(differs_at, reads_late=reads_late)
-        assert first == second
-        assert first[0] == call
-        assert words in first[1]
+    first, second, _ = told(monkeypatch, differs_at)
+    assert first == second
+    assert first[0] == noticed
+    assert words in first[1]
 
 
-def test_equal_calls_are_compared_eight_times_in_a_hundred():
-    first, second, exchanges = told(None)
+def test_equal_calls_are_compared_eight_times_in_a_hundred_and_leave_two_texts_of_each_process(monkeypatch):
+    first, second, store = told(monkeypatch, None)
     assert first == second == (100, "nothing")
-    assert exchanges == 8
+    assert len(store.written) == 2 * 8
+    assert len(set(store.written)) == 2 * 2
 
 
-def test_an_operation_that_one_process_alone_has_is_named():
-    first, _, _ = told(None, constants=(("mul(tensor, 2)",), ("mul(tensor, 2)", "pow(tensor, 3)")))
+def test_an_operation_that_one_process_alone_has_is_named(monkeypatch):
+    first, _, _ = told(monkeypatch, None, constants=(("mul(tensor, 2)",), ("mul(tensor, 2)", "pow(tensor, 3)")))
     assert "the loop of Net has nothing there on process 0 and pow(tensor, 3) on process 1" in first[1]
+
+
+def test_a_process_that_stays_away_is_compared_when_it_comes(monkeypatch):
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.01)
+    first, second = sides(monkeypatch, Store())
+    for _ in range(5):
+        first.note("the loop of Net", (), [("a number", 1)])
+    second.note("the loop of Net", (), [("a number", 1)])
+    second.note("the loop of Net", (), [("a number", 2)])
+    with pytest.raises(PrepareError, match=r"in one of the calls 1 to 2 \(the last is the loop of Net\)"):
+        second.note("the loop of Net", (), [("a number", 1)])
+    first.note("the loop of Net", (), [("a number", 1)])  # nothing to compare the fourth call with

@@ -73,11 +73,11 @@ def test_what_one_process_alone_looks_at_is_its_own_business(results):
         assert result["looks"] == [2, "nothing"]
 
 
-def test_a_value_that_differs_in_a_later_step_alone_is_named_within_32_calls(results):
-    """Compared after 1, 2, 4, 8, 16 calls and then every 32: step 4 is the fifth call."""
+def test_a_value_that_differs_in_a_later_step_alone_is_named_at_the_call_after_the_next_comparison(results):
+    """Compared after 1, 2, 4, 8, 16 calls and then every 32: step 4 is the fifth call, step 8 the ninth."""
     for result in results:
         step, said = result["late"]
-        assert step == 7
+        assert step == 8
         assert (
             "scaled_loss has an input float32 of shape (), 2.0 on process 0 and an input float32 of shape (), 3.0 on process 1"
             in said

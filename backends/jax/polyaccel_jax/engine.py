@@ -102,7 +102,7 @@ class JaxEngine:
         self._own_collectives = collectives
         self.lockstep: Lockstep | None = None
         if rendezvous.num_processes > 1 and planner is None:
-            self.lockstep = Lockstep(collectives, reads_late=local[0].platform != "cpu")
+            self.lockstep = Lockstep(collectives.store(), self.topology.process_index, self.topology.num_processes)
         self._reads_whole = False
         self.note_exchange = (
             collectives.note_exchange
