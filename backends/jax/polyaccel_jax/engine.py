@@ -569,4 +569,4 @@ def _leave(collectives: Collectives) -> None:
     if _num_holders == 0:
         collectives.calls.close()
         if not collectives.calls.is_broken:  # else the others may never say goodbye
-            jax.distributed.shutdown()
+            job.say_goodbye()

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -98,6 +99,7 @@ class Job:
                 done.put((None, error))
 
 
+_LINGER_S = 0.3
 _job: Job | None = None
 
 
@@ -123,16 +125,32 @@ def exchange_over(interface: str) -> None:
 
 
 def leave_at_exit() -> None:
-    """After jax.distributed.initialize: a process that failed ends at once, with exit code 1.
+    """After jax.distributed.initialize: at its end this process says goodbye to the others, and ends at once where it failed.
 
-    jax would wait for the others to say goodbye (5 minutes), and for a program that still waits for them (for ever).
+    jax would wait for the others to say goodbye (5 minutes), and for a program that still waits for them (for ever). In a process that
+    was forked it says none: what it registered is its parent's.
     """
-    atexit.register(_end_failed)
+    atexit.register(_end)
 
 
-def _end_failed() -> None:
+def say_goodbye() -> None:
+    """Leave the job, when every process does. Process 0 serves the others a moment longer.
+
+    The service tells whoever asks for errors that it ends, and jax's client ends its process for that (exit code -6), where it has not
+    stopped asking by then.
+    """
+    state = distributed.global_state
+    if state.client is not None and state.service is not None:
+        state.client.shutdown()  # returns when all have called it
+        state.client = None
+        time.sleep(_LINGER_S)
+    jax.distributed.shutdown()
+
+
+def _end() -> None:
     if hasattr(sys, "last_value") or (_job is not None and _job.calls.is_broken):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+    say_goodbye()
