@@ -1,6 +1,6 @@
 """What `polyaccel plan` says of whole models on TPU slices: GPT-2 124M and Llama 3 8B, torch modules of transformers without weights.
 
-    python benchmarks/planned_models.py                    # writes benchmarks/results/planned_models.json: half an hour on two cores
+    python benchmarks/planned_models.py                    # writes benchmarks/results/planned_models.json: one to two hours on two cores
     python benchmarks/planned_models.py --only gpt2        # those cases alone
     python benchmarks/planned_models.py --table            # prints what is there
 
