@@ -209,6 +209,15 @@ class Writes(nn.Module):
         return y
 
 
+class WritesIntoASum(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.part, self.write = nn.Linear(8, 8), write
+
+    def forward(self, x):
+        return self.write(self.part(x).sum(1).detach())
+
+
 def refused(settings, folder):
     said = []
     run = accelerator(**settings)
@@ -217,6 +226,8 @@ def refused(settings, folder):
         lambda: model(torch.zeros(2, LENGTH - 1, dtype=torch.long)),
         lambda: model(torch.zeros((), dtype=torch.long)),
         lambda: run.prepare(Writes())(torch.ones(2, LENGTH, 8)),
+        lambda: run.prepare(WritesIntoASum(torch.Tensor.uniform_))(torch.ones(2, LENGTH, 8)),
+        lambda: run.prepare(WritesIntoASum(lambda y: y.fill_(torch.ones(()))))(torch.ones(2, LENGTH, 8)),
         lambda: accelerator(**settings, compile=True),
     )
     for call in calls:

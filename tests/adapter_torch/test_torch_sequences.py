@@ -85,10 +85,16 @@ def test_parts_of_a_sequence_have_noise_of_their_own_and_processes_agree(answers
 
 
 def test_what_cannot_be_cut_is_refused_by_name(answers):
-    odd, nothing, written, compiled, _ = answers[0]["refused"]
+    odd, nothing, written, drawn, filled, compiled, _ = answers[0]["refused"]
     assert "Gpt was called with mesh.sequence=4, and its sequences have length 15, which does not divide" in odd
     assert "none of its inputs is a tensor (batch, length, ...)" in nothing
     assert "the model writes in place (mul_)" in written
+    assert (
+        "the model writes in place (uniform_) into a tensor of shape (2, 8) that mesh.sequence has in summands" in drawn
+    )
+    assert (
+        "the model writes in place (fill_) into a tensor of shape (2, 8) that mesh.sequence has in summands" in filled
+    )
     assert "compile=True" in compiled
 
 

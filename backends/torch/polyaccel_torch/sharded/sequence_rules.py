@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from polyaccel import trees
+from polyaccel.errors import UnsupportedError
 from polyaccel_torch.sharded.layouts import Placements, laid_out, local_as, mesh_of, reduced, whole
 from polyaccel_torch.sharded.mesh import with_layout_of
 from polyaccel_torch.sharded.sequence_attention import attention, attention_backward
@@ -169,7 +170,10 @@ def _by_its_parts(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     with torch.no_grad():
         try:
             return decomposition_table[op](*args, **kwargs)
-        except NotImplementedError:  # a part has no rule: on all processes alike
+        except (
+            NotImplementedError,
+            UnsupportedError,
+        ):  # a part has no rule, of torch's or of ours: on all processes alike
             return _on_whole_inputs(op, args, kwargs)
 
 
@@ -221,9 +225,18 @@ def _unbind(op: Any, given: dict[str, Any]) -> Any:
 def _fill(op: Any, given: dict[str, Any]) -> Any:
     tensor, mesh = given["self"], mesh_of(given)
     if any(isinstance(place, Partial) for place in tensor.placements):
-        raise NotImplementedError(f"{op} on a tensor that lies in summands")
+        raise _unwritable(op, tensor)
     op(tensor.to_local(), local_as(given["value"], mesh, whole(mesh)))
     return tensor
+
+
+def _unwritable(op: Any, tensor: DTensor) -> UnsupportedError:
+    name = op._schema.name.removeprefix("aten::")
+    return UnsupportedError(
+        f"the model writes in place ({name}) into a tensor of shape {tuple(tensor.shape)} that mesh.sequence has in summands: a sum over"
+        " the sequence which no process has added up yet",
+        "make a new tensor (torch.rand_like, torch.full_like) instead of writing into this one, or leave mesh.sequence at 1 for this model",
+    )
 
 
 # -- noise -----------------------------------------------------------------------------------------------------------------
@@ -237,7 +250,7 @@ def _noise(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     with torch.no_grad():
         if any(isinstance(place, Partial) for place in like.placements):
             if is_in_place:
-                raise NotImplementedError(f"{op} on a tensor that lies in summands")
+                raise _unwritable(op, like)
             like = like.redistribute(placements=reduced(like, like.device_mesh))
         mesh, placements = like.device_mesh, like.placements
         with _drawing_for(_part_of(mesh, placements), kwargs.get("generator")):
